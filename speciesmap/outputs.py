@@ -1,0 +1,65 @@
+"""Outputs land whole or not at all: everything is written beside its name, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from speciesmap.errors import OutputError
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Stop before work that would destroy an output.
+
+    Raises:
+        OutputError: The path exists and `overwrite` is false.
+    """
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already; pass --overwrite to replace it")
+
+
+@contextmanager
+def replacing(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary sibling of a file or folder and rename it when the block ends well.
+
+    The caller creates a file or a folder at the path it is given. If the block raises, what it
+    wrote is removed and the old output, if any, stays as it was.
+
+    Args:
+        path: Final name.
+        overwrite: Whether an existing output may be replaced.
+
+    Yields:
+        A path in the same folder, with the same suffix, that does not exist yet.
+
+    Raises:
+        OutputError: The output exists and may not be replaced, or its folder cannot be written.
+    """
+    path = Path(path)
+    refuse_existing(path, overwrite)
+    token = uuid.uuid4().hex[:8]
+    beside = path.with_name(f".{path.stem}.{token}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        if path.is_dir() and not path.is_symlink():
+            old = path.with_name(f".{path.stem}.{token}.old{path.suffix}")
+            path.rename(old)
+            beside.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(beside, path)
+    except PermissionError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}; choose a folder that you may write"
+        ) from error
+    finally:
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
