@@ -1,0 +1,113 @@
+"""Checkpoints: safetensors weights beside JSON config and taxa; nothing that unpickles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from speciesmap.errors import ModelError
+from speciesmap.models.crisp import Architecture, SpeciesModel
+from speciesmap.taxa import Taxon
+
+WEIGHTS, CONFIG, TAXA = "model.safetensors", "config.json", "taxa.json"
+FORMAT = 1
+
+
+def save_model(model: SpeciesModel, folder: Path | str, facts: Mapping[str, Any]) -> Path:
+    """Write a checkpoint into a folder, which the caller makes appear at once.
+
+    Args:
+        model: What to save.
+        folder: Made if absent.
+        facts: How the model came about: configuration, metrics, data; any JSON.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS)
+    config = {
+        "format": FORMAT,
+        "architecture": asdict(model.architecture),
+        "prevalence": model.prevalence,
+        "fingerprint": model.fingerprint,
+        **facts,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str))
+    taxa = [{"name": t.name, "lineage": list(t.lineage)} for t in model.taxa]
+    (folder / TAXA).write_text(json.dumps(taxa, indent=2, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
+def read_facts(folder: Path | str) -> dict[str, Any]:
+    """Read a checkpoint's JSON config without its weights.
+
+    Raises:
+        ModelError: The folder is not a checkpoint or its config is damaged.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise ModelError(
+            f"{folder} is not a model: it has no {CONFIG}; give a folder that `speciesmap train` "
+            "wrote"
+        )
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if facts["format"] != FORMAT:
+            raise ModelError(
+                f"{path} has format {facts['format']}, this version reads {FORMAT}; upgrade "
+                "speciesmap or train again"
+            )
+        facts["architecture"]["dim"]
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is damaged ({error!r}); copy the checkpoint again") from error
+    return facts
+
+
+def load_model(folder: Path | str) -> SpeciesModel:
+    """Read a checkpoint.
+
+    Args:
+        folder: What `speciesmap train` wrote.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        ModelError: The checkpoint is missing, damaged, or its weights do not fit its config.
+    """
+    folder = Path(folder)
+    facts = read_facts(folder)
+    try:
+        state = load_file(folder / WEIGHTS)
+        entries = json.loads((folder / TAXA).read_text(encoding="utf-8"))
+        taxa = [Taxon(entry["name"], tuple(entry["lineage"])) for entry in entries]
+        raw = facts["architecture"]
+        known = {field.name for field in fields(Architecture)}
+        architecture = Architecture(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in raw.items()
+                if name in known
+            }
+        )
+        model = SpeciesModel(
+            architecture, taxa, facts["prevalence"], references=len(state["reference"])
+        )
+        model.load_state_dict(state)
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{folder} lacks {Path(error.filename or WEIGHTS).name}; copy the checkpoint again"
+        ) from error
+    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{folder} is damaged ({reason}); copy the checkpoint again") from error
+    return model.eval()

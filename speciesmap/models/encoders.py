@@ -1,0 +1,82 @@
+"""Image towers: any timm backbone, with its normalisation inside and a projection on top."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from speciesmap.errors import ModelError
+from speciesmap.taxa import nearest
+
+
+class ImageTower(nn.Module):
+    """Raw pixels of one view to a point of the joint space.
+
+    Args:
+        backbone: Name of any timm model.
+        image_px: Side of the square input.
+        mean: Mean of each band in raw pixel units; its length is the number of bands.
+        std: Standard deviation of each band in raw pixel units.
+        dim: Size of the joint space.
+        pretrained: Start from timm's weights (from the hub; timm adapts them to the number of
+            bands by repeating and rescaling the first layer).
+        kwargs: Further arguments of `timm.create_model`, for example `patch_size`.
+
+    Raises:
+        ModelError: timm has no such model, or does not take these arguments.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: str,
+        image_px: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        dim: int,
+        pretrained: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not timm.is_model(backbone):
+            close = nearest(backbone, timm.list_models()) or ["vit_small_patch16_224", "resnet50"]
+            raise ModelError(f"timm has no model {backbone!r}; did you mean {', '.join(close)}?")
+        options = dict(kwargs or {})
+        try:
+            fixed = getattr(timm.get_pretrained_cfg(backbone), "fixed_input_size", False)
+        except RuntimeError:
+            fixed = False
+        if fixed:
+            options.setdefault("img_size", image_px)
+        try:
+            self.backbone = timm.create_model(
+                backbone, pretrained=pretrained, in_chans=len(mean), num_classes=0, **options
+            )
+        except (TypeError, AssertionError, ValueError) as error:
+            raise ModelError(f"timm cannot build {backbone!r} with {options}: {error}") from error
+        self.image_px = image_px
+        self.project = nn.Linear(self.backbone.num_features, dim)
+        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Standardise raw pixels band by band, (N, B, P, P) to (N, B, P, P) float32."""
+        return (images.to(torch.float32) - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode raw pixels.
+
+        Args:
+            images: Any number type, raw pixel values, shape (N, B, P, P).
+
+        Returns:
+            Points of the joint space, not normalised, shape (N, D).
+        """
+        features = self.backbone(self.normalise(images))  # (N, F)
+        return self.project(features)  # type: ignore[no-any-return]  # (N, D)

@@ -1,0 +1,76 @@
+"""Losses: functions of tensors that know no config, no device and no logger."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def info_nce(
+    left: Tensor,
+    right: Tensor,
+    logit_scale: Tensor,
+    positives: Tensor | None = None,
+    ignored: Tensor | None = None,
+) -> Tensor:
+    """Symmetric contrastive loss between two sets of points.
+
+    InfoNCE (van den Oord et al. 2018) in CLIP's symmetric form (Radford et al. 2021, section 2.3).
+    A row with several positives takes the mean of their log-probabilities (Khosla et al. 2020,
+    equation 2); a row without any, a pure negative, is not averaged over.
+
+    Args:
+        left: Unit-norm embeddings, shape (N, D).
+        right: Unit-norm embeddings, shape (M, D).
+        logit_scale: Positive scalar that multiplies the cosine.
+        positives: Which pairs belong together, bool, shape (N, M); the diagonal by default.
+        ignored: Pairs that are neither positive nor negative, such as two photos of one place,
+            bool, shape (N, M). A positive is never ignored.
+
+    Returns:
+        Mean of both directions, in nats.
+    """
+    logits = logit_scale * left @ right.T  # (N, M)
+    if positives is None:
+        positives = torch.eye(len(left), len(right), dtype=torch.bool, device=left.device)
+    if ignored is not None:
+        logits = logits.masked_fill(ignored & ~positives, -torch.inf)
+    return (_towards(logits, positives) + _towards(logits.T, positives.T)) / 2
+
+
+def _towards(logits: Tensor, positives: Tensor) -> Tensor:
+    """Mean negative log-probability of the positives, over the rows that have one."""
+    log_probability = F.log_softmax(logits, dim=1)
+    count = positives.sum(1)
+    summed = log_probability.masked_fill(~positives, 0.0).sum(1)
+    return -(summed / count.clamp(min=1))[count > 0].mean()
+
+
+def assume_negative(
+    logits: Tensor, taxon: Tensor, background_logits: Tensor, positive_weight: float
+) -> Tensor:
+    """Presence-only loss over taxa: what was not seen somewhere is assumed absent there.
+
+    The full assume-negative loss of SINR (Cole et al. 2023, equation 4): at an observation's place
+    its own taxon is positive and all others negative; at a background place all are negative.
+    The other taxa's places act as target-group background, which cancels shared sampling bias.
+
+    Args:
+        logits: At the observations' places, shape (N, T).
+        taxon: The taxon observed at each, int64, shape (N,).
+        background_logits: At places drawn from the study area, shape (M, T).
+        positive_weight: Weight of a presence against one assumed absence.
+
+    Returns:
+        Mean over places and taxa, in nats.
+    """
+    rows = torch.arange(len(taxon), device=logits.device)
+    negatives = F.softplus(logits)  # (N, T)
+    own = logits[rows, taxon]  # (N,)
+    presence = F.softplus(-own)
+    absence = negatives.sum(1) - negatives[rows, taxon]  # (N,)
+    background = F.softplus(background_logits).sum(1)  # (M,)
+    taxa = logits.shape[1]
+    return ((positive_weight * presence + absence).mean() + background.mean()) / (2 * taxa)
+
