@@ -1,0 +1,1 @@
+"""Observations: reading, cleaning, background and spatial folds."""

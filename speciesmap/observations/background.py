@@ -1,0 +1,141 @@
+"""Background: places drawn from the study area, against which presences are told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from speciesmap.errors import ObservationsError
+from speciesmap.rasters.windows import window_start
+
+if TYPE_CHECKING:
+    import geopandas as gpd
+    from speciesmap.rasters.imagery import Imagery
+
+BLOCK_PX = 512
+ROUNDS = 60
+
+Land = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]]
+
+
+def random_background(
+    imagery: Imagery,
+    count: int,
+    window_px: int,
+    rng: np.random.Generator,
+    *,
+    min_valid: float = 0.5,
+    land: Land | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Draw pixel centres uniformly over the valid pixels of an imagery, without repetition.
+
+    Candidates are drawn over the whole raster and refused where the pixel is not valid or too
+    much of its window is missing. Only the neighbourhoods of candidates are read, at most a
+    block of 512 pixels and one window around it at a time.
+
+    Args:
+        imagery: Where to draw; its extent is the study area.
+        count: How many places (10,000 is usual: Wallace, ENMeval).
+        window_px: Side of the window that will be cut there, in pixels.
+        rng: Source of randomness.
+        min_valid: Least share of valid pixels in a window, 0 to 1.
+        land: Says which places belong to the study area, from their continuous rows and columns;
+            everywhere by default.
+
+    Returns:
+        Continuous rows and columns of the places, shape (count,) each, in the order drawn.
+
+    Raises:
+        ObservationsError: The imagery has fewer such places than asked for.
+    """
+    height, width = imagery.geobox.shape
+    size = height * width
+    found: list[NDArray[np.int64]] = []
+    kept = 0
+    tried = np.empty(0, dtype=np.int64)
+    for _ in range(ROUNDS):
+        share = max(kept / tried.size, 0.02) if tried.size else 1.0
+        wanted = int(min(size, 1.1 * (count - kept) / share + 32))
+        drawn = rng.choice(size, size=wanted, replace=False, shuffle=True)
+        drawn = drawn[~np.isin(drawn, tried)].astype(np.int64)
+        tried = np.concatenate([tried, drawn])
+        good = drawn[_usable(imagery, drawn, window_px, min_valid, land)]
+        found.append(good)
+        kept += good.size
+        if kept >= count or tried.size >= size:
+            break
+    if kept < count:
+        raise ObservationsError(
+            f"{imagery.source} has only {kept} of {count} background places among "
+            f"{tried.size} pixels tried (window {window_px} px, {min_valid:.0%} of it valid); "
+            "ask for fewer, or lower min_valid"
+        )
+    places = np.concatenate(found)[:count]
+    return places // width + 0.5, places % width + 0.5
+
+
+def _usable(
+    imagery: Imagery,
+    pixels: NDArray[np.int64],
+    window_px: int,
+    min_valid: float,
+    land: Land | None,
+) -> NDArray[np.bool_]:
+    """Tell which flat pixel numbers are valid, on land, and have enough window around them."""
+    width = imagery.geobox.shape[1]
+    rows, cols = pixels // width, pixels % width
+    usable = np.ones(pixels.size, dtype=bool)
+    if land is not None:
+        usable &= np.asarray(land(rows + 0.5, cols + 0.5), dtype=bool)
+    across = width // BLOCK_PX + 1
+    block = (rows // BLOCK_PX) * across + cols // BLOCK_PX
+    candidates = np.flatnonzero(usable)
+    candidates = candidates[np.argsort(block[candidates], kind="stable")]
+    cuts = np.flatnonzero(np.diff(block[candidates])) + 1
+    for group in np.split(candidates, cuts):
+        if not group.size:
+            continue
+        starts = np.array(
+            [
+                window_start(r + 0.5, c + 0.5, window_px)
+                for r, c in zip(rows[group], cols[group], strict=True)
+            ]
+        )  # (n, 2)
+        top, left = starts.min(axis=0)
+        bottom, right = starts.max(axis=0) + window_px
+        _, valid = imagery.read(int(top), int(left), int(bottom - top), int(right - left))
+        total = np.zeros((valid.shape[0] + 1, valid.shape[1] + 1), dtype=np.int64)
+        total[1:, 1:] = valid.cumsum(axis=0).cumsum(axis=1)
+        r, c = starts[:, 0] - top, starts[:, 1] - left
+        inside = (
+            total[r + window_px, c + window_px]
+            - total[r, c + window_px]
+            - total[r + window_px, c]
+            + total[r, c]
+        )
+        centre = valid[rows[group] - top, cols[group] - left]
+        usable[group] = centre & (inside >= min_valid * window_px**2)
+    return usable
+
+
+def target_group(observations: gpd.GeoDataFrame, cell_m: float) -> gpd.GeoDataFrame:
+    """Take one observation per cell of a whole group as background.
+
+    Places where observers of the group have been carry the presences' own sampling bias
+    (Phillips et al. 2009); one per cell is the usual form (Wallace, ENMeval).
+
+    Args:
+        observations: All records of the group, any taxon, as `read_observations` gives them.
+        cell_m: Side of a cell, in metres, in the equal-area grid EPSG:6933.
+
+    Returns:
+        The first most certain row of each occupied cell, in the input's order.
+
+    Raises:
+        ObservationsError: `cell_m` is not above 0.
+    """
+    from speciesmap.observations.clean import first_per_cell
+
+    return observations[first_per_cell(observations, cell_m)]
