@@ -1,0 +1,377 @@
+"""A virtual landscape: latent fields, tracks, and the aerial raster rendered from them.
+
+The fields live on the cells of the truth grid, `CELL_PX` pixels wide. Everything that the fields
+say is drawn as structure (how many crowns, how large, how much of the ground is green, how
+stony), because structure survives what aerial surveys do to tones: flight lines of different
+gain and colour cast, illumination that drifts, slopes that face the sun or not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+from affine import Affine
+from numpy.typing import NDArray
+from odc.geo.geobox import GeoBox
+from scipy import ndimage, special, stats
+
+Array = NDArray[np.float32]
+
+RESOLUTION_M = 0.6
+CELL_PX = 8
+BANDS = ("red", "green", "blue", "nir")
+FIELDS = ("elevation", "moisture", "canopy", "soil")
+_LENGTH_PX = (240.0, 180.0, 140.0, 170.0)  # distance at which a field's correlation is about 1/e
+_CRS = "EPSG:32610"
+_LEFT_M, _TOP_M = 664_800.0, 4_268_400.0
+_TONE = np.array([335, 335, 345, 275], np.float32)  # digital number of reflectance 1, per band
+_SUN = (0.64, 0.48, 0.60)  # unit vector to the sun: rows (south), columns (east), up
+
+# Reflectance of surfaces in red, green, blue, near infrared; magnitudes as in common spectral
+# libraries, tuned by eye to the look of summer imagery of the Californian foothills.
+_OCHRE = np.array([0.33, 0.245, 0.150, 0.40], np.float32)
+_GREY = np.array([0.245, 0.230, 0.200, 0.31], np.float32)
+_GRASS = np.array([0.125, 0.175, 0.075, 0.43], np.float32)
+_STONE = np.array([0.46, 0.44, 0.40, 0.50], np.float32)
+_TRACK = np.array([0.42, 0.365, 0.285, 0.46], np.float32)
+_DRY_CROWN = np.array([0.110, 0.115, 0.062, 0.24], np.float32)
+_MOIST_CROWN = np.array([0.045, 0.098, 0.035, 0.46], np.float32)
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """What is hidden behind the imagery.
+
+    Attributes:
+        size_px: Side of the square aerial raster.
+        fields: Latent fields in the order of `FIELDS`, standard normal by rank, shape
+            (4, rows, columns) over cells of `CELL_PX` pixels.
+        track_m: Distance of each cell to the nearest track, metres, shape (rows, columns).
+    """
+
+    size_px: int
+    fields: Array
+    track_m: Array
+
+    @property
+    def geobox(self) -> GeoBox:
+        """Pixel grid of the aerial raster."""
+        place = Affine(RESOLUTION_M, 0, _LEFT_M, 0, -RESOLUTION_M, _TOP_M)
+        return GeoBox((self.size_px, self.size_px), place, _CRS)
+
+    @property
+    def cell_geobox(self) -> GeoBox:
+        """Grid of the truth: cells of `CELL_PX` pixels with the same upper-left corner."""
+        cells = self.size_px // CELL_PX
+        return GeoBox((cells, cells), self.geobox.affine * Affine.scale(CELL_PX), _CRS)
+
+
+def crown_cover(canopy: Array) -> Array:
+    """Share of the ground under crowns, 0.04 to 0.60, for a canopy field."""
+    return np.asarray(0.04 + 0.56 * special.ndtr(1.1 * canopy), np.float32)
+
+
+def crown_radius_px(elevation: Array) -> Array:
+    """Mean crown radius in pixels: large trees low down (6.5), small ones high up (2)."""
+    return np.asarray(2.0 * (6.5 / 2.0) ** special.ndtr(-1.2 * elevation), np.float32)
+
+
+def green_share(moisture: Array) -> Array:
+    """Share of open ground that is green, 0 to 1, for a moisture field."""
+    return np.asarray(special.ndtr(1.1 * moisture), np.float32)
+
+
+def stoniness(soil: Array) -> Array:
+    """Stones per pixel of open ground, 0.0005 to 0.02, for a soil field (poor soils are low)."""
+    return np.asarray(0.0005 + 0.0195 * special.ndtr(-1.2 * soil) ** 1.5, np.float32)
+
+
+def spectral_noise(
+    rng: np.random.Generator, cells: int, length: float, smoothness: float = 3.5
+) -> NDArray[np.float64]:
+    """Draw a stationary random field by filtering white noise in the Fourier domain.
+
+    The power spectrum is Matern's, flat and then a power law (Whittle 1954). The field is cut
+    from a larger one, so that opposite edges have nothing in common.
+
+    Args:
+        rng: Source of the white noise.
+        cells: Side of the square.
+        length: Distance, in cells, at which the correlation is about 1/e.
+        smoothness: Exponent of the power law, half of it for the amplitude.
+
+    Returns:
+        Zero mean, unit variance, shape (cells, cells).
+    """
+    side = cells + 8 * -(-int(2 * length) // 8)
+    white = np.fft.rfft2(rng.standard_normal((side, side)))
+    frequency = 2 * np.pi * np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side))
+    amplitude = (1 + (frequency * length / 3) ** 2) ** (-smoothness / 2)
+    field = np.fft.irfft2(white * amplitude, s=(side, side))[:cells, :cells]
+    return np.asarray((field - field.mean()) / field.std())
+
+
+def normal_by_rank(field: NDArray[np.float64]) -> Array:
+    """Replace values by the normal quantiles of their ranks; shape stays."""
+    ranks = stats.rankdata(field.ravel()).reshape(field.shape)
+    return np.asarray(special.ndtri((ranks - 0.5) / field.size), np.float32)
+
+
+def make_landscape(rng: np.random.Generator, size_px: int) -> Landscape:
+    """Draw the latent fields, made uncorrelated over the raster, and the tracks."""
+    cells = size_px // CELL_PX
+    drawn = [spectral_noise(rng, cells, length / CELL_PX).ravel() for length in _LENGTH_PX]
+    independent = np.linalg.qr(np.stack([np.ones(cells * cells), *drawn], axis=1))[0][:, 1:]
+    signs = np.sign(np.sum(independent * np.stack(drawn, axis=1), axis=0))
+    fields = np.stack([normal_by_rank(f.reshape(cells, cells)) for f in (independent * signs).T])
+    return Landscape(size_px, fields, _draw_tracks(rng, cells))
+
+
+def _draw_tracks(rng: np.random.Generator, cells: int) -> Array:
+    """Let a few tracks wander across; give each cell's distance to them in metres."""
+    free = np.ones((cells, cells), bool)
+    along = np.linspace(0, cells - 1, 4 * cells)
+    for number in range(max(2, round(3 * cells / 256))):
+        knots = np.cumsum(rng.normal(0, 0.10 * cells, 6)) + cells * rng.uniform(0.15, 0.85)
+        bend = stats.zscore(spectral_noise(rng, cells, 12.0)[0])
+        across = np.interp(along, np.linspace(0, cells - 1, 6), ndimage.gaussian_filter1d(knots, 1))
+        across = across + 2.5 * np.interp(along, np.arange(cells), bend)
+        inside = (across >= 0) & (across < cells)
+        rows, cols = across[inside].astype(int), along[inside].astype(int)
+        if number % 2:
+            rows, cols = cols, rows
+        free[rows, cols] = False
+    distance = ndimage.distance_transform_edt(free)
+    return np.asarray(distance * CELL_PX * RESOLUTION_M, np.float32)
+
+
+def to_pixels(cells: NDArray[np.floating]) -> Array:
+    """Interpolate cell values linearly to pixel centres; shape grows by `CELL_PX`."""
+    count = cells.shape[0]
+    position = (np.arange(count * CELL_PX) + 0.5) / CELL_PX - 0.5
+    low = np.clip(np.floor(position), 0, count - 2).astype(int)
+    weight = np.clip(position - low, 0, 1)
+    spread = np.zeros((len(position), count), np.float32)
+    spread[np.arange(len(position)), low] = 1 - weight
+    spread[np.arange(len(position)), low + 1] += weight
+    return np.asarray(spread @ cells.astype(np.float32) @ spread.T, np.float32)
+
+
+def render_aerial(rng: np.random.Generator, landscape: Landscape) -> NDArray[np.uint8]:
+    """Photograph the landscape from the air.
+
+    Returns:
+        Digital numbers of `BANDS`, shape (4, size_px, size_px).
+    """
+    scene = _ground(rng, landscape)
+    shadow = np.zeros(scene.shape[1:], np.float32)
+    grain = rng.normal(1, 0.10, scene.shape[1:]).astype(np.float32)
+    track = to_pixels(landscape.track_m)
+    for discs in (_stones(rng, landscape, track), _crowns(rng, landscape, track)):
+        _paint(scene, shadow, grain, *discs, np.array(_SUN, np.float32))
+    scene *= 1 - 0.62 * np.minimum(ndimage.gaussian_filter(shadow, 0.5), 1)
+    scene *= to_pixels(_hill_shade(landscape))
+    scene = _TONE[:, None, None] * scene ** (1 / 1.6)
+    scene *= _exposure(rng, landscape.size_px)
+    for band in scene:
+        band[:] = ndimage.gaussian_filter(band, 0.45)
+        band += rng.normal(0, 2.0, band.shape).astype(np.float32)
+    return np.clip(np.rint(scene), 1, 255).astype(np.uint8)
+
+
+def _hill_shade(landscape: Landscape) -> Array:
+    """Lambert's cosine relative to flat ground, per cell, between 0.6 and 1.4."""
+    south, east = np.gradient(landscape.fields[0].astype(np.float64) * 1.3)
+    up = 1 / np.sqrt(1 + south**2 + east**2)
+    cosine = (-_SUN[0] * south - _SUN[1] * east + _SUN[2]) * up / _SUN[2]
+    return np.asarray(1 + 0.4 * np.tanh((cosine - 1) / 0.4), np.float32)
+
+
+def _ground(rng: np.random.Generator, landscape: Landscape) -> Array:
+    """Open ground: bare soil by soil, green patches by moisture, mottles, rills and tracks."""
+    size = landscape.size_px
+    _, moisture, _, soil = (to_pixels(field) for field in landscape.fields)
+
+    def noise(*sigma: float) -> Array:
+        field = ndimage.gaussian_filter(rng.standard_normal((size, size), np.float32), sigma)
+        return np.asarray(field / field.std(), np.float32)
+
+    rich = special.ndtr(1.2 * soil)
+    rills = ndimage.rotate(noise(1.2, 9.0), 35, reshape=False, order=1, mode="mirror")
+    mottle = np.exp(0.07 * noise(1.0, 1.0) + 0.13 * rich * rills + 0.05 * noise(5.0, 5.0))
+    patches = noise(3.5, 3.5) + 0.35 * noise(1.2, 1.2)
+    threshold = special.ndtri(np.clip(green_share(moisture), 0.01, 0.99)) * np.hypot(1, 0.35)
+    green = special.expit((threshold - patches) * 5)
+    path = special.expit((1.9 - to_pixels(landscape.track_m) / RESOLUTION_M) * 2)
+    albedo = np.exp(0.10 * to_pixels(spectral_noise(rng, size // CELL_PX, 20.0)))
+    scene = np.empty((4, size, size), np.float32)
+    for band in range(4):
+        bare = _GREY[band] + (_OCHRE[band] - _GREY[band]) * rich
+        scene[band] = (bare + (_GRASS[band] - bare) * green) * mottle * albedo
+        scene[band] += (_TRACK[band] - scene[band]) * path
+    return scene
+
+
+def _scatter(
+    rng: np.random.Generator, landscape: Landscape, per_pixel: Array, track: Array, clear_px: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.intp], NDArray[np.intp]]:
+    """Draw a Poisson pattern with an intensity per cell, off the tracks; give cells as well."""
+    size = landscape.size_px
+    most = float(per_pixel.max())
+    count = rng.poisson(most * size * size)
+    rows, cols = rng.uniform(0, size, (2, count))
+    i, j = (rows // CELL_PX).astype(np.intp), (cols // CELL_PX).astype(np.intp)
+    keep = rng.uniform(0, most, count) < per_pixel[i, j]
+    keep &= track[rows.astype(int), cols.astype(int)] > clear_px * RESOLUTION_M
+    return rows[keep], cols[keep], i[keep], j[keep]
+
+
+Discs = tuple[Array, Array, Array, Array, Array, float]
+
+
+def _stones(rng: np.random.Generator, landscape: Landscape, track: Array) -> Discs:
+    """Boulders: small bright discs with short shadows."""
+    rows, cols, *_ = _scatter(rng, landscape, stoniness(landscape.fields[3]), track, 3.0)
+    radius = 0.7 + rng.gamma(2.0, 0.28, len(rows))
+    tone = _STONE * rng.lognormal(0, 0.10, (len(rows), 1))
+    phase = rng.uniform(0, 2 * np.pi, len(rows))
+    return *(np.asarray(a, np.float32) for a in (rows, cols, radius, phase, tone)), 0.9
+
+
+def _crowns(rng: np.random.Generator, landscape: Landscape, track: Array) -> Discs:
+    """Trees and shrubs, shortest first; each keeps its distance from those before it."""
+    elevation, moisture, canopy, _ = landscape.fields
+    mean_radius = crown_radius_px(elevation)
+    wanted = -np.log1p(-crown_cover(canopy)) * 1.25 / (np.pi * mean_radius**2)
+    rows, cols, i, j = _scatter(rng, landscape, wanted, track, 4.0)
+    radius = mean_radius[i, j] * rng.lognormal(0, 0.16, len(rows))
+    keep = _spaced(rows, cols, radius, 0.62, landscape.size_px)
+    rows, cols, radius, i, j = (a[keep] for a in (rows, cols, radius, i, j))
+    order = np.argsort(radius, kind="stable")
+    rows, cols, radius, i, j = (a[order] for a in (rows, cols, radius, i, j))
+    moist = special.ndtr(1.2 * moisture[i, j] + rng.normal(0, 0.35, len(rows)))[:, None]
+    tone = (_DRY_CROWN + (_MOIST_CROWN - _DRY_CROWN) * moist) * rng.lognormal(
+        0, 0.10, (len(rows), 1)
+    )
+    phase = rng.uniform(0, 2 * np.pi, len(rows))
+    return *(np.asarray(a, np.float32) for a in (rows, cols, radius, phase, tone)), 1.5
+
+
+def _exposure(rng: np.random.Generator, size: int) -> Array:
+    """Multiplicative nuisance per band: flight lines with seams, and slow drift.
+
+    Returns:
+        Gain around 1, shape (4, size, size); strips differ by up to 30%, bands within a strip by
+        up to 10%, and drift adds about 10% overall and 5% per band.
+    """
+    lines = max(2, round(size / 380))
+    edges = np.sort(np.linspace(0, size, lines + 1)[1:-1] + rng.uniform(-40, 40, lines - 1))
+    tilt = rng.uniform(-0.06, 0.06) * np.arange(size)[:, None]
+    position = np.arange(size)[None, :] + tilt + 2.0 * rng.standard_normal((size, 1)).cumsum(0) / 20
+    strip = np.searchsorted(edges, position)
+    gain = rng.uniform(0.76, 1.26, (lines, 1)) * rng.uniform(0.90, 1.10, (lines, 4))
+    starts, ends = np.r_[0.0, edges], np.r_[edges, float(size)]
+    across = (position - starts[strip]) / (ends - starts)[strip] - 0.5
+    swath = 1 + rng.uniform(-0.22, 0.22, lines)[strip] * across
+    cells = size // CELL_PX
+    drift = 0.10 * to_pixels(spectral_noise(rng, cells, 60.0))
+    exposure = np.empty((4, size, size), np.float32)
+    for band in range(4):
+        cast = 0.05 * to_pixels(spectral_noise(rng, cells, 45.0))
+        exposure[band] = gain[strip, band] * swath * np.exp(drift + cast)
+    return exposure
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _spaced(
+    rows: NDArray[np.float64],
+    cols: NDArray[np.float64],
+    radius: NDArray[np.float64],
+    reach: float,
+    size: int,
+) -> NDArray[np.bool_]:
+    """Refuse each disc whose centre falls within `reach` radii of one accepted before."""
+    taken = np.zeros((size, size), np.bool_)
+    keep = np.zeros(len(rows), np.bool_)
+    for n in range(len(rows)):
+        if taken[int(rows[n]), int(cols[n])]:
+            continue
+        keep[n] = True
+        far = radius[n] * reach
+        for row in range(max(0, int(rows[n] - far)), min(size, int(rows[n] + far) + 1)):
+            for col in range(max(0, int(cols[n] - far)), min(size, int(cols[n] + far) + 1)):
+                if (row + 0.5 - rows[n]) ** 2 + (col + 0.5 - cols[n]) ** 2 < far * far:
+                    taken[row, col] = True
+    return keep
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _paint(
+    scene: Array,
+    shadow: Array,
+    grain: Array,
+    rows: Array,
+    cols: Array,
+    radius: Array,
+    phase: Array,
+    tone: Array,
+    height: float,
+    sun: Array,
+) -> None:
+    """Draw shaded discs in order, each over its predecessors, with their cast shadows.
+
+    Args:
+        scene: Reflectance, shape (4, H, W); changed in place.
+        shadow: Share of each pixel in shadow, shape (H, W); changed in place.
+        grain: Texture that multiplies the tone, shape (H, W).
+        rows: Centres, shape (N,).
+        cols: Centres, shape (N,).
+        radius: Pixels, shape (N,).
+        phase: Angle of the outline's wobble, radians, shape (N,).
+        tone: Reflectance, shape (N, 4).
+        height: Shadow length in radii.
+        sun: Unit vector to the sun (rows, columns, up), shape (3,).
+    """
+    size = scene.shape[1]
+    for n in range(len(rows)):
+        r, y, x = radius[n], rows[n], cols[n]
+        reach = 1.2 * r + 1
+        down, right = -sun[0] * height * r, -sun[1] * height * r
+        for row in range(
+            max(0, int(y - reach + min(down, 0))), min(size, int(y + reach + max(down, 0)) + 1)
+        ):
+            for col in range(
+                max(0, int(x - reach + min(right, 0))),
+                min(size, int(x + reach + max(right, 0)) + 1),
+            ):
+                dy, dx = row + 0.5 - y, col + 0.5 - x
+                # The shadow is the disc swept along the sun's azimuth.
+                along = (dy * down + dx * right) / (down * down + right * right)
+                along = min(max(along, 0.0), 1.0)
+                off = np.sqrt((dy - along * down) ** 2 + (dx - along * right) ** 2)
+                cast = min(max(r * (1 - 0.25 * along) - off + 0.5, 0.0), 1.0)
+                if cast > shadow[row, col]:
+                    shadow[row, col] = cast
+        for row in range(max(0, int(y - reach)), min(size, int(y + reach) + 1)):
+            for col in range(max(0, int(x - reach)), min(size, int(x + reach) + 1)):
+                dy, dx = row + 0.5 - y, col + 0.5 - x
+                angle = np.arctan2(dy, dx)
+                edge = r * (
+                    1
+                    + 0.09 * np.sin(3 * angle + phase[n])
+                    + 0.06 * np.sin(5 * angle - 2 * phase[n])
+                )
+                distance = np.sqrt(dy * dy + dx * dx)
+                alpha = min(max(edge - distance + 0.5, 0.0), 1.0)
+                if alpha <= 0:
+                    continue
+                u = min(distance / edge, 1.0)
+                up = np.sqrt(1 - 0.9 * u * u)
+                lit = (dy * sun[0] + dx * sun[1]) / edge * 0.95 + up * sun[2]
+                light = (0.42 + 0.95 * max(lit, 0.0)) * grain[row, col]
+                for band in range(4):
+                    value = tone[n, band] * light
+                    scene[band, row, col] += (value - scene[band, row, col]) * alpha
+                shadow[row, col] *= 1 - alpha
