@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from speciesmap.errors import ObservationsError
 from speciesmap.rasters.windows import window_start
+
+from speciesmap.errors import ObservationsError
 
 if TYPE_CHECKING:
     import geopandas as gpd

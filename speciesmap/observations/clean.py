@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+
 from speciesmap.errors import ObservationsError
 
 if TYPE_CHECKING:

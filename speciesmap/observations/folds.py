@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import cKDTree
+
 from speciesmap.errors import ObservationsError
 
 
@@ -125,12 +126,12 @@ def separated(
         ObservationsError: The arrays differ in length or a position is not finite.
     """
     points = _positions(x_m, y_m)
-    folds = np.asarray(fold)
+    folds = np.asarray(fold, dtype=np.int64)
     if folds.shape != (len(points),):
         raise ObservationsError(
             f"{folds.shape} fold ids for {len(points)} points; give one fold id per point"
         )
-    held_out = folds == k
+    held_out: NDArray[np.bool_] = folds == k
     training = ~held_out
     if held_out.any() and training.any():
         nearest, _ = cKDTree(points[held_out]).query(points[training], p=np.inf)

@@ -1,0 +1,406 @@
+"""Chips: cut the aerial window of every observation and store it with its ground photos."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from speciesmap.datasets.paired import FACTS, FRACTIONS, PairedWriter
+from speciesmap.errors import DatasetError
+from speciesmap.outputs import replacing
+from speciesmap.progress import track
+from speciesmap.rasters.windows import window_start
+from speciesmap.taxa import Taxon
+
+if TYPE_CHECKING:
+    import geopandas as gpd
+
+    from speciesmap.rasters.imagery import Imagery
+
+log = logging.getLogger("speciesmap")
+
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp")
+MAX_PHOTO_BYTES = 100_000_000
+BLOCK_PX = 1024
+BATCH_OBSERVATIONS = 64
+
+OUTSIDE = "window leaves the imagery"
+MISSING = "window has missing pixels"
+UNCERTAIN = "position too uncertain"
+OBSCURED = "position obscured"
+NO_PHOTO = "photo missing"
+BAD_PHOTO = "photo unreadable"
+
+
+@dataclass(frozen=True)
+class ChipsReport:
+    """What became of the observations.
+
+    Attributes:
+        path: The data set.
+        observations: How many were given.
+        kept: How many of them are in the data set.
+        rows: Rows of the data set; one per photo, so an observation may have several.
+        taxa: How many taxa the rows hold.
+        left_out: For each reason, how many observations or photos it excluded.
+    """
+
+    path: Path
+    observations: int
+    kept: int
+    rows: int
+    taxa: int
+    left_out: dict[str, int]
+
+
+def make_chips(
+    observations: gpd.GeoDataFrame,
+    imagery: Imagery,
+    out: str | Path,
+    *,
+    window_px: int = 256,
+    photos: Path | None = None,
+    photo_px: int = 512,
+    min_valid: float = 1.0,
+    uncertainty_max_m: float | None = None,
+    imagery_date: str = "",
+    seed: int = 0,
+    overwrite: bool = False,
+) -> ChipsReport:
+    """Write a paired data set: for each observation its aerial window and its photos.
+
+    The window is the one whose centre is nearest to the observation. An observation is left out,
+    never replaced, and named in the data set's `report.csv` when its window leaves the imagery or
+    has too many missing pixels, when its position is obscured or less certain than half a window,
+    or when photos are asked for and it has none that can be read.
+
+    A photo is looked for in `photos` by the file name in the column `photo` (several names are
+    separated by `|`), else as `<observation_id>.<jpg, png, ...>`; nothing is downloaded. A JPEG
+    whose long side is at most `photo_px` is stored byte for byte, any other photo is turned
+    upright, reduced to `photo_px` and stored as JPEG of quality 90.
+
+    A row is `supervised` when its taxon is a species and its record research grade (or from a
+    source that does not grade). The columns `finetune_*percent` are nested random subsets of the
+    supervised observations; all photos of an observation share them.
+
+    Args:
+        observations: As `read_observations` gives them.
+        imagery: Where the windows are cut.
+        out: The data set's folder.
+        window_px: Side of a window in pixels.
+        photos: Folder of ground photos; without it the data set has aerial windows only.
+        photo_px: Longest side of a stored photo.
+        min_valid: Least share of a window's pixels that must be valid.
+        uncertainty_max_m: Largest uncertainty of a position; half a window by default.
+        imagery_date: When the imagery was taken, for the column `rs_image_date`.
+        seed: Decides the label fractions.
+        overwrite: Whether an existing data set may be replaced.
+
+    Returns:
+        The counts, also in the data set's `report.json`.
+
+    Raises:
+        DatasetError: Nothing is left, or an argument is out of range.
+        OutputError: The output exists and may not be replaced.
+    """
+    out = Path(out)
+    if window_px < 1 or photo_px < 1:
+        raise DatasetError(f"window_px={window_px}, photo_px={photo_px}; both must be at least 1")
+    if photos is not None and not photos.is_dir():
+        raise DatasetError(f"there is no folder of photos {photos}; check --photos")
+    limit_m = window_px * imagery.resolution_m / 2
+    if uncertainty_max_m is not None:
+        limit_m = uncertainty_max_m
+    observations = observations.reset_index(drop=True)
+    taxa = _taxa(observations)
+    facts = _facts(observations, taxa, seed, imagery_date)
+    starts = _starts(observations, imagery, window_px)
+    left_out = _Left(observations)
+    candidates = _candidates(observations, imagery, starts, window_px, limit_m, left_out)
+
+    finder = None if photos is None else _PhotoFinder(photos)
+    batches = [
+        candidates[k : k + BATCH_OBSERVATIONS].tolist()
+        for k in range(0, len(candidates), BATCH_OBSERVATIONS)
+    ]
+    seen: set[str] = set()
+    used: set[int] = set()
+    with (
+        replacing(out, overwrite=overwrite) as beside,
+        PairedWriter(beside, imagery.bands, window_px, imagery.dtype) as writer,
+        ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,
+    ):
+        for batch in track(batches, f"Cutting chips from {imagery.source}"):
+            rows, windows = [], []
+            for row in batch:
+                top, left = starts[row].tolist()
+                pixels, valid = imagery.read(top, left, window_px, window_px)
+                if valid.mean() < min_valid:
+                    left_out.add(row, MISSING, f"{valid.mean():.1%} valid")
+                else:
+                    rows.append(row)
+                    windows.append(pixels)
+            encoded = _encode(finder, observations, rows, photo_px, pool, left_out)
+            repeats = [k for k, of_row in enumerate(encoded) for _ in of_row]
+            if not repeats:
+                continue
+            part = facts.iloc[[rows[k] for k in repeats]].copy()
+            identity = part["observation_uuid"]
+            part["rs_classification"] = ~identity.isin(seen) & ~identity.duplicated()
+            part["gl_photo_id"] = np.arange(writer.rows, writer.rows + len(part))
+            writer.write(
+                part,
+                np.stack([windows[k] for k in repeats]),
+                [photo for of_row in encoded for photo in of_row],
+            )
+            seen.update(identity)
+            used.update(part["taxon_id"])
+        if not writer.rows:
+            raise DatasetError(
+                f"none of {len(observations)} observations could be paired with "
+                f"{imagery.source}: {left_out.summary() or 'there are none'}; check that imagery, "
+                "observations and photos belong together"
+            )
+        writer.finish(
+            taxa,
+            imagery.resolution_m,
+            imagery={"source": imagery.source, "fingerprint": imagery.fingerprint},
+            min_valid=min_valid,
+            uncertainty_max_m=limit_m,
+            photo_px=photo_px,
+            seed=seed,
+        )
+        report = ChipsReport(
+            path=out,
+            observations=len(set(facts["observation_uuid"])),
+            kept=len(seen),
+            rows=writer.rows,
+            taxa=len(used),
+            left_out=left_out.counts(),
+        )
+        left_out.write(beside, report)
+    if report.left_out:
+        log.info("left out of %s: %s", out, left_out.summary())
+    return report
+
+
+class _Left:
+    """What was left out, by observation and reason."""
+
+    def __init__(self, observations: gpd.GeoDataFrame) -> None:
+        self._observations = observations
+        self._entries: list[tuple[int, str, str]] = []
+
+    def add(self, row: int, reason: str, detail: str = "") -> None:
+        self._entries.append((row, reason, detail))
+
+    def counts(self) -> dict[str, int]:
+        reasons = [reason for _, reason, _ in self._entries]
+        return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+
+    def summary(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in self.counts().items())
+
+    def write(self, folder: Path, report: ChipsReport) -> None:
+        text = json.dumps(asdict(report), indent=1, default=str)
+        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+        with (folder / "report.csv").open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["observation_id", "taxon", "longitude", "latitude", "reason", "detail"])
+            facts = self._observations[["observation_id", "taxon", "longitude", "latitude"]]
+            for row, reason, detail in sorted(self._entries):
+                table.writerow([*facts.iloc[row].tolist(), reason, detail])
+
+
+def _taxa(observations: gpd.GeoDataFrame) -> tuple[Taxon, ...]:
+    """List the observations' taxa in alphabetical order, each with its fullest lineage."""
+    rows = observations[["taxon", "lineage"]].drop_duplicates()
+    rows = rows.assign(length=rows["lineage"].str.len())
+    rows = rows.sort_values(["taxon", "length"], ascending=[True, False]).drop_duplicates("taxon")
+    return tuple(
+        Taxon(name, tuple(part for part in lineage.split("/") if part))
+        for name, lineage in zip(rows["taxon"], rows["lineage"], strict=True)
+    )
+
+
+def _starts(observations: gpd.GeoDataFrame, imagery: Imagery, window_px: int) -> NDArray[np.int64]:
+    """First pixel (row, column) of each observation's window, shape (N, 2)."""
+    rows, cols = imagery.rowcol(
+        observations["longitude"].to_numpy(), observations["latitude"].to_numpy()
+    )
+    outside = -10 * (window_px + 1)
+    starts = [
+        window_start(r, c, window_px) if np.isfinite(r) and np.isfinite(c) else (outside, outside)
+        for r, c in zip(rows.tolist(), cols.tolist(), strict=True)
+    ]
+    return np.array(starts, dtype=np.int64).reshape(-1, 2)
+
+
+def _candidates(
+    observations: gpd.GeoDataFrame,
+    imagery: Imagery,
+    starts: NDArray[np.int64],
+    window_px: int,
+    limit_m: float,
+    left_out: _Left,
+) -> NDArray[np.int64]:
+    """Rows that may be cut, in an order that visits the raster block by block."""
+    height, width = imagery.geobox.shape
+    inside = (starts >= 0).all(axis=1) & (starts + window_px <= [height, width]).all(axis=1)
+    uncertainty = observations["uncertainty_m"].to_numpy()
+    uncertain = uncertainty > limit_m
+    obscured = observations["obscured"].to_numpy(dtype=bool)
+    for row in np.flatnonzero(obscured).tolist():
+        left_out.add(row, OBSCURED)
+    for row in np.flatnonzero(uncertain & ~obscured).tolist():
+        left_out.add(row, UNCERTAIN, f"{uncertainty[row]:g} m, at most {limit_m:g} m")
+    for row in np.flatnonzero(~inside & ~uncertain & ~obscured).tolist():
+        left_out.add(row, OUTSIDE)
+    rows = np.flatnonzero(inside & ~uncertain & ~obscured)
+    top, left = starts[rows].T
+    return rows[np.lexsort((left, top, left // BLOCK_PX, top // BLOCK_PX))]
+
+
+def _facts(
+    observations: gpd.GeoDataFrame, taxa: Sequence[Taxon], seed: int, imagery_date: str
+) -> pd.DataFrame:
+    """The columns of `FACTS` for every observation."""
+    position = {taxon.name: k for k, taxon in enumerate(taxa)}
+    names = observations["taxon"].map(lambda name: " ".join(name.split()))
+    identity = observations["observation_id"].astype(str)
+    supervised = (observations["rank"] == "species") & observations["quality_grade"].isin(
+        ["research", ""]
+    )
+    facts = pd.DataFrame(
+        {
+            "observation_uuid": identity,
+            "latitude": observations["latitude"],
+            "longitude": observations["longitude"],
+            "positional_accuracy": np.ceil(observations["uncertainty_m"]).astype("Int64"),
+            "taxon_id": names.map(position),
+            "quality_grade": observations["quality_grade"],
+            "gl_image_date": observations["date"].dt.strftime("%Y-%m-%d").fillna(""),
+            "ancestry": observations["lineage"],
+            "rank": observations["rank"],
+            "name": names,
+            "gl_inat_id": identity,
+            "gl_photo_id": 0,
+            "license": observations["license"],
+            "observer_id": observations["observer"],
+            "rs_classification": False,
+            "ecoregion": "",
+            "supervised": supervised,
+            "rs_image_date": imagery_date,
+        }
+    )
+    labelled = identity[supervised].unique()
+    rank = np.random.default_rng(seed).permutation(len(labelled)) + 0.5
+    order = identity.map(dict(zip(labelled, rank, strict=True)))
+    for percent in FRACTIONS:
+        chosen = order <= float(percent) / 100 * len(labelled)
+        facts[f"finetune_{percent}percent"] = chosen & supervised
+    return facts[list(FACTS)]
+
+
+class _PhotoFinder:
+    """Finds the photo files of an observation in one folder, listed once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._by_name = {file.name: file for file in folder.rglob("*") if file.is_file()}
+        self._by_stem = {
+            file.stem: file
+            for file in sorted(self._by_name.values(), reverse=True)
+            if file.suffix.lower() in PHOTO_SUFFIXES
+        }
+
+    def find(self, photo: str, identity: str) -> list[tuple[str, Path | None]]:
+        """Names of an observation's photos with the file of each, None where there is none."""
+        found: list[tuple[str, Path | None]] = []
+        for name in (part.strip() for part in photo.split("|")):
+            if name:
+                base = PurePosixPath(urlsplit(name).path if "://" in name else name).name
+                found.append((name, self._by_name.get(base)))
+        if all(file is None for _, file in found):
+            own = self._by_stem.get(identity)
+            if own is not None:
+                return [(own.name, own)]
+        return found or [(f"{identity}.jpg", None)]
+
+
+def _encode(
+    finder: _PhotoFinder | None,
+    observations: gpd.GeoDataFrame,
+    rows: Sequence[int],
+    photo_px: int,
+    pool: ThreadPoolExecutor,
+    left_out: _Left,
+) -> list[list[dict[str, Any] | None]]:
+    """Encoded photos of each row; [None] where photos are not wanted, [] where none can be read."""
+    if finder is None:
+        return [[None] for _ in rows]
+    encoded: list[list[dict[str, Any] | None]] = [[] for _ in rows]
+    jobs: list[tuple[int, str, Path]] = []
+    for k, row in enumerate(rows):
+        observation = observations.iloc[row]
+        for name, file in finder.find(
+            str(observation["photo"]), str(observation["observation_id"])
+        ):
+            if file is None:
+                left_out.add(row, NO_PHOTO, name)
+            else:
+                jobs.append((k, name, file))
+    results: Iterator[bytes | str] = pool.map(lambda job: encode_photo(job[2], photo_px), jobs)
+    for (k, name, _), result in zip(jobs, results, strict=True):
+        if isinstance(result, str):
+            left_out.add(rows[k], BAD_PHOTO, f"{name}: {result}")
+        else:
+            encoded[k].append({"bytes": result, "path": PurePosixPath(name).name})
+    return encoded
+
+
+def encode_photo(file: Path, photo_px: int) -> bytes | str:
+    """Read a photo whole and give it as a JPEG of bounded size.
+
+    Args:
+        file: Any image file that Pillow reads.
+        photo_px: Longest side of the result.
+
+    Returns:
+        The JPEG, or in words why the photo cannot be used: too large to be sane, truncated, not an
+        image.
+    """
+    try:
+        size = file.stat().st_size
+        if size > MAX_PHOTO_BYTES:
+            return f"{size / 1e6:.0f} MB, at most {MAX_PHOTO_BYTES / 1e6:.0f} MB"
+        original = file.read_bytes()
+        with Image.open(io.BytesIO(original)) as image:
+            small = max(image.size) <= photo_px
+            upright = image.getexif().get(0x0112, 1) == 1
+            as_is = small and upright and image.format == "JPEG" and image.mode in ("RGB", "L")
+            image.draft("RGB", (photo_px, photo_px))
+            image.load()
+            if as_is:
+                return original
+            photo = ImageOps.exif_transpose(image).convert("RGB")
+        photo.thumbnail((photo_px, photo_px), Image.Resampling.LANCZOS)
+        stored = io.BytesIO()
+        photo.save(stored, "JPEG", quality=90)
+        return stored.getvalue()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return str(error) or type(error).__name__

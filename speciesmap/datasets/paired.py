@@ -1,0 +1,640 @@
+"""Paired data sets: Parquet in the columns of Nature Multi-View, readable by Hugging Face.
+
+A data set is a folder of Parquet files, each row one ground photo with the aerial window around
+the place where it was taken. What this project writes carries a `dataset.json` with the facts that
+the columns cannot hold (bands, resolution, taxa with their lineages); a folder downloaded from the
+hub has none, and then Nature Multi-View's own values hold: red, green, blue, nir at 0.6 m.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from speciesmap.errors import DatasetError
+from speciesmap.outputs import replacing
+from speciesmap.progress import track
+from speciesmap.taxa import Taxon
+
+AERIAL = "rs_image"
+GROUND = "gl_image"
+NMV_BANDS = ("red", "green", "blue", "nir")
+NMV_RESOLUTION_M = 0.6
+FRACTIONS = ("0.25", "0.5", "1.0", "2.5", "5.0", "10.0", "20.0", "100.0")
+"""Shares of labelled rows, in percent, as Nature Multi-View names them."""
+
+FACTS: dict[str, str] = {
+    "observation_uuid": "string",
+    "latitude": "float32",
+    "longitude": "float32",
+    "positional_accuracy": "int64",
+    "taxon_id": "int64",
+    "quality_grade": "string",
+    "gl_image_date": "string",
+    "ancestry": "string",
+    "rank": "string",
+    "name": "string",
+    "gl_inat_id": "string",
+    "gl_photo_id": "int64",
+    "license": "string",
+    "observer_id": "string",
+    "rs_classification": "bool",
+    "ecoregion": "string",
+    "supervised": "bool",
+    **{f"finetune_{percent}percent": "bool" for percent in FRACTIONS},
+    "rs_image_date": "string",
+}
+"""The columns beside the two images, with the types of Nature Multi-View."""
+
+SIDECAR = "dataset.json"
+IN_MEMORY_BYTES = 1 << 28
+BATCH_ROWS = 32
+
+
+def schema(dtype: np.dtype[Any]) -> pa.Schema:
+    """Give the Parquet schema of a paired data set, with Hugging Face's feature types in it.
+
+    Args:
+        dtype: Type of the aerial pixels.
+    """
+    pixel = pa.from_numpy_dtype(dtype)
+    aerial = pa.list_(pa.list_(pa.list_(pixel)))
+    ground = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    value = {name: {"dtype": kind, "_type": "Value"} for name, kind in FACTS.items()}
+    features = {
+        **value,
+        GROUND: {"_type": "Image"},
+        AERIAL: [[[{"dtype": str(np.dtype(dtype)), "_type": "Value"}]]],
+    }
+    columns = [(name, pa.type_for_alias(kind)) for name, kind in FACTS.items()]
+    return pa.schema(
+        [*columns, (GROUND, ground), (AERIAL, aerial)],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
+
+
+class PairedWriter:
+    """Write a paired data set into a folder, batch by batch, in files of bounded size.
+
+    Use it as a context manager and call `finish` before the block ends.
+
+    Args:
+        folder: Where to write; it is created.
+        bands: Names of the aerial bands.
+        window_px: Side of the aerial windows in pixels.
+        dtype: Type of the aerial pixels.
+    """
+
+    FILE_BYTES = 1 << 29
+    GROUP_BYTES = 1 << 24
+
+    def __init__(
+        self, folder: Path, bands: Sequence[str], window_px: int, dtype: np.dtype[Any]
+    ) -> None:
+        self.folder = folder
+        self.bands = tuple(bands)
+        self.window_px = window_px
+        self.dtype = np.dtype(dtype)
+        self.rows = 0
+        self.photos = 0
+        self._schema = schema(self.dtype)
+        window_bytes = len(self.bands) * window_px**2 * self.dtype.itemsize
+        self._file_rows = max(64, self.FILE_BYTES // window_bytes)
+        self._group_rows = min(max(16, self.GROUP_BYTES // window_bytes), self._file_rows)
+        self._parts: list[Path] = []
+        self._writer: pq.ParquetWriter | None = None
+        self._in_file = 0
+        (folder / "data").mkdir(parents=True)
+
+    def __enter__(self) -> PairedWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the open file; nothing is renamed if the block failed."""
+        self._close()
+
+    def write(
+        self,
+        facts: pd.DataFrame,
+        windows: NDArray[Any],
+        photos: Sequence[Mapping[str, Any] | None],
+    ) -> None:
+        """Append rows.
+
+        Args:
+            facts: The columns of `FACTS`, N rows.
+            windows: Aerial pixels, shape (N, B, P, P).
+            photos: Per row the encoded image as `{"bytes": ..., "path": name}`, or None.
+
+        Raises:
+            DatasetError: The three do not fit each other.
+        """
+        wanted = (len(facts), len(self.bands), self.window_px, self.window_px)
+        if windows.shape != wanted or len(photos) != len(facts):
+            raise DatasetError(
+                f"{len(facts)} rows of facts, {len(photos)} photos and windows of shape "
+                f"{windows.shape} do not fit; expected {wanted}"
+            )
+        columns = [
+            pa.array(facts[name], pa.type_for_alias(kind), from_pandas=True)
+            for name, kind in FACTS.items()
+        ]
+        columns += [
+            pa.array(list(photos), self._schema.field(GROUND).type),
+            _nested(np.ascontiguousarray(windows, dtype=self.dtype)),
+        ]
+        table = pa.Table.from_arrays(columns, schema=self._schema)
+        self.rows += len(facts)
+        self.photos += sum(photo is not None for photo in photos)
+        while table.num_rows:
+            if self._writer is None or self._in_file == self._file_rows:
+                self._open()
+            assert self._writer is not None
+            part = table.slice(0, self._file_rows - self._in_file)
+            self._writer.write_table(part, row_group_size=self._group_rows)
+            self._in_file += part.num_rows
+            table = table.slice(part.num_rows)
+
+    def finish(self, taxa: Sequence[Taxon], resolution_m: float, **facts: Any) -> None:
+        """Close the files, give them the hub's names and write `dataset.json`.
+
+        Args:
+            taxa: All taxa of the rows; `taxon_id` counts in this order.
+            resolution_m: Side of an aerial pixel on the ground, in metres.
+            facts: Whatever else a reader should know, as JSON values.
+        """
+        self._close()
+        total = len(self._parts)
+        for k, part in enumerate(self._parts):
+            part.rename(part.with_name(f"train-{k:05d}-of-{total:05d}.parquet"))
+        sidecar = {
+            "rows": self.rows,
+            "photos": self.photos,
+            "bands": list(self.bands),
+            "window_px": self.window_px,
+            "resolution_m": resolution_m,
+            "dtype": str(self.dtype),
+            "taxa": [{"name": t.name, "lineage": list(t.lineage)} for t in taxa],
+            **facts,
+        }
+        text = json.dumps(sidecar, indent=1, ensure_ascii=False)
+        (self.folder / SIDECAR).write_text(text + "\n", encoding="utf-8")
+
+    def _open(self) -> None:
+        self._close()
+        part = self.folder / "data" / f"part-{len(self._parts):05d}.parquet"
+        self._parts.append(part)
+        self._writer = pq.ParquetWriter(part, self._schema, compression="zstd")
+        self._in_file = 0
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _nested(windows: NDArray[Any]) -> pa.Array:
+    """Turn pixels of shape (N, B, P, P) into N lists of lists of lists, without a Python loop."""
+    column = pa.array(windows.reshape(-1))
+    for length in windows.shape[:0:-1]:
+        offsets = np.arange(0, len(column) + 1, length, dtype=np.int32)
+        column = pa.ListArray.from_arrays(pa.array(offsets), column)
+    return column
+
+
+def decode_windows(column: pa.Array, where: str = AERIAL, first_row: int = 0) -> NDArray[Any]:
+    """Turn nested lists of pixels into one array through their Arrow buffers.
+
+    Args:
+        column: Lists, large lists or lists of fixed size, three deep, of numbers; sliced or not.
+        where: What to call the column in an error.
+        first_row: Number of the column's first row, for errors.
+
+    Returns:
+        Pixels as stored, shape (N, B, P, P).
+
+    Raises:
+        DatasetError: A window is missing, ragged, not three deep or not of numbers.
+    """
+    shape = [len(column)]
+    while True:
+        if isinstance(column, pa.ExtensionArray):
+            column = column.storage
+        kind = column.type
+        if column.null_count:
+            null = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+            row = first_row + null // max(1, int(np.prod(shape[1:])))
+            raise DatasetError(f"row {row} of {where} has no pixels or lacks some; leave it out")
+        if pa.types.is_fixed_size_list(kind):
+            shape.append(kind.list_size)
+        elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            lengths = np.diff(column.offsets.to_numpy())
+            length = int(lengths[0]) if len(lengths) else 0
+            odd = np.flatnonzero(lengths != length)
+            if odd.size:
+                row = first_row + int(odd[0]) // max(1, int(np.prod(shape[1:])))
+                raise DatasetError(
+                    f"row {row} of {where} has {lengths[odd[0]]} values where other rows have "
+                    f"{length}; all windows of a data set must have one shape"
+                )
+            shape.append(length)
+        else:
+            break
+        column = column.flatten()
+    if len(shape) != 4 or not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise DatasetError(
+            f"{where} holds {kind} in lists {len(shape) - 1} deep; "
+            "expected numbers in lists 3 deep: band, row, column"
+        )
+    pixels: NDArray[Any] = column.to_numpy(zero_copy_only=False).reshape(shape)
+    return pixels
+
+
+@dataclass
+class PairedDataset:
+    """Rows of aerial windows, ground photos and facts; images are read when asked for.
+
+    Images are decoded from Parquet once: into memory where they take less than 256 MB, else into
+    an Arrow file in the user's cache folder that is mapped, so that any row is one copy away and
+    the data set itself may be read-only.
+
+    Attributes:
+        path: The folder or file it was opened from.
+        facts: All columns but the images, in row order.
+        taxa: Every taxon of the rows.
+        bands: Names of the aerial bands.
+        window_px: Side of the aerial windows in pixels.
+        resolution_m: Side of an aerial pixel on the ground, in metres.
+        dtype: Type of the aerial pixels.
+        has_ground: Whether rows have photos.
+        notes: The whole of `dataset.json`, empty for a folder without one.
+    """
+
+    path: Path
+    facts: pd.DataFrame
+    taxa: tuple[Taxon, ...]
+    bands: tuple[str, ...]
+    window_px: int
+    resolution_m: float
+    dtype: np.dtype[Any]
+    has_ground: bool
+    notes: dict[str, Any] = field(default_factory=dict, repr=False)
+    _files: tuple[Path, ...] = field(default=(), repr=False)
+    _images: _Images | None = field(default=None, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.facts)
+
+    def __reduce__(self) -> tuple[Callable[..., PairedDataset], tuple[Path]]:
+        """Travel to another process as a path, never with the images."""
+        return open_paired, (self.path,)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Position in `taxa` of each row's taxon, -1 where it has none, shape (N,)."""
+        position = {taxon.name: k for k, taxon in enumerate(self.taxa)}
+        labels = self.facts["name"].map(position).fillna(-1).to_numpy(dtype=np.int64)
+        return np.asarray(labels)
+
+    def aerial(self, rows: ArrayLike | None = None) -> NDArray[Any]:
+        """Read aerial windows.
+
+        Args:
+            rows: Row numbers, in any order; all rows by default.
+
+        Returns:
+            Pixels in the data set's type, shape (N, B, P, P).
+
+        Raises:
+            DatasetError: A window is missing or ragged.
+        """
+        images = self.prepare()
+        numbers = self._rows(rows)
+        shape = (len(self.bands), self.window_px, self.window_px)
+        pixels = np.empty((len(numbers), *shape), dtype=self.dtype)
+        for k, row in enumerate(numbers):
+            pixels[k] = np.frombuffer(images.window(int(row)), self.dtype).reshape(shape)
+        return pixels
+
+    def ground(self, rows: ArrayLike | None = None) -> list[Image.Image | None]:
+        """Read ground photos as RGB, upright; None where a row has none.
+
+        Raises:
+            DatasetError: A photo does not decode.
+        """
+        images = self.prepare()
+        photos: list[Image.Image | None] = []
+        for row in self._rows(rows):
+            encoded = images.photo(int(row))
+            if encoded is None:
+                photos.append(None)
+                continue
+            try:
+                photos.append(
+                    ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
+                )
+            except (OSError, UnidentifiedImageError, SyntaxError) as error:
+                raise DatasetError(
+                    f"{self.path}: the photo of row {row} does not decode ({error}); "
+                    "make the data set again with `speciesmap chips`"
+                ) from error
+        return photos
+
+    def prepare(self) -> _Images:
+        """Decode the images if that has not happened yet; `aerial` and `ground` call this."""
+        with self._lock:
+            if self._images is None:
+                self._images = _Images.of(self)
+            return self._images
+
+    def _rows(self, rows: ArrayLike | None) -> NDArray[np.int64]:
+        if rows is None:
+            return np.arange(len(self))
+        numbers = np.asarray(rows)
+        if numbers.dtype == bool:
+            numbers = np.flatnonzero(numbers)
+        numbers = np.atleast_1d(numbers).astype(np.int64)
+        wrong = numbers[(numbers < -len(self)) | (numbers >= len(self))]
+        if wrong.size:
+            raise DatasetError(f"{self.path} has {len(self)} rows; there is no row {wrong[0]}")
+        return numbers % max(1, len(self))
+
+
+class _Images:
+    """Windows and photos of all rows as record batches of raw bytes."""
+
+    def __init__(self, source: pa.NativeFile | pa.BufferReader) -> None:
+        reader = pa.ipc.open_file(source)
+        batches = [reader.get_batch(k) for k in range(reader.num_record_batches)]
+        self._windows = [batch.column(0) for batch in batches]
+        self._photos = [batch.column(1) for batch in batches]
+        self._ends = np.cumsum([batch.num_rows for batch in batches])
+
+    @classmethod
+    def of(cls, dataset: PairedDataset) -> _Images:
+        """Decode a data set's Parquet, or find what an earlier process decoded."""
+        window_bytes = len(dataset.bands) * dataset.window_px**2 * dataset.dtype.itemsize
+        on_disk = sum(file.stat().st_size for file in dataset._files)
+        if len(dataset) * window_bytes + on_disk <= IN_MEMORY_BYTES:
+            sink = pa.BufferOutputStream()
+            cls._decode(dataset, sink)
+            return cls(pa.BufferReader(sink.getvalue()))
+        place = hashlib.sha256(str(dataset.path.resolve()).encode()).hexdigest()[:16]
+        state = repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in dataset._files])
+        name = f"{place}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.arrow"
+        cache = _cache_folder() / name
+        if not cache.exists():
+            for stale in cache.parent.glob(f"{place}-*.arrow"):
+                stale.unlink(missing_ok=True)
+            with replacing(cache, overwrite=True) as beside, pa.OSFile(str(beside), "wb") as sink:
+                cls._decode(dataset, sink)
+        return cls(pa.memory_map(str(cache), "r"))
+
+    @staticmethod
+    def _decode(dataset: PairedDataset, sink: pa.NativeFile) -> None:
+        shape = (len(dataset.bands), dataset.window_px, dataset.window_px)
+        size = int(np.prod(shape)) * dataset.dtype.itemsize
+        layout = pa.schema([("window", pa.binary(size)), ("photo", pa.large_binary())])
+        with pa.ipc.new_file(sink, layout) as out:
+            for windows, photos in track(
+                _decoded(dataset, shape),
+                f"Decoding {dataset.path.name}",
+                total=-(-len(dataset) // BATCH_ROWS),
+            ):
+                pixels = pa.FixedSizeBinaryArray.from_buffers(
+                    pa.binary(size), len(windows), [None, pa.py_buffer(windows)]
+                )
+                out.write_batch(pa.record_batch([pixels, photos], schema=layout))
+
+    def window(self, row: int) -> memoryview:
+        batch = int(np.searchsorted(self._ends, row, side="right"))
+        column = self._windows[batch]
+        k = row - (int(self._ends[batch]) - len(column))
+        size = column.type.byte_width
+        start = (column.offset + k) * size
+        return memoryview(column.buffers()[1])[start : start + size]
+
+    def photo(self, row: int) -> bytes | None:
+        batch = int(np.searchsorted(self._ends, row, side="right"))
+        column = self._photos[batch]
+        encoded: bytes | None = column[row - (int(self._ends[batch]) - len(column))].as_py()
+        return encoded
+
+
+def _decoded(
+    dataset: PairedDataset, shape: tuple[int, int, int]
+) -> Iterator[tuple[NDArray[Any], pa.Array]]:
+    """Decode a data set's files batch by batch: windows (n, B, P, P), photos as large binary."""
+    first = 0
+    for file in dataset._files:
+        parquet = _open_parquet(file)
+        columns = [AERIAL, *([GROUND] if GROUND in parquet.schema_arrow.names else [])]
+        for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
+            where = f"{AERIAL} of {file}"
+            windows = decode_windows(batch.column(AERIAL), where, first)
+            if windows.shape[1:] != shape:
+                raise DatasetError(
+                    f"row {first} of {where} is a window of shape {windows.shape[1:]}, the data "
+                    f"set's is {shape}; all windows of a data set must have one shape"
+                )
+            windows = _narrow(windows, dataset.dtype, where, first)
+            photos = pa.nulls(batch.num_rows, pa.large_binary())
+            if len(columns) == 2:
+                photos = _photo_bytes(batch.column(GROUND), file, first)
+            first += batch.num_rows
+            yield np.ascontiguousarray(windows), photos
+
+
+def _narrow(windows: NDArray[Any], dtype: np.dtype[Any], where: str, first: int) -> NDArray[Any]:
+    """Store wide integers in the data set's own type, never changing a value."""
+    if windows.dtype == dtype:
+        return windows
+    narrow = windows.astype(dtype)
+    changed = np.flatnonzero((narrow != windows).reshape(len(windows), -1).any(axis=1))
+    if changed.size:
+        worst = windows[changed[0]]
+        raise DatasetError(
+            f"row {first + changed[0]} of {where} has pixels from {worst.min()} to {worst.max()}, "
+            f"which do not fit {dtype}; scale them, or name their type as `dtype` in {SIDECAR}"
+        )
+    return narrow
+
+
+def _photo_bytes(column: pa.Array, file: Path, first: int) -> pa.Array:
+    """Take the encoded photos out of a Hugging Face image column."""
+    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        return column.cast(pa.large_binary())
+    if not pa.types.is_struct(column.type) or column.type.get_field_index("bytes") < 0:
+        raise DatasetError(
+            f"{GROUND} of {file} is {column.type}; expected a Hugging Face Image column, "
+            "a struct of bytes and path"
+        )
+    encoded = pc.struct_field(column, "bytes")
+    if column.type.get_field_index("path") >= 0:
+        paths = pc.struct_field(column, "path")
+        lost = pc.and_(encoded.is_null(), paths.is_valid())
+        if pc.any(lost).as_py():
+            row = int(np.flatnonzero(lost.to_numpy(zero_copy_only=False))[0])
+            raise DatasetError(
+                f"row {first + row} of {file} names the photo {paths[row].as_py()!r} without its "
+                "bytes; embed the files, for example with datasets' `push_to_hub` or `chips`"
+            )
+    return encoded.cast(pa.large_binary())
+
+
+def _cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    folder = (Path(home) if home else Path.home() / ".cache") / "speciesmap"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    folder = Path(tempfile.gettempdir()) / f"speciesmap-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _open_parquet(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DatasetError(f"{file} is not a readable Parquet file: {error}") from error
+
+
+def open_paired(path: str | Path) -> PairedDataset:
+    """Open a paired data set: a folder of Parquet files, or one such file.
+
+    Only the facts are read; images wait until `aerial` or `ground` is called.
+
+    Args:
+        path: What `speciesmap chips` wrote, a local copy of Nature Multi-View or of a part of it.
+
+    Raises:
+        DatasetError: No Parquet file is there, one is damaged, or a needed column is missing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = tuple(sorted(path.rglob("*.parquet")))
+        sidecar = path / SIDECAR
+    elif path.is_file():
+        files = (path,)
+        sidecar = path.parent / SIDECAR
+        if not sidecar.exists():
+            sidecar = path.parent.parent / SIDECAR
+    else:
+        raise DatasetError(f"there is no data set {path}; make one with `speciesmap chips`")
+    files = tuple(f for f in files if not f.name.startswith("."))
+    if not files:
+        raise DatasetError(f"{path} holds no Parquet file; make a data set with `speciesmap chips`")
+
+    notes = _read_sidecar(sidecar) if sidecar.exists() else {}
+    tables = []
+    ground = True
+    for file in files:
+        names = _open_parquet(file).schema_arrow.names
+        for column in (AERIAL, "latitude", "longitude", "name"):
+            if column not in names:
+                raise DatasetError(
+                    f"{file} has no column {column!r}; a paired data set has the columns of "
+                    "Nature Multi-View"
+                )
+        ground = ground and GROUND in names
+        tables.append(pq.read_table(file, columns=[n for n in names if n not in (AERIAL, GROUND)]))
+    table = pa.concat_tables(tables, promote_options="permissive")
+    if not table.num_rows:
+        raise DatasetError(f"{path} has no rows; make the data set again with other observations")
+    facts = table.to_pandas()
+
+    head = next(_open_parquet(files[0]).iter_batches(1, columns=[AERIAL]))
+    window = decode_windows(head.column(AERIAL), f"{AERIAL} of {files[0]}")[0]
+    if window.shape[1] != window.shape[2]:
+        raise DatasetError(
+            f"{files[0]} has windows of {window.shape[1]} by {window.shape[2]} pixels; "
+            "they must be square"
+        )
+    stored = np.dtype("uint8") if window.dtype == np.int64 else window.dtype
+    bands = tuple(notes.get("bands", ()))
+    if not bands:
+        known = window.shape[0] <= len(NMV_BANDS)
+        bands = NMV_BANDS[: window.shape[0]] if known else ()
+        bands = bands or tuple(f"band_{k + 1}" for k in range(window.shape[0]))
+    if len(bands) != window.shape[0]:
+        raise DatasetError(
+            f"{sidecar} names {len(bands)} bands, the windows have {window.shape[0]}; mend `bands`"
+        )
+    return PairedDataset(
+        path=path,
+        facts=facts,
+        taxa=_taxa(facts, notes, path),
+        bands=bands,
+        window_px=int(window.shape[1]),
+        resolution_m=float(notes.get("resolution_m", NMV_RESOLUTION_M)),
+        dtype=np.dtype(notes.get("dtype", stored)),
+        has_ground=ground and bool(notes.get("photos", True)),
+        notes=notes,
+        _files=files,
+    )
+
+
+def _read_sidecar(path: Path) -> dict[str, Any]:
+    try:
+        notes = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DatasetError(f"{path} is not readable JSON ({error}); make the data set again") from (
+            error
+        )
+    if not isinstance(notes, dict):
+        raise DatasetError(f"{path} holds {type(notes).__name__}, not an object; make it again")
+    return notes
+
+
+def _taxa(facts: pd.DataFrame, notes: Mapping[str, Any], path: Path) -> tuple[Taxon, ...]:
+    """List the taxa: those of `dataset.json`, else the names of the rows in alphabetical order."""
+    names = facts["name"].fillna("")
+    if "taxa" in notes:
+        taxa = tuple(Taxon(t["name"], tuple(t["lineage"])) for t in notes["taxa"])
+        unknown = set(names.unique()) - {t.name for t in taxa} - {""}
+        if unknown:
+            raise DatasetError(
+                f"{path} has rows of {sorted(unknown)[0]!r}, which {SIDECAR} does not list; "
+                "make the data set again"
+            )
+        return taxa
+    rows = pd.DataFrame({"name": names, "ancestry": facts.get("ancestry", "")})
+    rows = rows[rows["name"] != ""].drop_duplicates("name").sort_values("name")
+    return tuple(
+        Taxon(name, lineage_of(ancestry))
+        for name, ancestry in zip(rows["name"], rows["ancestry"], strict=True)
+    )
+
+
+def lineage_of(ancestry: str | None) -> tuple[str, ...]:
+    """Split an ancestry into names; iNaturalist's numbers name nothing and give none."""
+    parts = [part.strip() for part in str(ancestry or "").split("/")]
+    return tuple(p for p in parts if p and not p.isdigit())

@@ -1,0 +1,304 @@
+"""Chips hold the imagery's own pixels, and nothing is replaced or left out in silence."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import pytest
+import rasterio
+from affine import Affine
+from PIL import Image
+
+from speciesmap.datasets import chips, paired
+from speciesmap.datasets.chips import encode_photo, make_chips
+from speciesmap.datasets.paired import FACTS, FRACTIONS, open_paired
+from speciesmap.errors import DatasetError, OutputError
+from speciesmap.rasters.imagery import Imagery, open_imagery
+from speciesmap.rasters.windows import window_start
+
+SIDE = 120
+WINDOW = 16
+
+
+def write_raster(path: Path, dtype: str = "uint8", nodata: float | None = None) -> Path:
+    rng = np.random.default_rng(7)
+    high = 255 if dtype == "uint8" else 10_000
+    pixels = rng.integers(1, high, (4, SIDE, SIDE)).astype(dtype)
+    if nodata is not None:
+        pixels[:, :30, :30] = nodata
+    with rasterio.open(
+        path,
+        "w",
+        driver="GTiff",
+        width=SIDE,
+        height=SIDE,
+        count=4,
+        dtype=dtype,
+        crs="EPSG:32611",
+        transform=Affine(0.6, 0, 380_000.0, 0, -0.6, 3_760_000.0),
+        nodata=nodata,
+    ) as raster:
+        raster.write(pixels)
+        raster.descriptions = ("red", "green", "blue", "nir")
+    return path
+
+
+def write_photo(path: Path, size: tuple[int, int] = (40, 30), **options: object) -> Path:
+    rng = np.random.default_rng(len(path.name))
+    Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(
+        path, **options
+    )
+    return path
+
+
+def observe(imagery: Imagery, rows: list[float], cols: list[float], **columns: object):
+    """A table as `read_observations` gives it, at continuous pixel positions."""
+    longitude, latitude = imagery.xy(np.array(rows), np.array(cols))
+    count = len(rows)
+    defaults: dict[str, object] = {
+        "observation_id": [f"obs{k}" for k in range(count)],
+        "taxon": "Quercus agrifolia",
+        "lineage": "Plantae/Fagaceae/Quercus",
+        "rank": "species",
+        "longitude": longitude,
+        "latitude": latitude,
+        "date": pd.Timestamp("2018-05-04"),
+        "uncertainty_m": 2.0,
+        "quality_grade": "research",
+        "obscured": False,
+        "captive": False,
+        "observer": "u1",
+        "license": "CC0",
+        "photo": [f"{k}.jpg" for k in range(count)],
+        "source": "test",
+        "status": "PRESENT",
+        "basis": "",
+    }
+    table = pd.DataFrame({**defaults, **columns}, index=range(count))
+    return gpd.GeoDataFrame(
+        table, geometry=gpd.points_from_xy(longitude, latitude), crs="EPSG:4326"
+    )
+
+
+@pytest.fixture
+def imagery(tmp_path: Path) -> Imagery:
+    return open_imagery(write_raster(tmp_path / "scene.tif"))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for k in range(12):
+        write_photo(folder / f"{k}.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("window", [15, 16])
+def test_a_chip_is_the_window_of_the_raster_around_its_observation(
+    imagery: Imagery, tmp_path: Path, window: int
+) -> None:
+    rng = np.random.default_rng(0)
+    rows, cols = rng.uniform(window, SIDE - window, (2, 40))
+    table = observe(imagery, rows.tolist(), cols.tolist())
+    make_chips(table, imagery, tmp_path / "set", window_px=window)
+    data = open_paired(tmp_path / "set")
+    assert sorted(data.facts["observation_uuid"]) == sorted(table["observation_id"])
+    pixels = data.aerial()
+    for k, identity in enumerate(data.facts["observation_uuid"]):
+        n = int(identity.removeprefix("obs"))
+        top, left = window_start(rows[n], cols[n], window)
+        assert abs(top + window / 2 - rows[n]) <= 0.5 + 1e-4
+        assert abs(left + window / 2 - cols[n]) <= 0.5 + 1e-4
+        expected, _ = imagery.read(top, left, window, window)
+        np.testing.assert_array_equal(pixels[k], expected)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_hugging_face_reads_what_was_written(
+    tmp_path: Path, photos: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    datasets.disable_progress_bars()
+    scene = open_imagery(write_raster(tmp_path / f"{dtype}.tif", dtype))
+    table = observe(
+        scene, [40.2, 60.7, 50], [40.9, 30.1, 80], date=[pd.NaT, *[pd.Timestamp(0)] * 2]
+    )
+    make_chips(table, scene, tmp_path / "set", window_px=WINDOW, photos=photos)
+    ours = open_paired(tmp_path / "set")
+    theirs = datasets.load_dataset(
+        str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert theirs.column_names == [*FACTS, "gl_image", "rs_image"]
+    assert isinstance(theirs.features["gl_image"], datasets.Image)
+    for name, kind in FACTS.items():
+        assert theirs.features[name].dtype == kind
+    for k, row in enumerate(theirs):
+        pixels = np.array(row["rs_image"])
+        np.testing.assert_array_equal(pixels, ours.aerial([k])[0])
+        np.testing.assert_array_equal(np.asarray(row["gl_image"]), np.asarray(ours.ground([k])[0]))
+    assert ours.aerial().dtype == np.dtype(dtype)
+    assert sorted(ours.facts["gl_image_date"]) == ["", "1970-01-01", "1970-01-01"]
+    assert [t.name for t in ours.taxa] == ["Quercus agrifolia"]
+    assert ours.taxa[0].lineage == ("Plantae", "Fagaceae", "Quercus")
+
+
+def test_whatever_is_left_out_is_counted_and_named(tmp_path: Path, photos: Path) -> None:
+    scene = open_imagery(write_raster(tmp_path / "holes.tif", nodata=0))
+    (photos / "1.jpg").write_bytes((photos / "1.jpg").read_bytes()[:600])
+    (photos / "2.jpg").unlink()
+    (photos / "7.jpg").write_text("this is no image")
+    table = observe(
+        scene,
+        [60, 60, 60, 60, 60, 3, 32, 60, 60, 500],
+        [60, 61, 62, 63, 64, 60, 32, 65, 66, 60],
+        uncertainty_m=[2, 2, 2, 4.9, 2, 2, 2, 2, np.nan, 2],
+        obscured=[False] * 4 + [True] + [False] * 5,
+    )
+    report = make_chips(table, scene, tmp_path / "set", window_px=WINDOW, photos=photos)
+    assert report.left_out == {
+        chips.OBSCURED: 1,
+        chips.UNCERTAIN: 1,
+        chips.OUTSIDE: 2,
+        chips.MISSING: 1,
+        chips.BAD_PHOTO: 2,
+        chips.NO_PHOTO: 1,
+    }
+    assert (report.observations, report.kept, report.rows) == (10, 2, 2)
+    with (tmp_path / "set" / "report.csv").open() as file:
+        named = {row["observation_id"]: row for row in csv.DictReader(file)}
+    assert {i: row["reason"] for i, row in named.items()} == {
+        "obs1": chips.BAD_PHOTO,
+        "obs2": chips.NO_PHOTO,
+        "obs3": chips.UNCERTAIN,
+        "obs4": chips.OBSCURED,
+        "obs5": chips.OUTSIDE,
+        "obs6": chips.MISSING,
+        "obs7": chips.BAD_PHOTO,
+        "obs9": chips.OUTSIDE,
+    }
+    assert "1.jpg" in named["obs1"]["detail"]
+    assert json.loads((tmp_path / "set" / "report.json").read_text())["rows"] == 2
+    assert sorted(open_paired(tmp_path / "set").facts["observation_uuid"]) == ["obs0", "obs8"]
+
+
+def test_nothing_left_is_an_error_that_tells_why_and_leaves_no_output(
+    imagery: Imagery, tmp_path: Path
+) -> None:
+    table = observe(imagery, [-50, 60], [60, 60], uncertainty_m=[1.0, 1000.0])
+    with pytest.raises(DatasetError, match=r"1 position too uncertain, 1 window leaves"):
+        make_chips(table, imagery, tmp_path / "set", window_px=WINDOW)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["scene.tif"]
+
+
+def test_an_existing_data_set_is_kept_unless_told_otherwise(
+    imagery: Imagery, tmp_path: Path
+) -> None:
+    make_chips(observe(imagery, [60], [60]), imagery, tmp_path / "set", window_px=WINDOW)
+    again = observe(imagery, [50, 60], [50, 60])
+    with pytest.raises(OutputError, match="overwrite"):
+        make_chips(again, imagery, tmp_path / "set", window_px=WINDOW)
+    make_chips(again, imagery, tmp_path / "set", window_px=WINDOW, overwrite=True)
+    assert len(open_paired(tmp_path / "set")) == 2
+
+
+def test_photos_are_found_by_name_address_and_observation(imagery: Imagery, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.jpg", "deep/b.png", "obs2.jpeg", "c.jpg", "d.jpg"):
+        write_photo(folder / name)
+    table = observe(
+        imagery,
+        [60, 61, 62, 63],
+        [60, 61, 62, 63],
+        photo=[
+            "a.jpg",
+            "https://host/x/b.png?size=1",
+            "https://host/photos/9/medium.jpg",
+            "c.jpg|d.jpg",
+        ],
+    )
+    report = make_chips(table, imagery, tmp_path / "set", window_px=WINDOW, photos=folder)
+    data = open_paired(tmp_path / "set")
+    assert (report.kept, report.rows, report.left_out) == (4, 5, {})
+    counts = data.facts.groupby("observation_uuid").size().to_dict()
+    assert counts == {"obs0": 1, "obs1": 1, "obs2": 1, "obs3": 2}
+    assert data.facts["rs_classification"].sum() == 4
+    assert data.facts["gl_photo_id"].is_unique
+    assert all(photo is not None for photo in data.ground())
+
+
+def test_small_jpegs_are_kept_byte_for_byte_and_others_reduced(tmp_path: Path) -> None:
+    small = write_photo(tmp_path / "small.jpg", (64, 48))
+    assert encode_photo(small, 64) == small.read_bytes()
+
+    large = encode_photo(write_photo(tmp_path / "large.jpg", (300, 150)), 64)
+    assert isinstance(large, bytes)
+    assert Image.open(io.BytesIO(large)).size == (64, 32)
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encode_photo(write_photo(tmp_path / "turned.jpg", (64, 48), exif=exif), 64)
+    assert isinstance(turned, bytes)
+    assert Image.open(io.BytesIO(turned)).size == (48, 64)
+
+
+def test_a_photo_too_large_to_be_sane_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_photo(tmp_path / "big.png", (64, 64))
+    monkeypatch.setattr(chips, "MAX_PHOTO_BYTES", 100)
+    assert "MB" in str(encode_photo(file, 64))
+    monkeypatch.setattr(chips, "MAX_PHOTO_BYTES", 10**9)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert "bomb" in str(encode_photo(file, 64))
+
+
+def test_label_fractions_are_nested_seeded_and_shared_by_an_observations_photos(
+    imagery: Imagery, tmp_path: Path, photos: Path
+) -> None:
+    count = 80
+    rows = np.linspace(20, 100, count).tolist()
+    grade = ["research"] * 60 + ["needs_id"] * 10 + [""] * 10
+    table = observe(
+        imagery, rows, rows, photo="1.jpg|2.jpg", quality_grade=grade,
+        rank=["genus"] * 20 + ["species"] * 60,
+    )  # fmt: skip
+    make_chips(table, imagery, tmp_path / "a", window_px=WINDOW, photos=photos, seed=3)
+    make_chips(table, imagery, tmp_path / "b", window_px=WINDOW, photos=photos, seed=3)
+    make_chips(table, imagery, tmp_path / "c", window_px=WINDOW, photos=photos, seed=4)
+    a, b, c = (open_paired(tmp_path / name).facts for name in "abc")
+    pd.testing.assert_frame_equal(a, b)
+    assert a["supervised"].sum() == 2 * 50
+    names = [f"finetune_{percent}percent" for percent in FRACTIONS]
+    for smaller, larger in zip(names, names[1:], strict=False):
+        assert not (a[smaller] & ~a[larger]).any()
+    assert (a[names[-1]] == a["supervised"]).all()
+    assert a["finetune_20.0percent"].sum() == 2 * 10
+    assert not a["finetune_20.0percent"].equals(c["finetune_20.0percent"])
+    assert (a.groupby("observation_uuid")["finetune_20.0percent"].nunique() == 1).all()
+
+
+def test_files_and_batches_of_any_size_hold_the_same_rows(
+    imagery: Imagery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.linspace(20, 100, 70).tolist()
+    table = observe(imagery, rows, rows)
+    make_chips(table, imagery, tmp_path / "one", window_px=WINDOW)
+    monkeypatch.setattr(paired.PairedWriter, "FILE_BYTES", 1)
+    monkeypatch.setattr(paired.PairedWriter, "GROUP_BYTES", 1)
+    monkeypatch.setattr(chips, "BATCH_OBSERVATIONS", 9)
+    make_chips(table, imagery, tmp_path / "many", window_px=WINDOW)
+    one, many = open_paired(tmp_path / "one"), open_paired(tmp_path / "many")
+    files = sorted(p.name for p in (tmp_path / "many" / "data").iterdir())
+    assert files == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
+    pd.testing.assert_frame_equal(one.facts, many.facts)
+    np.testing.assert_array_equal(one.aerial(), many.aerial())
