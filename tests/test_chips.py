@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from pathlib import Path
 
@@ -279,7 +280,7 @@ def test_label_fractions_are_nested_seeded_and_shared_by_an_observations_photos(
     pd.testing.assert_frame_equal(a, b)
     assert a["supervised"].sum() == 2 * 50
     names = [f"finetune_{percent}percent" for percent in FRACTIONS]
-    for smaller, larger in zip(names, names[1:], strict=False):
+    for smaller, larger in itertools.pairwise(names):
         assert not (a[smaller] & ~a[larger]).any()
     assert (a[names[-1]] == a["supervised"]).all()
     assert a["finetune_20.0percent"].sum() == 2 * 10
