@@ -1,0 +1,233 @@
+"""The arithmetic of windows and cells, in whole pixels of the imagery's own grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyproj
+from affine import Affine
+from numpy.typing import ArrayLike, NDArray
+from odc.geo.geobox import GeoBox
+
+from speciesmap.errors import AreaError, ImageryError
+
+EDGE_POINTS = 33  # along each side of an area's outline when it is projected
+
+
+@dataclass(frozen=True)
+class WindowGrid:
+    """Windows at a constant stride over a raster, and the cells that they describe.
+
+    Window k along an axis starts at pixel `k * stride_px`, where k may be negative. Its cell is the
+    square of `stride_px` at the window's centre. The grid holds every cell whose centre lies in the
+    raster, so that windows at the raster's edge reach beyond it. All of it follows from the
+    raster's pixels: an area of interest chooses cells and never moves them.
+
+    Attributes:
+        shape: Height and width of the raster in pixels.
+        window_px: Side of a window.
+        stride_px: Distance between windows and side of a cell.
+    """
+
+    shape: tuple[int, int]
+    window_px: int
+    stride_px: int
+
+    def __post_init__(self) -> None:
+        """Check the sizes.
+
+        Raises:
+            ImageryError: A size is not positive, or the raster holds no cell.
+        """
+        if self.window_px < 1 or self.stride_px < 1:
+            raise ImageryError(
+                f"windows of {self.window_px} px every {self.stride_px} px make no grid; both must "
+                "be at least 1"
+            )
+        if min(self.cells) < 1:
+            raise ImageryError(
+                f"a raster of {self.shape[0]} x {self.shape[1]} px is too small for cells of "
+                f"{self.stride_px} px; choose a smaller --stride-px"
+            )
+
+    @property
+    def first(self) -> int:
+        """Number k of the first window along both axes."""
+        return -(self.window_px // (2 * self.stride_px))
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Rows and columns of cells."""
+        rows, cols = (self._count(side) for side in self.shape)
+        return rows, cols
+
+    def _count(self, side_px: int) -> int:
+        # the last k with k * stride + window / 2 < side
+        last = -((self.window_px - 2 * side_px) // (2 * self.stride_px)) - 1
+        return last - self.first + 1
+
+    def start(self, row: int, col: int) -> tuple[int, int]:
+        """Row and column of the first pixel of a cell's window."""
+        return (row + self.first) * self.stride_px, (col + self.first) * self.stride_px
+
+    def geobox(self, imagery: GeoBox) -> GeoBox:
+        """Grid of the cells on Earth.
+
+        Args:
+            imagery: Grid of the raster, of this shape.
+        """
+        offset = self.first * self.stride_px + (self.window_px - self.stride_px) / 2
+        transform = (
+            imagery.transform * Affine.translation(offset, offset) * Affine.scale(self.stride_px)
+        )
+        return GeoBox(self.cells, transform, imagery.crs)
+
+    def cells_in(
+        self, bbox: Sequence[float], imagery: GeoBox, crs: Any = "EPSG:4326"
+    ) -> tuple[slice, slice]:
+        """Find the smallest ranges of cells that hold every cell whose centre is in an area.
+
+        Args:
+            bbox: West, south, east, north.
+            imagery: Grid of the raster, of this shape.
+            crs: CRS of the bounding box.
+
+        Returns:
+            Ranges of rows and of columns, not empty. Where the box is askew to the raster they hold
+            cells outside it too.
+
+        Raises:
+            AreaError: The box is malformed, misses the imagery, or is smaller than a cell.
+        """
+        west, south, east, north = overlap(bbox, imagery, crs)
+        x, y = _outline(west, south, east, north)
+        to_grid = pyproj.Transformer.from_crs(crs, imagery.crs, always_xy=True)
+        east_m, north_m = to_grid.transform(x, y)
+        cols, rows = transformed(~self.geobox(imagery).transform, east_m, north_m)
+        ranges = []
+        for places, count in zip((rows, cols), self.cells, strict=True):
+            places = places[np.isfinite(places)]
+            # cell i has its centre at i + 0.5
+            first = max(0, math.ceil(float(places.min()) - 0.5)) if places.size else 0
+            last = min(count - 1, math.floor(float(places.max()) - 0.5)) if places.size else -1
+            ranges.append(slice(first, last + 1))
+        if any(r.start >= r.stop for r in ranges):
+            raise AreaError(
+                f"--bbox {_words(bbox)} holds the centre of no cell of {self.stride_px} px; "
+                "enlarge it or choose a smaller --stride-px"
+            )
+        return ranges[0], ranges[1]
+
+
+def window_start(row: float, col: float, window_px: int) -> tuple[int, int]:
+    """Find the window whose centre is nearest to a place.
+
+    Args:
+        row: Continuous pixel row; 0 is the outer edge of the first pixel.
+        col: Continuous pixel column.
+        window_px: Side of the window.
+
+    Returns:
+        Row and column of the window's first pixel; may be negative.
+    """
+    return math.floor(row - window_px / 2 + 0.5), math.floor(col - window_px / 2 + 0.5)
+
+
+def transformed(
+    affine: Affine, x: ArrayLike, y: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Apply an affine transform to arrays of coordinates."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    return affine.a * x + affine.b * y + affine.c, affine.d * x + affine.e * y + affine.f
+
+
+def bounds_in(imagery: GeoBox, crs: Any = "EPSG:4326") -> tuple[float, float, float, float]:
+    """Left, bottom, right and top of a raster's outline in a CRS."""
+    height, width = imagery.shape
+    x, y = transformed(imagery.transform, *_outline(0, 0, width, height))
+    transformer = pyproj.Transformer.from_crs(imagery.crs, crs, always_xy=True)
+    there = np.asarray(transformer.transform(x, y))  # (2, points)
+    there = there[:, np.isfinite(there).all(axis=0)]
+    if not there.size:
+        raise AreaError(f"the imagery cannot be projected to {crs}; choose another --bbox-crs")
+    left, bottom = there.min(axis=1)
+    right, top = there.max(axis=1)
+    return float(left), float(bottom), float(right), float(top)
+
+
+def overlap(
+    bbox: Sequence[float], imagery: GeoBox, crs: Any = "EPSG:4326"
+) -> tuple[float, float, float, float]:
+    """Clip an area of interest to the imagery.
+
+    Args:
+        bbox: West, south, east, north.
+        imagery: Grid of the raster.
+        crs: CRS of the bounding box.
+
+    Returns:
+        Left, bottom, right, top in the CRS of the box.
+
+    Raises:
+        AreaError: The box is malformed, has latitude first, or misses the imagery.
+    """
+    west, south, east, north = bbox
+    try:
+        geographic = pyproj.CRS.from_user_input(crs).is_geographic
+        bounds = bounds_in(imagery, crs)
+    except pyproj.exceptions.CRSError as error:
+        raise AreaError(f"--bbox-crs {crs} is not a CRS; give one such as EPSG:4326") from error
+    clipped = _clip((west, south, east, north), bounds)
+    if clipped is not None:
+        return clipped
+    swapped = (south, west, north, east)
+    if geographic and (_clip(swapped, bounds) or (_on_globe(swapped) and not _on_globe(bbox))):
+        raise AreaError(
+            f"--bbox {_words(bbox)} looks like latitude first; "
+            f"did you mean --bbox {_words(swapped)} ?"
+        )
+    if not all(math.isfinite(value) for value in bbox):
+        raise AreaError(f"--bbox {_words(bbox)} is not four numbers; give west south east north")
+    if west >= east or south >= north:
+        axis, low, high = ("west", west, east) if west >= east else ("south", south, north)
+        other = {"west": "east", "south": "north"}[axis]
+        raise AreaError(
+            f"--bbox {_words(bbox)} is empty: its {axis} {low} is not below its {other} {high}; "
+            "give west south east north"
+        )
+    shown = _words(tuple(round(value, 6 if geographic else 2) for value in bounds))
+    raise AreaError(
+        f"--bbox {_words(bbox)} misses the imagery, which covers {shown} (west south east north, "
+        f"{crs}); choose an area inside"
+    )
+
+
+def _clip(
+    bbox: Sequence[float], bounds: tuple[float, float, float, float]
+) -> tuple[float, float, float, float] | None:
+    left, bottom = max(bbox[0], bounds[0]), max(bbox[1], bounds[1])
+    right, top = min(bbox[2], bounds[2]), min(bbox[3], bounds[3])
+    return (left, bottom, right, top) if left < right and bottom < top else None
+
+
+def _on_globe(bbox: Sequence[float]) -> bool:
+    west, south, east, north = bbox
+    return -180 <= west < east <= 180 and -90 <= south < north <= 90
+
+
+def _outline(
+    left: float, bottom: float, right: float, top: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Points along the four sides of a rectangle."""
+    x, y = np.linspace(left, right, EDGE_POINTS), np.linspace(bottom, top, EDGE_POINTS)
+    low, high = np.full_like(x, bottom), np.full_like(x, top)
+    near, far = np.full_like(y, left), np.full_like(y, right)
+    return np.concatenate([x, x, near, far]), np.concatenate([low, high, y, y])
+
+
+def _words(bbox: Sequence[float]) -> str:
+    return " ".join(str(float(value)) for value in bbox)
