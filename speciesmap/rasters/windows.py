@@ -86,41 +86,38 @@ class WindowGrid:
         )
         return GeoBox(self.cells, transform, imagery.crs)
 
-    def cells_in(
-        self, bbox: Sequence[float], imagery: GeoBox, crs: Any = "EPSG:4326"
-    ) -> tuple[slice, slice]:
-        """Find the smallest ranges of cells that hold every cell whose centre is in an area.
 
-        Args:
-            bbox: West, south, east, north.
-            imagery: Grid of the raster, of this shape.
-            crs: CRS of the bounding box.
+def cells_in(bbox: Sequence[float], cells: GeoBox, crs: Any = "EPSG:4326") -> tuple[slice, slice]:
+    """Find the smallest ranges of cells that hold every cell whose centre is in an area.
 
-        Returns:
-            Ranges of rows and of columns, not empty. Where the box is askew to the raster they hold
-            cells outside it too.
+    Args:
+        bbox: West, south, east, north.
+        cells: Grid of all cells.
+        crs: CRS of the bounding box.
 
-        Raises:
-            AreaError: The box is malformed, misses the imagery, or is smaller than a cell.
-        """
-        west, south, east, north = overlap(bbox, imagery, crs)
-        x, y = _outline(west, south, east, north)
-        to_grid = pyproj.Transformer.from_crs(crs, imagery.crs, always_xy=True)
-        east_m, north_m = to_grid.transform(x, y)
-        cols, rows = transformed(~self.geobox(imagery).transform, east_m, north_m)
-        ranges = []
-        for places, count in zip((rows, cols), self.cells, strict=True):
-            places = places[np.isfinite(places)]
-            # cell i has its centre at i + 0.5
-            first = max(0, math.ceil(float(places.min()) - 0.5)) if places.size else 0
-            last = min(count - 1, math.floor(float(places.max()) - 0.5)) if places.size else -1
-            ranges.append(slice(first, last + 1))
-        if any(r.start >= r.stop for r in ranges):
-            raise AreaError(
-                f"--bbox {_words(bbox)} holds the centre of no cell of {self.stride_px} px; "
-                "enlarge it or choose a smaller --stride-px"
-            )
-        return ranges[0], ranges[1]
+    Returns:
+        Ranges of rows and of columns, not empty. Where the box is askew to the grid they hold cells
+        outside it too.
+
+    Raises:
+        AreaError: The box is malformed, has latitude first, misses the imagery, or holds no cell.
+    """
+    x, y = _outline(*overlap(bbox, cells, crs))
+    to_grid = pyproj.Transformer.from_crs(crs, cells.crs, always_xy=True)
+    cols, rows = transformed(~cells.transform, *to_grid.transform(x, y))
+    ranges = []
+    for places, count in zip((rows, cols), cells.shape, strict=True):
+        places = places[np.isfinite(places)]
+        # cell i has its centre at i + 0.5
+        first = max(0, math.ceil(float(places.min()) - 0.5)) if places.size else 0
+        last = min(count - 1, math.floor(float(places.max()) - 0.5)) if places.size else -1
+        ranges.append(slice(first, last + 1))
+    if any(r.start >= r.stop for r in ranges):
+        raise AreaError(
+            f"--bbox {_words(bbox)} holds the centre of no cell; enlarge it or choose a smaller "
+            "--stride-px"
+        )
+    return ranges[0], ranges[1]
 
 
 def window_start(row: float, col: float, window_px: int) -> tuple[int, int]:

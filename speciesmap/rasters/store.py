@@ -1,0 +1,280 @@
+"""Embedding stores: the unit vectors of all cells of some imagery, in Zarr.
+
+A store is a Zarr v3 group that xarray opens. Its array `vectors` has the dimensions y, x and
+embedding, float16, NaN where nothing was encoded, and one chunk for each tile of cells. A chunk's
+file lies under its name only when it is whole, so a tile is done when its chunk exists: that is
+all the book-keeping that resuming needs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import pyproj
+import zarr
+from affine import Affine
+from numpy.typing import NDArray
+from odc.geo.geobox import GeoBox
+from zarr.codecs import BloscCodec
+
+from speciesmap import __version__, outputs
+from speciesmap.errors import OutputError, StoreError
+
+if TYPE_CHECKING:
+    import xarray
+
+TILE = 32  # cells along a tile's side: 1,024 windows, many batches, about 1 MB of vectors
+VECTORS = "vectors"
+SPATIAL_REF = "spatial_ref"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What the vectors of a store depend on; a store serves nothing else.
+
+    Attributes:
+        model: Fingerprint of the model.
+        window_px: Side of the windows.
+        stride_px: Side of the cells, in the imagery's pixels.
+        bands: Of the imagery, in the model's order.
+        imagery: Fingerprint of the imagery.
+        min_valid: Smallest share of valid pixels of a window that was encoded.
+    """
+
+    model: str
+    window_px: int
+    stride_px: int
+    bands: tuple[str, ...]
+    imagery: str
+    min_valid: float
+
+
+class EmbeddingStore:
+    """An opened store; `create` or `open` one.
+
+    Several threads and processes may read and write one store: each tile is replaced at once.
+
+    Attributes:
+        path: Of the Zarr group.
+        identity: What it was made from.
+        geobox: Grid of its cells.
+        dim: Size of the embeddings.
+        source: What the user called the imagery.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            if not (path / "zarr.json").is_file():  # Zarr would make a folder
+                raise FileNotFoundError("no zarr.json")
+            self._group = zarr.open_group(path, mode="r+", zarr_format=3)
+            self._vectors = cast("zarr.Array[Any]", self._group[VECTORS])
+            facts: dict[str, Any] = dict(self._group.attrs)
+            facts["bands"] = tuple(facts["bands"])
+            self.identity = Identity(**{f.name: facts[f.name] for f in fields(Identity)})
+            self.source = str(facts["source"])
+            georeference = dict(self._group[SPATIAL_REF].attrs)
+            transform = Affine.from_gdal(*map(float, str(georeference["GeoTransform"]).split()))
+            rows, cols, self.dim = self._vectors.shape
+            self.geobox = GeoBox((rows, cols), transform, str(georeference["crs_wkt"]))
+        except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+            raise StoreError(
+                f"{path} is not an embedding store ({error}); make one with `speciesmap embed`"
+            ) from error
+        self._vectors = self._vectors.with_config({"write_empty_chunks": True})
+
+    @classmethod
+    def create(
+        cls, path: Path, identity: Identity, geobox: GeoBox, dim: int, *, source: str
+    ) -> EmbeddingStore:
+        """Write an empty store.
+
+        Args:
+            path: Of the group; must not exist.
+            identity: What its vectors will be made from.
+            geobox: Grid of the cells.
+            dim: Size of the embeddings.
+            source: What the user calls the imagery.
+
+        Raises:
+            OutputError: The path exists or cannot be written.
+        """
+        with outputs.replacing(path) as beside:
+            group = zarr.create_group(beside, zarr_format=3)
+            group.attrs.update(
+                {**asdict(identity), "source": source, "speciesmap_version": __version__}
+            )
+            vectors = group.create_array(
+                VECTORS,
+                shape=(*geobox.shape, dim),
+                chunks=(TILE, TILE, dim),
+                dtype="float16",
+                fill_value=np.nan,
+                dimension_names=("y", "x", "embedding"),
+                # near the speed of raw reads; unit vectors hardly compress
+                compressors=BloscCodec(typesize=2, cname="lz4", clevel=5, shuffle="bitshuffle"),
+            )
+            vectors.attrs.update({"grid_mapping": SPATIAL_REF, "coordinates": SPATIAL_REF})
+            _write_georeference(group, geobox)
+            with warnings.catch_warnings():  # xarray wants it, Zarr's specification not yet
+                warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
+                zarr.consolidate_metadata(beside)
+        return cls(path)
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        rows, cols = self.geobox.shape
+        return math.ceil(rows / TILE), math.ceil(cols / TILE)
+
+    def cells(self, tile: tuple[int, int]) -> tuple[slice, slice]:
+        """Ranges of the cells of a tile."""
+        rows, cols = (
+            slice(t * TILE, min((t + 1) * TILE, side))
+            for t, side in zip(tile, self.geobox.shape, strict=True)
+        )
+        return rows, cols
+
+    def tiles_in(self, rows: slice, cols: slice) -> Iterator[tuple[int, int]]:
+        """Give the tiles that ranges of cells touch, row by row."""
+        for i in range(rows.start // TILE, math.ceil(rows.stop / TILE)):
+            for j in range(cols.start // TILE, math.ceil(cols.stop / TILE)):
+                yield i, j
+
+    def has(self, tile: tuple[int, int]) -> bool:
+        """Tell whether a tile is done."""
+        key = self._vectors.metadata.encode_chunk_key((*tile, 0))
+        return (self.path / VECTORS / key).exists()
+
+    def done(self) -> tuple[slice, slice] | None:
+        """Smallest ranges of cells that hold every tile that is done, or `None`."""
+        tiles = [
+            tile
+            for tile in self.tiles_in(*(slice(0, side) for side in self.geobox.shape))
+            if self.has(tile)
+        ]
+        if not tiles:
+            return None
+        corners = [self.cells(tile) for tile in tiles]
+        rows, cols = (
+            slice(min(c[axis].start for c in corners), max(c[axis].stop for c in corners))
+            for axis in (0, 1)
+        )
+        return rows, cols
+
+    def write(self, tile: tuple[int, int], vectors: NDArray[np.float16]) -> None:
+        """Write a tile's vectors, shape (rows, columns, D), NaN where nothing was encoded.
+
+        Raises:
+            OutputError: The disk is full or may not be written.
+        """
+        try:
+            self._vectors[self.cells(tile)] = vectors
+        except OSError as error:
+            raise OutputError(
+                f"cannot write tile {tile} of {self.path} ({error}); make room or choose another "
+                "folder, then run again: tiles that are done are kept"
+            ) from error
+
+    def read(self, rows: slice, cols: slice) -> NDArray[np.float16]:
+        """Read the vectors of ranges of cells, shape (rows, columns, D).
+
+        Raises:
+            StoreError: A chunk is damaged.
+        """
+        try:
+            return np.asarray(self._vectors[rows, cols])
+        except (OSError, RuntimeError, ValueError) as error:
+            raise StoreError(
+                f"{self.path} cannot be read at rows {rows.start} to {rows.stop}, columns "
+                f"{cols.start} to {cols.stop} ({error}); delete its damaged chunk and run "
+                "`speciesmap embed` again"
+            ) from error
+
+    @property
+    def precision(self) -> str | None:
+        """Arithmetic that its vectors were encoded in, once any were."""
+        stated = self._group.attrs.get("precision")
+        return None if stated is None else str(stated)
+
+    @precision.setter
+    def precision(self, name: str) -> None:
+        self._group.attrs["precision"] = name
+
+    def refuse_other(self, wanted: Identity) -> None:
+        """Stop before a store is used with what it was not made from.
+
+        Raises:
+            StoreError: Naming all that differs.
+        """
+        mine, other = asdict(self.identity), asdict(wanted)
+        differences = [
+            f"{name} {_words(mine[name])}, not {_words(other[name])}"
+            for name in mine
+            if mine[name] != other[name]
+        ]
+        if differences:
+            raise StoreError(
+                f"{self.path} was made with {'; '.join(differences)}; use another path for the "
+                "store, or delete this one"
+            )
+
+    def to_xarray(self) -> xarray.DataArray:
+        """Open the vectors lazily, with coordinates and CRS, dimensions y, x and embedding."""
+        import rioxarray  # noqa: F401  (registers the accessor)
+        import xarray
+
+        opened: xarray.Dataset = xarray.open_zarr(self.path, chunks=None)
+        return opened[VECTORS]
+
+
+def open_store(path: Path | str) -> EmbeddingStore:
+    """Open a store that exists.
+
+    Raises:
+        StoreError: There is none, or it is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise StoreError(f"{path} does not exist; make it with `speciesmap embed`")
+    return EmbeddingStore(path)
+
+
+def _words(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, list | tuple) else str(value)
+
+
+def _write_georeference(group: zarr.Group, geobox: GeoBox) -> None:
+    """Write CRS and transform as CF and rioxarray have them, and coordinates where there are any.
+
+    A rotated grid has no one-dimensional coordinates; its transform alone places it.
+    """
+    crs = pyproj.CRS.from_user_input(geobox.crs)
+    wkt = crs.to_wkt()
+    reference = group.create_array(SPATIAL_REF, shape=(), dtype="int64", dimension_names=())
+    reference[...] = 0
+    transform = " ".join(repr(float(v)) for v in geobox.transform.to_gdal())
+    reference.attrs.update(
+        {**crs.to_cf(), "crs_wkt": wkt, SPATIAL_REF: wkt, "GeoTransform": transform}
+    )
+    if not geobox.axis_aligned:
+        return
+    t = geobox.transform
+    rows, cols = geobox.shape
+    axes = crs.cs_to_cf()
+    for name, values, axis in (
+        ("y", t.f + t.e * (np.arange(rows) + 0.5), "Y"),
+        ("x", t.c + t.a * (np.arange(cols) + 0.5), "X"),
+    ):
+        array = group.create_array(
+            name, shape=values.shape, dtype="float64", dimension_names=(name,)
+        )
+        array[:] = values
+        array.attrs.update(next((a for a in axes if a.get("axis") == axis), {}))
