@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-
 from speciesmap.datasets import paired
 from speciesmap.datasets.paired import decode_windows, open_paired
 from speciesmap.errors import DatasetError
@@ -43,7 +42,7 @@ def hub_table(windows: Any, kind: pa.DataType | None = None) -> pa.Table:
             "latitude": pa.array(np.linspace(36, 37, count), pa.float32()),
             "longitude": pa.array(np.linspace(-120, -119, count), pa.float32()),
             "ancestry": ["48460/47126/211194"] * count,
-            "name": ["Quercus agrifolia", "Acer negundo"] * (count // 2) + ["Acer negundo"] * (count % 2),
+            "name": [("Quercus agrifolia", "Acer negundo")[k % 2 or k == 6] for k in range(count)],
             "gl_image": pa.array(photo, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
             "rs_image": pa.array([w.tolist() for w in windows], nested),
         }

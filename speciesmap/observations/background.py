@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from speciesmap.rasters.windows import window_start
 
 from speciesmap.errors import ObservationsError
+from speciesmap.rasters.windows import window_start
 
 if TYPE_CHECKING:
     import geopandas as gpd
+
     from speciesmap.rasters.imagery import Imagery
 
 BLOCK_PX = 512
@@ -73,8 +74,8 @@ def random_background(
             f"{tried.size} pixels tried (window {window_px} px, {min_valid:.0%} of it valid); "
             "ask for fewer, or lower min_valid"
         )
-    places = np.concatenate(found)[:count]
-    return places // width + 0.5, places % width + 0.5
+    rows, cols = np.divmod(np.concatenate(found)[:count], width)
+    return rows.astype(np.float64) + 0.5, cols.astype(np.float64) + 0.5
 
 
 def _usable(
