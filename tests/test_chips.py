@@ -15,10 +15,11 @@ import pytest
 import rasterio
 from affine import Affine
 from PIL import Image
-
-from speciesmap.datasets import chips, paired
+from speciesmap.datasets import chips
 from speciesmap.datasets.chips import encode_photo, make_chips
-from speciesmap.datasets.paired import FACTS, FRACTIONS, open_paired
+from speciesmap.datasets.columns import FACTS, FRACTIONS
+from speciesmap.datasets.paired import open_paired
+from speciesmap.datasets.writer import PairedWriter
 from speciesmap.errors import DatasetError, OutputError
 from speciesmap.rasters.imagery import Imagery, open_imagery
 from speciesmap.rasters.windows import window_start
@@ -294,8 +295,8 @@ def test_files_and_batches_of_any_size_hold_the_same_rows(
     rows = np.linspace(20, 100, 70).tolist()
     table = observe(imagery, rows, rows)
     make_chips(table, imagery, tmp_path / "one", window_px=WINDOW)
-    monkeypatch.setattr(paired.PairedWriter, "FILE_BYTES", 1)
-    monkeypatch.setattr(paired.PairedWriter, "GROUP_BYTES", 1)
+    monkeypatch.setattr(PairedWriter, "FILE_BYTES", 1)
+    monkeypatch.setattr(PairedWriter, "GROUP_BYTES", 1)
     monkeypatch.setattr(chips, "BATCH_OBSERVATIONS", 9)
     make_chips(table, imagery, tmp_path / "many", window_px=WINDOW)
     one, many = open_paired(tmp_path / "one"), open_paired(tmp_path / "many")

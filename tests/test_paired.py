@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from speciesmap.datasets import paired
-from speciesmap.datasets.paired import decode_windows, open_paired
+from speciesmap.datasets.columns import decode_windows
+from speciesmap.datasets.paired import open_paired
 from speciesmap.errors import DatasetError
 
 ROWS, BANDS, SIDE = 7, 4, 6

@@ -19,7 +19,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from speciesmap.datasets.paired import FACTS, FRACTIONS, PairedWriter
+from speciesmap.datasets.columns import FACTS, FRACTIONS
+from speciesmap.datasets.writer import PairedWriter
 from speciesmap.errors import DatasetError
 from speciesmap.outputs import replacing
 from speciesmap.progress import track
@@ -38,6 +39,7 @@ MAX_PHOTO_BYTES = 100_000_000
 BLOCK_PX = 1024
 BATCH_OBSERVATIONS = 64
 
+ABSENT = "not a presence"
 OUTSIDE = "window leaves the imagery"
 MISSING = "window has missing pixels"
 UNCERTAIN = "position too uncertain"
@@ -86,12 +88,13 @@ def make_chips(
     The window is the one whose centre is nearest to the observation. An observation is left out,
     never replaced, and named in the data set's `report.csv` when its window leaves the imagery or
     has too many missing pixels, when its position is obscured or less certain than half a window,
-    or when photos are asked for and it has none that can be read.
+    when it is an absence, or when photos are asked for and it has none that can be read.
 
-    A photo is looked for in `photos` by the file name in the column `photo` (several names are
-    separated by `|`), else as `<observation_id>.<jpg, png, ...>`; nothing is downloaded. A JPEG
-    whose long side is at most `photo_px` is stored byte for byte, any other photo is turned
-    upright, reduced to `photo_px` and stored as JPEG of quality 90.
+    A photo is looked for in `photos` by the file name in the column `photo` (several are separated
+    by `|`; of an address its last part counts, or, as on iNaturalist, the photo's number), else as
+    `<observation_id>.<jpg, png, ...>`; nothing is downloaded. A JPEG whose long side is at most
+    `photo_px` is stored byte for byte, any other photo is turned upright, reduced to `photo_px` and
+    stored as JPEG of quality 90.
 
     A row is `supervised` when its taxon is a species and its record research grade (or from a
     source that does not grade). The columns `finetune_*percent` are nested random subsets of the
@@ -193,8 +196,9 @@ def make_chips(
             left_out=left_out.counts(),
         )
         left_out.write(beside, report)
+    log.info("%d of %d observations kept in %s", report.kept, report.observations, out)
     if report.left_out:
-        log.info("left out of %s: %s", out, left_out.summary())
+        log.info("left out: %s", left_out.summary())
     return report
 
 
@@ -263,14 +267,20 @@ def _candidates(
     inside = (starts >= 0).all(axis=1) & (starts + window_px <= [height, width]).all(axis=1)
     uncertainty = observations["uncertainty_m"].to_numpy()
     uncertain = uncertainty > limit_m
+    absent = (observations["status"] == "ABSENT").to_numpy()
     obscured = observations["obscured"].to_numpy(dtype=bool)
-    for row in np.flatnonzero(obscured).tolist():
-        left_out.add(row, OBSCURED)
-    for row in np.flatnonzero(uncertain & ~obscured).tolist():
-        left_out.add(row, UNCERTAIN, f"{uncertainty[row]:g} m, at most {limit_m:g} m")
-    for row in np.flatnonzero(~inside & ~uncertain & ~obscured).tolist():
-        left_out.add(row, OUTSIDE)
-    rows = np.flatnonzero(inside & ~uncertain & ~obscured)
+    rest = np.ones(len(observations), dtype=bool)
+    for refused, reason in (
+        (absent, ABSENT),
+        (obscured, OBSCURED),
+        (uncertain, UNCERTAIN),
+        (~inside, OUTSIDE),
+    ):
+        for row in np.flatnonzero(refused & rest).tolist():
+            detail = f"{uncertainty[row]:g} m, at most {limit_m:g} m" if reason == UNCERTAIN else ""
+            left_out.add(row, reason, detail)
+        rest &= ~refused
+    rows = np.flatnonzero(rest)
     top, left = starts[rows].T
     return rows[np.lexsort((left, top, left // BLOCK_PX, top // BLOCK_PX))]
 
@@ -333,8 +343,11 @@ class _PhotoFinder:
         found: list[tuple[str, Path | None]] = []
         for name in (part.strip() for part in photo.split("|")):
             if name:
-                base = PurePosixPath(urlsplit(name).path if "://" in name else name).name
-                found.append((name, self._by_name.get(base)))
+                place = PurePosixPath(urlsplit(name).path if "://" in name else name)
+                file = self._by_name.get(place.name)
+                if file is None and "://" in name:
+                    file = self._by_stem.get(place.parent.name)
+                found.append((name, file))
         if all(file is None for _, file in found):
             own = self._by_stem.get(identity)
             if own is not None:

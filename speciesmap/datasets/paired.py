@@ -14,10 +14,9 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,248 +27,16 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from speciesmap.datasets.columns import AERIAL, GROUND, SIDECAR, decode_windows
 from speciesmap.errors import DatasetError
 from speciesmap.outputs import replacing
 from speciesmap.progress import track
 from speciesmap.taxa import Taxon
 
-AERIAL = "rs_image"
-GROUND = "gl_image"
 NMV_BANDS = ("red", "green", "blue", "nir")
 NMV_RESOLUTION_M = 0.6
-FRACTIONS = ("0.25", "0.5", "1.0", "2.5", "5.0", "10.0", "20.0", "100.0")
-"""Shares of labelled rows, in percent, as Nature Multi-View names them."""
-
-FACTS: dict[str, str] = {
-    "observation_uuid": "string",
-    "latitude": "float32",
-    "longitude": "float32",
-    "positional_accuracy": "int64",
-    "taxon_id": "int64",
-    "quality_grade": "string",
-    "gl_image_date": "string",
-    "ancestry": "string",
-    "rank": "string",
-    "name": "string",
-    "gl_inat_id": "string",
-    "gl_photo_id": "int64",
-    "license": "string",
-    "observer_id": "string",
-    "rs_classification": "bool",
-    "ecoregion": "string",
-    "supervised": "bool",
-    **{f"finetune_{percent}percent": "bool" for percent in FRACTIONS},
-    "rs_image_date": "string",
-}
-"""The columns beside the two images, with the types of Nature Multi-View."""
-
-SIDECAR = "dataset.json"
 IN_MEMORY_BYTES = 1 << 28
 BATCH_ROWS = 32
-
-
-def schema(dtype: np.dtype[Any]) -> pa.Schema:
-    """Give the Parquet schema of a paired data set, with Hugging Face's feature types in it.
-
-    Args:
-        dtype: Type of the aerial pixels.
-    """
-    pixel = pa.from_numpy_dtype(dtype)
-    aerial = pa.list_(pa.list_(pa.list_(pixel)))
-    ground = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    value = {name: {"dtype": kind, "_type": "Value"} for name, kind in FACTS.items()}
-    features = {
-        **value,
-        GROUND: {"_type": "Image"},
-        AERIAL: [[[{"dtype": str(np.dtype(dtype)), "_type": "Value"}]]],
-    }
-    columns = [(name, pa.type_for_alias(kind)) for name, kind in FACTS.items()]
-    return pa.schema(
-        [*columns, (GROUND, ground), (AERIAL, aerial)],
-        metadata={"huggingface": json.dumps({"info": {"features": features}})},
-    )
-
-
-class PairedWriter:
-    """Write a paired data set into a folder, batch by batch, in files of bounded size.
-
-    Use it as a context manager and call `finish` before the block ends.
-
-    Args:
-        folder: Where to write; it is created.
-        bands: Names of the aerial bands.
-        window_px: Side of the aerial windows in pixels.
-        dtype: Type of the aerial pixels.
-    """
-
-    FILE_BYTES = 1 << 29
-    GROUP_BYTES = 1 << 24
-
-    def __init__(
-        self, folder: Path, bands: Sequence[str], window_px: int, dtype: np.dtype[Any]
-    ) -> None:
-        self.folder = folder
-        self.bands = tuple(bands)
-        self.window_px = window_px
-        self.dtype = np.dtype(dtype)
-        self.rows = 0
-        self.photos = 0
-        self._schema = schema(self.dtype)
-        window_bytes = len(self.bands) * window_px**2 * self.dtype.itemsize
-        self._file_rows = max(64, self.FILE_BYTES // window_bytes)
-        self._group_rows = min(max(16, self.GROUP_BYTES // window_bytes), self._file_rows)
-        self._parts: list[Path] = []
-        self._writer: pq.ParquetWriter | None = None
-        self._in_file = 0
-        (folder / "data").mkdir(parents=True)
-
-    def __enter__(self) -> PairedWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the open file; nothing is renamed if the block failed."""
-        self._close()
-
-    def write(
-        self,
-        facts: pd.DataFrame,
-        windows: NDArray[Any],
-        photos: Sequence[Mapping[str, Any] | None],
-    ) -> None:
-        """Append rows.
-
-        Args:
-            facts: The columns of `FACTS`, N rows.
-            windows: Aerial pixels, shape (N, B, P, P).
-            photos: Per row the encoded image as `{"bytes": ..., "path": name}`, or None.
-
-        Raises:
-            DatasetError: The three do not fit each other.
-        """
-        wanted = (len(facts), len(self.bands), self.window_px, self.window_px)
-        if windows.shape != wanted or len(photos) != len(facts):
-            raise DatasetError(
-                f"{len(facts)} rows of facts, {len(photos)} photos and windows of shape "
-                f"{windows.shape} do not fit; expected {wanted}"
-            )
-        columns = [
-            pa.array(facts[name], pa.type_for_alias(kind), from_pandas=True)
-            for name, kind in FACTS.items()
-        ]
-        columns += [
-            pa.array(list(photos), self._schema.field(GROUND).type),
-            _nested(np.ascontiguousarray(windows, dtype=self.dtype)),
-        ]
-        table = pa.Table.from_arrays(columns, schema=self._schema)
-        self.rows += len(facts)
-        self.photos += sum(photo is not None for photo in photos)
-        while table.num_rows:
-            if self._writer is None or self._in_file == self._file_rows:
-                self._open()
-            assert self._writer is not None
-            part = table.slice(0, self._file_rows - self._in_file)
-            self._writer.write_table(part, row_group_size=self._group_rows)
-            self._in_file += part.num_rows
-            table = table.slice(part.num_rows)
-
-    def finish(self, taxa: Sequence[Taxon], resolution_m: float, **facts: Any) -> None:
-        """Close the files, give them the hub's names and write `dataset.json`.
-
-        Args:
-            taxa: All taxa of the rows; `taxon_id` counts in this order.
-            resolution_m: Side of an aerial pixel on the ground, in metres.
-            facts: Whatever else a reader should know, as JSON values.
-        """
-        self._close()
-        total = len(self._parts)
-        for k, part in enumerate(self._parts):
-            part.rename(part.with_name(f"train-{k:05d}-of-{total:05d}.parquet"))
-        sidecar = {
-            "rows": self.rows,
-            "photos": self.photos,
-            "bands": list(self.bands),
-            "window_px": self.window_px,
-            "resolution_m": resolution_m,
-            "dtype": str(self.dtype),
-            "taxa": [{"name": t.name, "lineage": list(t.lineage)} for t in taxa],
-            **facts,
-        }
-        text = json.dumps(sidecar, indent=1, ensure_ascii=False)
-        (self.folder / SIDECAR).write_text(text + "\n", encoding="utf-8")
-
-    def _open(self) -> None:
-        self._close()
-        part = self.folder / "data" / f"part-{len(self._parts):05d}.parquet"
-        self._parts.append(part)
-        self._writer = pq.ParquetWriter(part, self._schema, compression="zstd")
-        self._in_file = 0
-
-    def _close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-
-def _nested(windows: NDArray[Any]) -> pa.Array:
-    """Turn pixels of shape (N, B, P, P) into N lists of lists of lists, without a Python loop."""
-    column = pa.array(windows.reshape(-1))
-    for length in windows.shape[:0:-1]:
-        offsets = np.arange(0, len(column) + 1, length, dtype=np.int32)
-        column = pa.ListArray.from_arrays(pa.array(offsets), column)
-    return column
-
-
-def decode_windows(column: pa.Array, where: str = AERIAL, first_row: int = 0) -> NDArray[Any]:
-    """Turn nested lists of pixels into one array through their Arrow buffers.
-
-    Args:
-        column: Lists, large lists or lists of fixed size, three deep, of numbers; sliced or not.
-        where: What to call the column in an error.
-        first_row: Number of the column's first row, for errors.
-
-    Returns:
-        Pixels as stored, shape (N, B, P, P).
-
-    Raises:
-        DatasetError: A window is missing, ragged, not three deep or not of numbers.
-    """
-    shape = [len(column)]
-    while True:
-        if isinstance(column, pa.ExtensionArray):
-            column = column.storage
-        kind = column.type
-        if column.null_count:
-            null = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
-            row = first_row + null // max(1, int(np.prod(shape[1:])))
-            raise DatasetError(f"row {row} of {where} has no pixels or lacks some; leave it out")
-        if pa.types.is_fixed_size_list(kind):
-            shape.append(kind.list_size)
-        elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            lengths = np.diff(column.offsets.to_numpy())
-            length = int(lengths[0]) if len(lengths) else 0
-            odd = np.flatnonzero(lengths != length)
-            if odd.size:
-                row = first_row + int(odd[0]) // max(1, int(np.prod(shape[1:])))
-                raise DatasetError(
-                    f"row {row} of {where} has {lengths[odd[0]]} values where other rows have "
-                    f"{length}; all windows of a data set must have one shape"
-                )
-            shape.append(length)
-        else:
-            break
-        column = column.flatten()
-    if len(shape) != 4 or not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        raise DatasetError(
-            f"{where} holds {kind} in lists {len(shape) - 1} deep; "
-            "expected numbers in lists 3 deep: band, row, column"
-        )
-    pixels: NDArray[Any] = column.to_numpy(zero_copy_only=False).reshape(shape)
-    return pixels
 
 
 @dataclass

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from speciesmap.errors import ObservationsError
+from speciesmap.errors import ObservationsError, OutputError
+from speciesmap.observations.read import read_observations
+from speciesmap.outputs import refuse_existing, replacing
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -51,6 +56,63 @@ class Rules:
     obscured: bool = False
     research: bool = False
     cell_m: float | None = None
+
+
+def clean_files(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    rules: Rules | None = None,
+    taxon: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Read records, apply the rules and write one GeoParquet table with a report beside it.
+
+    Args:
+        paths: Files and folders of any form that `read_observations` knows.
+        out: The table, `*.parquet`; the report has the same stem and ends in `.report.json`.
+        rules: What to keep; the defaults of `Rules` if None.
+        taxon: Scientific name for rows that carry none.
+        overwrite: Whether an existing table may be replaced.
+
+    Returns:
+        The report: `read` and `kept` rows, `dropped` rows by rule, `taxa`, and, for citation,
+        `sources` (GBIF dataset keys or file names) and `licenses` with their rows.
+
+    Raises:
+        ObservationsError: An input cannot be read, or no row is left.
+        OutputError: The output exists, or its name does not end in `.parquet`.
+    """
+    out = Path(out)
+    if out.suffix != ".parquet":
+        raise OutputError(f"{out} should be a Parquet file; call it {out.with_suffix('.parquet')}")
+    refuse_existing(out, overwrite)
+    rows = read_observations(paths, taxon=taxon)
+    missed = dict(rows.attrs["dropped"])
+    kept, dropped = clean(rows, rules)
+    dropped = {**missed, **dropped}
+    if kept.empty:
+        raise ObservationsError(
+            f"no observation of {', '.join(map(str, paths))} is left: "
+            + ", ".join(f"{count} dropped by {rule}" for rule, count in dropped.items() if count)
+            + "; relax a rule"
+        )
+    report = {
+        "path": str(out),
+        "read": len(rows) + sum(missed.values()),
+        "kept": len(kept),
+        "dropped": dropped,
+        "taxa": kept["taxon"].value_counts().to_dict(),
+        "sources": kept["source"].value_counts().to_dict(),
+        "licenses": kept["license"].value_counts().to_dict(),
+    }
+    kept.attrs = {}
+    with replacing(out, overwrite=overwrite) as beside:
+        kept.to_parquet(beside)
+    with replacing(out.with_suffix(".report.json"), overwrite=True) as beside:
+        text = json.dumps(report, indent=1, ensure_ascii=False)
+        beside.write_text(text + "\n", encoding="utf-8")
+    return report
 
 
 def clean(

@@ -134,6 +134,12 @@ def read_observations(
         raise ObservationsError("no file of observations was given; name at least one")
     table = pd.concat(parts, ignore_index=True)
     dropped = {reason: count for reason, count in dropped.items() if count}
+    if table.empty:
+        counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise ObservationsError(
+            f"{', '.join(map(str, paths))} holds no observation: {counts}; give rows with a name "
+            "and a position"
+        )
     for reason, count in dropped.items():
         log.info("%d rows left out: %s", count, reason)
     points = gpd.points_from_xy(table["longitude"], table["latitude"])
