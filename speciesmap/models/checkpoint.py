@@ -32,7 +32,9 @@ def save_model(model: SpeciesModel, folder: Path | str, facts: Mapping[str, Any]
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
     save_file(state, folder / WEIGHTS)
     config = {
         "format": FORMAT,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ class SpeciesModel(nn.Module):
         prevalence: Share of places where a taxon is present that its calibration was made
             against, by name; a taxon left out is uncalibrated.
         references: How many windows of the training landscape `reference` holds.
-        pretrained: Start the image towers from timm's weights.
+        pretrained: Names of the towers, `aerial` or `ground`, that start from timm's weights.
 
     Attributes:
         head: Learned embeddings of `taxa`.
@@ -83,7 +83,7 @@ class SpeciesModel(nn.Module):
         taxa: Sequence[Taxon] = (),
         prevalence: dict[str, float] | None = None,
         references: int = 0,
-        pretrained: bool = False,
+        pretrained: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.architecture = a = architecture
@@ -94,12 +94,16 @@ class SpeciesModel(nn.Module):
             mean=a.mean,
             std=a.std,
             dim=a.dim,
-            pretrained=pretrained,
+            pretrained="aerial" in pretrained,
             **a.aerial,
         )
         self.ground = (
             ImageTower(
-                mean=IMAGENET_MEAN, std=IMAGENET_STD, dim=a.dim, pretrained=pretrained, **a.ground
+                mean=IMAGENET_MEAN,
+                std=IMAGENET_STD,
+                dim=a.dim,
+                pretrained="ground" in pretrained,
+                **a.ground,
             )
             if a.ground
             else None

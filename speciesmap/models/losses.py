@@ -73,4 +73,3 @@ def assume_negative(
     background = F.softplus(background_logits).sum(1)  # (M,)
     taxa = logits.shape[1]
     return ((positive_weight * presence + absence).mean() + background.mean()) / (2 * taxa)
-

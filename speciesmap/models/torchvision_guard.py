@@ -17,7 +17,7 @@ import torch
 SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 try:
-    import torchvision  # noqa: F401
+    import torchvision
 except RuntimeError as error:
     if "torchvision::nms" not in str(error):
         raise

@@ -1,0 +1,224 @@
+"""Training configurations: YAML, checked before anything else runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from speciesmap.errors import ConfigError
+from speciesmap.taxa import nearest
+
+
+class Strict(BaseModel):
+    """A section whose unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BackboneConfig(Strict):
+    """A timm backbone."""
+
+    backbone: str
+    pretrained: bool = False
+    kwargs: dict[str, Any] = {}
+
+
+class AerialConfig(BackboneConfig):
+    """The aerial tower; bands and window come from the data, statistics too unless given."""
+
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+
+class GroundConfig(BackboneConfig):
+    """The ground tower, on RGB photos with ImageNet's statistics."""
+
+    image_px: int = Field(224, ge=16)
+
+
+class TextConfig(Strict):
+    """The text tower: a small one trained jointly, or a frozen one of the hub by name."""
+
+    hub: str | None = None
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+
+
+class ModelConfig(Strict):
+    """The joint space and its towers."""
+
+    dim: int = Field(512, ge=8)
+    aerial: AerialConfig
+    ground: GroundConfig | None = None
+    text: TextConfig | None = None
+
+
+class DataConfig(Strict):
+    """Where training data comes from: a paired data set, imagery, or both.
+
+    `background` is a number of places drawn at random from the imagery, or a file of points.
+    Rows of `withheld` taxa are never seen.
+    """
+
+    dataset: str | None = None
+    imagery: str | None = None
+    window_px: int | None = Field(None, ge=8)
+    background: Annotated[int, Field(ge=1)] | str = 10_000
+    withheld: list[str] = []
+
+
+class OptimConfig(Strict):
+    """AdamW with linear warm-up and cosine decay."""
+
+    epochs: int = Field(10, ge=1)
+    batch_size: int = Field(256, ge=2)
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+
+
+class TrainerConfig(Strict):
+    """What is handed to Lightning's Trainer."""
+
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    precision: str = "auto"
+    workers: int = Field(0, ge=0)
+
+
+class MaskedConfig(Strict):
+    """Masked image modelling (He et al. 2022): share masked, and the decoder's size."""
+
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    decoder_dim: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+
+
+class ValidationConfig(Strict):
+    """Spatial cross-validation before the final fit, and calibration where a prevalence is stated.
+
+    Folds are whole blocks of `block_m` metres; training windows that overlap a test window are
+    left out. `prevalence` is the share of places where a taxon is present, one for all or by name.
+    """
+
+    folds: int = Field(5, ge=2)
+    block_m: float = Field(gt=0)
+    prevalence: float | dict[str, float] | None = None
+
+
+class PretrainConfig(Strict):
+    """Stage one: a joint space from paired views (CRISP), or features from imagery alone (MAE)."""
+
+    stage: Literal["pretrain"]
+    method: Literal["crisp", "mae"] = "crisp"
+    seed: int = 0
+    data: DataConfig
+    model: ModelConfig
+    masked: MaskedConfig = MaskedConfig()
+    optim: OptimConfig = OptimConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+
+class FinetuneConfig(Strict):
+    """Stage two: learned embeddings of taxa, from presences against background."""
+
+    stage: Literal["finetune"]
+    init: str
+    seed: int = 0
+    data: DataConfig
+    positive_weight: float | None = Field(None, gt=0)
+    align: float = Field(1.0, ge=0)
+    freeze_encoder: bool = False
+    validation: ValidationConfig | None = None
+    optim: OptimConfig = OptimConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+
+Config = Annotated[PretrainConfig | FinetuneConfig, Field(discriminator="stage")]
+
+_adapter: TypeAdapter[PretrainConfig | FinetuneConfig] = TypeAdapter(Config)
+
+
+def load_config(
+    source: Path | str | Mapping[str, Any], changes: Sequence[str] = ()
+) -> PretrainConfig | FinetuneConfig:
+    """Read a training configuration.
+
+    Args:
+        source: A YAML file, or the same as a mapping.
+        changes: Assignments such as `optim.lr=0.001`; values are read as YAML.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: The file is missing or no YAML, a key is unknown (the message names the
+            nearest), or a value is out of range.
+    """
+    where = "the configuration" if isinstance(source, Mapping) else str(source)
+    content: Any = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where} is not a mapping of keys to values; see configs/ for examples")
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {change!r} is no assignment; write --set optim.lr=0.001")
+        _assign(content, key.split("."), yaml.safe_load(value), change)
+    try:
+        return _adapter.validate_python(content)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(error)}") from error
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist; configs/ holds examples") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+
+
+def _assign(content: dict[str, Any], keys: Sequence[str], value: Any, change: str) -> None:
+    for key in keys[:-1]:
+        content[key] = dict(content.get(key) or {})
+        content = content[key]
+    if not keys[-1]:
+        raise ConfigError(f"--set {change!r} names no key; write --set optim.lr=0.001")
+    content[keys[-1]] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing that is wrong, in words."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"] if part not in ("pretrain", "finetune")]
+    where = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(first["loc"])
+        close = nearest(path[-1], known, 1) or sorted(known)
+        return f"unknown key {where!r}; did you mean {' or '.join(repr(c) for c in close[:8])}?"
+    if first["type"] == "missing":
+        return f"key {where!r} is missing; see configs/ for examples"
+    if first["type"].startswith("union_tag"):
+        return f"'stage' must be pretrain or finetune, got {first['input'].get('stage')!r}"
+    return f"{where} = {first['input']!r}: {first['msg'].lower()}"
+
+
+def _keys_at(location: Sequence[int | str]) -> list[str]:
+    """Keys known in the section where a location's last part was found."""
+    section: Any = PretrainConfig if location[0] == "pretrain" else FinetuneConfig
+    for part in location[1:-1]:
+        annotation = section.model_fields[part].annotation
+        options = [a for a in (annotation, *get_args(annotation)) if _is_section(a)]
+        section = options[0]
+    return list(section.model_fields)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Strict)

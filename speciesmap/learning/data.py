@@ -1,0 +1,245 @@
+"""Training data as tensors: rows of paired data sets, and windows at places of an imagery."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from speciesmap.config import DataConfig
+from speciesmap.datasets.paired import PairedDataset, open_paired
+from speciesmap.errors import ConfigError, DatasetError
+from speciesmap.models.crisp import to_square
+from speciesmap.observations.background import random_background
+from speciesmap.observations.read import read_observations
+from speciesmap.rasters.imagery import Imagery, open_imagery
+from speciesmap.rasters.windows import window_start
+from speciesmap.taxa import Taxon
+
+KEEP_PHOTOS_BELOW = 1 << 30  # bytes of decoded photos that are kept rather than decoded each epoch
+
+Batch = dict[str, Tensor]
+
+
+class PairedRows(Dataset[Batch]):
+    """Rows of a paired data set, fetched by the batch.
+
+    A batch has `aerial` (N, B, P, P) raw pixels, `taxon` (N,) positions in `taxa`, (N,)
+    equal for rows of one spot, and `ground` (N, 3, S, S) raw RGB where photos are asked for.
+
+    Args:
+        dataset: Where to read.
+        rows: Which rows; each of one of `taxa`.
+        taxa: What `taxon` counts.
+        image_px: Side of the photos; none are read if absent.
+    """
+
+    def __init__(
+        self,
+        dataset: PairedDataset,
+        rows: ArrayLike,
+        taxa: Sequence[Taxon],
+        image_px: int | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.rows = np.asarray(rows, dtype=np.int64)
+        self.taxa = tuple(taxa)
+        self.image_px = image_px
+        facts = dataset.facts
+        position = {taxon.name: k for k, taxon in enumerate(taxa)}
+        self.labels = facts["name"].map(position).fillna(-1).to_numpy(dtype=np.int64)
+        spot = pd.factorize(facts["latitude"].astype(str) + " " + facts["longitude"].astype(str))[0]
+        self.place = np.asarray(spot, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def subset(self, chosen: NDArray[np.bool_]) -> PairedRows:
+        """Keep some of the rows, by a mask of shape (N,)."""
+        return PairedRows(self.dataset, self.rows[chosen], self.taxa, self.image_px)
+
+    def aerial(self, positions: ArrayLike) -> Tensor:
+        """Read raw windows by positions in `rows`, shape (N, B, P, P)."""
+        return torch.from_numpy(self.dataset.aerial(self.rows[np.asarray(positions)]))
+
+    @cached_property
+    def _photos(self) -> Tensor | None:
+        side = self.image_px or 0
+        if len(self.rows) * 3 * side**2 > KEEP_PHOTOS_BELOW:
+            return None
+        parts = [self._read_photos(part) for part in np.array_split(self.rows, 64) if len(part)]
+        return torch.cat(parts)  # (rows, 3, S, S)
+
+    def _read_photos(self, rows: NDArray[np.int64]) -> Tensor:
+        photos = self.dataset.ground(rows)
+        missing = [int(row) for row, photo in zip(rows, photos, strict=True) if photo is None]
+        if missing:
+            raise DatasetError(
+                f"{self.dataset.path} row {missing[0]} has no photo; leave such rows out, or "
+                "train without a ground tower"
+            )
+        return to_square([photo for photo in photos if photo is not None], self.image_px or 0)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """Fetch one batch by positions in `rows`."""
+        rows = self.rows[list(positions)]
+        batch = {
+            "aerial": self.aerial(positions),  # (N, B, P, P)
+            "taxon": torch.from_numpy(self.labels[rows]),  # (N,)
+            "place": torch.from_numpy(self.place[rows]),  # (N,)
+        }
+        if self.image_px:
+            kept = self._photos
+            batch["ground"] = (
+                self._read_photos(rows) if kept is None else kept[list(positions)]
+            )  # (N, 3, S, S)
+        return batch
+
+
+class Places(Dataset[Batch]):
+    """Aerial windows centred on places of an imagery; a batch has `aerial` (N, B, P, P) raw pixels.
+
+    Args:
+        imagery: Where to read.
+        rows: Continuous rows of the places, shape (N,).
+        cols: Continuous columns of the places, shape (N,).
+        window_px: Side of a window.
+        fill: What stands in for invalid pixels, per band in raw units.
+    """
+
+    def __init__(
+        self,
+        imagery: Imagery,
+        rows: NDArray[np.float64],
+        cols: NDArray[np.float64],
+        window_px: int,
+        fill: ArrayLike,
+    ) -> None:
+        self.imagery, self.window_px = imagery, window_px
+        self.rows, self.cols = rows, cols
+        self.fill = np.asarray(fill).reshape(-1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def subset(self, chosen: NDArray[np.bool_]) -> Places:
+        """Keep some of the places, by a mask of shape (N,)."""
+        return Places(
+            self.imagery, self.rows[chosen], self.cols[chosen], self.window_px, self.fill.ravel()
+        )
+
+    def aerial(self, positions: ArrayLike) -> Tensor:
+        """Read raw windows by positions in `rows`, shape (N, B, P, P)."""
+        side = self.window_px
+        windows = []
+        for k in np.asarray(positions):
+            start = window_start(self.rows[k], self.cols[k], side)
+            pixels, valid = self.imagery.read(*start, side, side)
+            windows.append(np.where(valid, pixels, self.fill.astype(pixels.dtype)))
+        return torch.from_numpy(np.stack(windows))  # (N, B, P, P)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """Fetch one batch by positions in `rows`."""
+        return {"aerial": self.aerial(positions)}
+
+
+def as_is(batch: Batch) -> Batch:
+    """Collate what is a batch already."""
+    return batch
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a configuration's `data` section names, opened and checked against each other.
+
+    Attributes:
+        dataset: The paired data set, if any.
+        rows: Its usable rows.
+        taxa: The taxa of those rows; none withheld.
+        imagery: The imagery, if any, with the data set's bands.
+        window_px: Side of the aerial window.
+        bands: Names of the aerial bands.
+        resolution_m: Side of an aerial pixel on the ground, in metres.
+    """
+
+    dataset: PairedDataset | None
+    rows: NDArray[np.int64]
+    taxa: tuple[Taxon, ...]
+    imagery: Imagery | None
+    window_px: int
+    bands: tuple[str, ...]
+    resolution_m: float
+
+
+def open_sources(data: DataConfig) -> Sources:
+    """Open the data that a configuration names.
+
+    Raises:
+        ConfigError: Neither a data set nor imagery is named, the window's size is nowhere said,
+            or a withheld taxon is not in the data.
+    """
+    imagery = open_imagery(data.imagery) if data.imagery else None
+    if data.dataset:
+        dataset = open_paired(data.dataset)
+        names = {taxon.name for taxon in dataset.taxa}
+        for name in data.withheld:
+            if name not in names:
+                raise ConfigError(f"data.withheld names {name!r}, which {data.dataset} lacks")
+        taxa = tuple(taxon for taxon in dataset.taxa if taxon.name not in data.withheld)
+        wanted = dataset.facts["name"].isin([taxon.name for taxon in taxa])
+        if imagery is not None and imagery.bands != dataset.bands:
+            imagery = imagery.select(dataset.bands)
+        return Sources(
+            dataset,
+            np.flatnonzero(wanted),
+            taxa,
+            imagery,
+            dataset.window_px,
+            dataset.bands,
+            dataset.resolution_m,
+        )
+    if imagery is None:
+        raise ConfigError("data names neither a dataset nor imagery; give at least one")
+    if data.window_px is None:
+        raise ConfigError("data.window_px is missing; without a dataset it must be given")
+    none = np.empty(0, dtype=np.int64)
+    return Sources(None, none, (), imagery, data.window_px, imagery.bands, imagery.resolution_m)
+
+
+def draw_background(
+    imagery: Imagery,
+    window_px: int,
+    background: int | str,
+    rng: np.random.Generator,
+    fill: Sequence[float] | None = None,
+) -> Places:
+    """Give background places of an imagery.
+
+    Args:
+        imagery: The study area, where `background` is a number.
+        window_px: Side of a window; at least half of it is valid at a drawn place.
+        background: How many to draw at random, or a file of points.
+        rng: Source of randomness.
+        fill: What stands in for invalid pixels, per band in raw units; 0 by default.
+
+    Returns:
+        The places.
+
+    Raises:
+        ObservationsError: The file cannot be read, or the imagery is too small.
+    """
+    if isinstance(background, int):
+        rows, cols = random_background(imagery, background, window_px, rng)
+    else:
+        points = read_observations(background, taxon="background")
+        rows, cols = imagery.rowcol(points["longitude"], points["latitude"])
+    return Places(
+        imagery, rows, cols, window_px, [0.0] * len(imagery.bands) if fill is None else fill
+    )

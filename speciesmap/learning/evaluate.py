@@ -1,0 +1,141 @@
+"""How good a model is on places it never saw, and what its logits mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import minimize
+from scipy.special import expit, log_expit
+from sklearn.metrics import roc_auc_score
+
+from speciesmap.taxa import Taxon
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Logistic recalibration: probability is `sigmoid(slope * logit + intercept)`.
+
+    Attributes:
+        slope: Positive.
+        intercept: In logits.
+        prevalence: Stated share of places where the taxon is present.
+    """
+
+    slope: float
+    intercept: float
+    prevalence: float
+
+
+def summarise(folds: pd.DataFrame, taxa: Sequence[Taxon]) -> dict[str, Any]:
+    """Area under the ROC curve of held-out presences against held-out background.
+
+    Args:
+        folds: What `cross_validate` gives.
+        taxa: Its taxa.
+
+    Returns:
+        For each taxon by name: `auc` over all folds' scores pooled, `auc_folds` one by one (None
+        where a fold has no presence), `presences`.
+    """
+    summary: dict[str, Any] = {}
+    for taxon in taxa:
+        part = folds[folds["taxon"].isin([taxon.name, ""])]
+        present = (part["taxon"] == taxon.name).to_numpy()
+        score = part[taxon.name].to_numpy()
+        summary[taxon.name] = fold_auc(present, score, part["fold"].to_numpy())
+    return summary
+
+
+def fold_auc(present: ArrayLike, score: ArrayLike, fold: ArrayLike) -> dict[str, Any]:
+    """AUC of held-out scores, pooled and by fold.
+
+    Args:
+        present: Shape (N,), bool.
+        score: From a model that did not see the row, shape (N,).
+        fold: Shape (N,).
+
+    Returns:
+        `auc`, `auc_folds`, `auc_mean` and `auc_sd` over folds, and `presences`.
+    """
+    present, score, fold = np.asarray(present, bool), np.asarray(score), np.asarray(fold)
+    by_fold = [auc(present[fold == k], score[fold == k]) for k in np.unique(fold)]
+    known = [value for value in by_fold if value is not None]
+    return {
+        "auc": auc(present, score),
+        "auc_mean": float(np.mean(known)) if known else None,
+        "auc_sd": float(np.std(known, ddof=1)) if len(known) > 1 else None,
+        "auc_folds": by_fold,
+        "presences": int(present.sum()),
+    }
+
+
+def auc(present: NDArray[np.bool_], score: NDArray[np.floating[Any]]) -> float | None:
+    """AUC, or None where only one class is there."""
+    if present.all() or not present.any():
+        return None
+    return float(roc_auc_score(present, score))
+
+
+def calibrate(
+    folds: pd.DataFrame, taxa: Sequence[Taxon], prevalence: float | dict[str, float] | None
+) -> dict[str, Calibration]:
+    """Calibrate held-out logits against stated prevalences.
+
+    Presences are a sample of the places where a taxon is; background is a sample of all places,
+    some of which it inhabits too. With the prevalence known, the probability follows from the
+    likelihood of Lancaster & Imbens (1996, section 2) and Ward et al. (2009, equation 5): a row is
+    a presence with odds `p * n1 / (prevalence * n0)`. It is then shifted so that its mean over
+    the background is the prevalence.
+
+    Args:
+        folds: What `cross_validate` gives.
+        taxa: Its taxa.
+        prevalence: One for all, or by name; taxa without one stay uncalibrated.
+
+    Returns:
+        Calibrations by name of taxon.
+    """
+    if prevalence is None:
+        return {}
+    stated = (
+        prevalence
+        if isinstance(prevalence, dict)
+        else {taxon.name: float(prevalence) for taxon in taxa}
+    )
+    away = (folds["taxon"] == "").to_numpy()
+    found = {}
+    for taxon in taxa:
+        here = (folds["taxon"] == taxon.name).to_numpy()
+        if taxon.name in stated and here.any():
+            logit = folds[taxon.name].to_numpy()
+            found[taxon.name] = _calibrate(logit[here], logit[away], stated[taxon.name])
+    return found
+
+
+def _calibrate(
+    here: NDArray[np.float64], away: NDArray[np.float64], prevalence: float
+) -> Calibration:
+    ratio = np.log(len(here) / (prevalence * len(away)))
+
+    def loss(parameters: NDArray[np.float64]) -> float:
+        slope, intercept = np.exp(parameters[0]), parameters[1]
+        odds_here = ratio + log_expit(slope * here + intercept)
+        odds_away = ratio + log_expit(slope * away + intercept)
+        return float(-log_expit(odds_here).sum() - log_expit(-odds_away).sum())
+
+    start = np.array([0.0, np.log(prevalence / (1 - prevalence)) - away.mean()])
+    fitted = minimize(loss, start, method="Nelder-Mead").x
+    slope = float(np.exp(fitted[0]))
+    low, high = -50.0, 50.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if expit(slope * away + middle).mean() < prevalence:
+            low = middle
+        else:
+            high = middle
+    return Calibration(slope, (low + high) / 2, prevalence)

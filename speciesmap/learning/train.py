@@ -1,0 +1,471 @@
+"""Training: a configuration in, a checkpoint out."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+import yaml
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader, RandomSampler
+
+from speciesmap.config import (
+    FinetuneConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    TrainerConfig,
+)
+from speciesmap.errors import ConfigError, ModelError, OutputError
+from speciesmap.learning.data import (
+    Batch,
+    PairedRows,
+    Places,
+    Sources,
+    as_is,
+    draw_background,
+    open_sources,
+)
+from speciesmap.learning.evaluate import Calibration, calibrate, summarise
+from speciesmap.learning.modules import Crisp, Finetune, Masked, Stage
+from speciesmap.models import Architecture, SpeciesModel, load_model, save_model
+from speciesmap.models.heads import TaxonHead
+from speciesmap.models.masked import MaskedAutoencoder
+from speciesmap.observations.folds import separated, spatial_blocks
+from speciesmap.outputs import refuse_existing, replacing
+from speciesmap.progress import track
+
+log = logging.getLogger("speciesmap")
+
+REFERENCES = 1024  # windows of the training landscape kept as the yardstick of untrained queries
+STATISTICS = 2048  # windows that band means and deviations are measured on
+
+
+def train(
+    config: PretrainConfig | FinetuneConfig,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Run one training stage.
+
+    The work lies in a hidden folder beside `out` until it is done, with logs, and what is needed
+    to go on after an interruption.
+
+    Args:
+        config: What to do; see `load_config`.
+        out: Folder for the checkpoint.
+        resume: Go on with an interrupted run of the same configuration.
+        overwrite: Replace an existing output, or an interrupted run.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SpeciesmapError: The configuration, its data or the output do not allow it.
+    """
+    out = Path(out)
+    refuse_existing(out, overwrite)
+    work = out.with_name(f".{out.name}.training")
+    described = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    if work.exists() and not resume:
+        if not overwrite:
+            raise OutputError(
+                f"an interrupted run lies in {work}; pass --resume to go on, or --overwrite to "
+                "start anew"
+            )
+        shutil.rmtree(work)
+    if work.exists() and (work / "config.yaml").read_text() != described:
+        raise ConfigError(
+            f"the interrupted run in {work} had another configuration; pass --overwrite to start "
+            "anew, or the configuration in its config.yaml"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "config.yaml").write_text(described)
+
+    L.seed_everything(config.seed, verbose=False)
+    started = time.perf_counter()
+    sources = open_sources(config.data)
+    procedure = pretrain if isinstance(config, PretrainConfig) else finetune
+    model, metrics = procedure(config, sources, work)  # type: ignore[arg-type]
+    facts = {
+        "training": config.model_dump(mode="json"),
+        "metrics": metrics,
+        "seconds": round(time.perf_counter() - started, 1),
+        "versions": {"torch": torch.__version__, "lightning": L.__version__},
+    }
+    with replacing(out, overwrite=overwrite) as folder:
+        save_model(model, folder, facts)
+        (folder / "config.yaml").write_text(described)
+        for kept in ("logs", "folds.parquet"):
+            if (work / kept).exists():
+                (work / kept).rename(folder / kept)
+    shutil.rmtree(work)
+    return out
+
+
+def pretrain(
+    config: PretrainConfig, sources: Sources, work: Path | None = None
+) -> tuple[SpeciesModel, dict[str, Any]]:
+    """Learn a joint space from paired views, or features from imagery alone.
+
+    Args:
+        config: The stage.
+        sources: Its data.
+        work: Folder for logs and for resuming, if any.
+
+    Returns:
+        The model, in evaluation mode, and metrics of the training.
+
+    Raises:
+        ConfigError: The method lacks the data it learns from.
+    """
+    rng = np.random.default_rng(config.seed)
+    contrastive = config.method == "crisp"
+    if contrastive and sources.dataset is None:
+        raise ConfigError("method crisp learns from pairs; give data.dataset, or method: mae")
+    if contrastive and config.model.ground is None and config.model.text is None:
+        raise ConfigError(
+            "method crisp needs model.ground or model.text beside model.aerial; give one, or "
+            "method: mae"
+        )
+    windows: PairedRows | Places
+    if sources.dataset is not None:
+        ground = config.model.ground
+        image_px = ground.image_px if contrastive and ground else None
+        windows = PairedRows(sources.dataset, sources.rows, sources.taxa, image_px)
+    else:
+        assert sources.imagery is not None
+        windows = draw_background(sources.imagery, sources.window_px, config.data.background, rng)
+    model = build(config.model, sources, windows)
+    if contrastive:
+        loader = batches(windows, config.optim, config.trainer)
+        steps = config.optim.epochs * len(loader)
+        stage: Stage = Crisp(model, sources.taxa, config.optim, steps)
+    else:
+        masked = config.masked
+        network = MaskedAutoencoder(
+            model.aerial,
+            masked.mask_ratio,
+            masked.decoder_dim,
+            masked.decoder_depth,
+            masked.decoder_heads,
+        )
+        loader = batches(windows, config.optim, config.trainer)
+        stage = Masked(network, config.optim, config.optim.epochs * len(loader))
+    metrics = fit(stage, loader, config.optim, config.trainer, work)
+    set_reference(model, windows, rng)
+    return model, metrics
+
+
+def finetune(
+    config: FinetuneConfig, sources: Sources, work: Path | None = None
+) -> tuple[SpeciesModel, dict[str, Any]]:
+    """Learn embeddings of taxa from presences against background.
+
+    Where the configuration asks for validation, whole blocks are held out in turn first, and
+    what each fold's model says of them is written to `folds.parquet` in `work`.
+
+    Args:
+        config: The stage.
+        sources: Its data: a paired data set, and the imagery that background is drawn from.
+        work: Folder for logs, folds and for resuming, if any.
+
+    Returns:
+        The model, in evaluation mode, and metrics of training and validation.
+
+    Raises:
+        ConfigError: The data set or the imagery is missing.
+        ModelError: The initial model does not fit the data.
+    """
+    rng = np.random.default_rng(config.seed)
+    base = load_model(config.init)
+    if sources.dataset is None or sources.imagery is None:
+        raise ConfigError(
+            "stage finetune needs data.dataset for presences and data.imagery for background"
+        )
+    if (base.bands, base.window_px) != (sources.bands, sources.window_px):
+        raise ModelError(
+            f"{config.init} takes windows of {base.window_px} px with bands "
+            f"{', '.join(base.bands)}; {config.data.dataset} has {sources.window_px} px and "
+            f"{', '.join(sources.bands)}; cut chips to fit, or pre-train on these"
+        )
+    image_px = base.ground.image_px if base.ground and sources.dataset.has_ground else None
+    presences = PairedRows(sources.dataset, sources.rows, sources.taxa, image_px)
+    background = draw_background(
+        sources.imagery, sources.window_px, config.data.background, rng, base.fill
+    )
+    metrics: dict[str, Any] = {}
+    calibrations: dict[str, Calibration] = {}
+    if config.validation is not None:
+        folds = cross_validate(base, presences, background, config)
+        metrics["validation"] = summarise(folds, sources.taxa)
+        if work is not None:
+            folds.to_parquet(work / "folds.parquet")
+        calibrations = calibrate(folds, sources.taxa, config.validation.prevalence)
+    model, fitted = fit_taxa(base, presences, background, config, work)
+    set_reference(model, background, rng)
+    model.prevalence = {name: c.prevalence for name, c in calibrations.items()}
+    with torch.no_grad():
+        for k, taxon in enumerate(sources.taxa):
+            if taxon.name in calibrations:
+                c = calibrations[taxon.name]
+                model.head.gain[k] *= c.slope
+                model.head.offset[k] = c.slope * model.head.offset[k] + c.intercept
+    return model, {**fitted, **metrics}
+
+
+def fit_taxa(
+    base: SpeciesModel,
+    presences: PairedRows,
+    background: Places,
+    config: FinetuneConfig,
+    work: Path | None = None,
+) -> tuple[SpeciesModel, dict[str, Any]]:
+    """Fine-tune a copy of a model on presences against background.
+
+    A taxon's vector starts where its windows differ from the background on average.
+
+    Args:
+        base: The model to start from, left as it is.
+        presences: Rows of taxa.
+        background: Places of the study area.
+        config: The stage.
+        work: Folder for logs and for resuming, if any.
+
+    Returns:
+        The fine-tuned model, in evaluation mode, and metrics of the fit.
+    """
+    torch.manual_seed(config.seed)
+    model = copy.deepcopy(base)
+    model.taxa = presences.taxa
+    model.head = TaxonHead(len(model.taxa), model.dim)
+    here = embeddings(model, presences)  # (N, D)
+    labels = torch.from_numpy(presences.labels[presences.rows])  # (N,)
+    away = embeddings(model, background, limit=REFERENCES).mean(0)  # (D,)
+    with torch.no_grad():
+        for k in range(len(model.taxa)):
+            model.head.weight[k] = F.normalize(here[labels == k].mean(0) - away, dim=0)
+    model.train()
+    if config.freeze_encoder:
+        for tower in (model.aerial, model.ground, model.text):
+            if tower is not None:
+                tower.requires_grad_(False)
+    loader = batches(presences, config.optim, config.trainer)
+    other = batches(background, config.optim, config.trainer, count=len(loader))
+    both = CombinedLoader({"presences": loader, "background": other}, mode="min_size")
+    steps = config.optim.epochs * len(loader)
+    stage = Finetune(model, config.optim, steps, config.positive_weight, config.align)
+    metrics = fit(stage, both, config.optim, config.trainer, work)
+    return model.requires_grad_(True).eval(), metrics
+
+
+def cross_validate(
+    base: SpeciesModel, presences: PairedRows, background: Places, config: FinetuneConfig
+) -> pd.DataFrame:
+    """Fine-tune with whole blocks held out in turn, and score what was held out.
+
+    Training windows that overlap a held-out window are left out.
+
+    Args:
+        base: The model to start from, left as it is.
+        presences: Rows of taxa.
+        background: Places of the study area; its imagery gives the grid.
+        config: The stage, with `validation`.
+
+    Returns:
+        One row per presence and background place: longitude, latitude, taxon (empty for
+        background), fold, trained (windows trained on in that fold), and a logit per taxon, by
+        its name.
+    """
+    assert config.validation is not None
+    imagery = background.imagery
+    facts = presences.dataset.facts.iloc[presences.rows]
+    rows, cols = imagery.rowcol(facts["longitude"].to_numpy(), facts["latitude"].to_numpy())
+    rows, cols = np.r_[rows, background.rows], np.r_[cols, background.cols]
+    count = len(presences)
+    folds = spatial_blocks(
+        cols * imagery.resolution_m,
+        rows * imagery.resolution_m,
+        block_m=config.validation.block_m,
+        folds=config.validation.folds,
+        seed=config.seed,
+        weight=np.r_[np.ones(count), np.zeros(len(background))],
+    )
+    logits = np.empty((len(rows), len(presences.taxa)))
+    trained = np.empty(len(rows), dtype=np.int64)
+    for k in track(range(config.validation.folds), "Cross-validating"):
+        use = separated(cols, rows, folds, k, presences.dataset.window_px + 1)
+        held = folds == k
+        trained[held] = use.sum()
+        model, _ = fit_taxa(
+            base, presences.subset(use[:count]), background.subset(use[count:]), config
+        )
+        parts = [
+            embeddings(model, presences.subset(held[:count])),
+            embeddings(model, background.subset(held[count:])),
+        ]
+        with torch.inference_mode():
+            logits[held] = model.head(torch.cat(parts)).numpy()
+    x, y = imagery.xy(rows, cols)
+    names = np.r_[facts["name"].to_numpy(dtype=object), np.full(len(background), "", object)]
+    table = pd.DataFrame(
+        {"longitude": x, "latitude": y, "taxon": names, "fold": folds, "trained": trained}
+    )
+    return table.join(pd.DataFrame(logits, columns=[taxon.name for taxon in presences.taxa]))
+
+
+def build(config: ModelConfig, sources: Sources, windows: PairedRows | Places) -> SpeciesModel:
+    """Make an untrained model for data, with the data's own band statistics unless given."""
+    mean, std = config.aerial.mean, config.aerial.std
+    if mean is None or std is None:
+        chosen = np.linspace(0, len(windows) - 1, min(STATISTICS, len(windows))).astype(int)
+        pixels = windows.__getitems__(chosen.tolist())["aerial"].double()
+        mean = mean or pixels.mean((0, 2, 3)).tolist()
+        std = std or pixels.std((0, 2, 3)).clamp(min=1e-6).tolist()
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != len(sources.bands):
+            raise ConfigError(
+                f"model.aerial.{name} has {len(values)} values, the data has "
+                f"{len(sources.bands)} bands ({', '.join(sources.bands)})"
+            )
+    towers = {"aerial": config.aerial, "ground": config.ground}
+    architecture = Architecture(
+        dim=config.dim,
+        bands=sources.bands,
+        window_px=sources.window_px,
+        resolution_m=sources.resolution_m,
+        mean=tuple(mean),
+        std=tuple(std),
+        aerial=config.aerial.model_dump(include={"backbone", "kwargs"}),
+        ground=config.ground.model_dump(include={"backbone", "kwargs", "image_px"})
+        if config.ground
+        else None,
+        text=config.text.model_dump(exclude_none=True) if config.text else None,
+    )
+    return SpeciesModel(
+        architecture,
+        references=REFERENCES,
+        pretrained=[name for name, tower in towers.items() if tower and tower.pretrained],
+    )
+
+
+def batches(
+    windows: PairedRows | Places,
+    optim: OptimConfig,
+    trainer: TrainerConfig,
+    count: int | None = None,
+) -> DataLoader[Batch]:
+    """Shuffle into batches: an epoch, or `count` batches drawn with replacement."""
+    size = min(optim.batch_size, len(windows))
+    sampler = RandomSampler(windows, replacement=True, num_samples=count * size) if count else None
+    return DataLoader(
+        windows,
+        batch_size=size,
+        shuffle=sampler is None,
+        sampler=sampler,
+        drop_last=True,
+        collate_fn=as_is,
+        num_workers=trainer.workers,
+        persistent_workers=trainer.workers > 0,
+        multiprocessing_context="spawn" if trainer.workers else None,
+    )
+
+
+def fit(
+    stage: Stage, loader: Any, optim: OptimConfig, config: TrainerConfig, work: Path | None
+) -> dict[str, Any]:
+    """Run Lightning's Trainer on one stage.
+
+    Args:
+        stage: What to train.
+        loader: Its batches.
+        optim: How many epochs.
+        config: Devices and precision.
+        work: Folder for logs and for a state to resume from, if any.
+
+    Returns:
+        The last losses by name, the number of steps, and the precision.
+    """
+    precision = config.precision if config.precision != "auto" else best_precision()
+    callbacks: list[Callback] = []
+    loud = log.isEnabledFor(logging.INFO)
+    state = None
+    if work is not None:
+        callbacks.append(ModelCheckpoint(work / "state", save_last=True, save_top_k=0))
+        state = work / "state" / "last.ckpt"
+        if loud:
+            callbacks.append(RichProgressBar(leave=True, console_kwargs={"stderr": True}))
+    stage.network.to(memory_format=torch.channels_last)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = L.Trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            precision=precision,  # type: ignore[arg-type]
+            max_epochs=optim.epochs,
+            gradient_clip_val=1.0,
+            callbacks=callbacks,
+            logger=[CSVLogger(work, "logs", ""), TensorBoardLogger(work, "logs", "")]
+            if work is not None
+            else False,
+            log_every_n_steps=10,
+            enable_checkpointing=work is not None,
+            enable_progress_bar=work is not None and loud,
+            enable_model_summary=False,
+        )
+        trainer.fit(
+            stage,
+            loader,
+            ckpt_path=state if state is not None and state.exists() else None,
+            weights_only=True,
+        )
+    stage.network.eval()
+    losses = {name: round(float(value), 4) for name, value in trainer.callback_metrics.items()}
+    return {"losses": losses, "steps": trainer.global_step, "precision": precision}
+
+
+def best_precision() -> str:
+    """Choose bfloat16 where the processor multiplies it natively, else float32."""
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
+
+
+@torch.inference_mode()
+def embeddings(
+    model: SpeciesModel, windows: PairedRows | Places, limit: int | None = None
+) -> torch.Tensor:
+    """Embed the first `limit` windows, or all, without augmentation, shape (N, D) float32."""
+    training = model.training
+    model.eval()
+    count = min(len(windows), limit or len(windows))
+    parts = [torch.empty(0, model.dim)]
+    for chosen in np.array_split(np.arange(count), max(1, count // 256)):
+        if len(chosen):
+            with torch.autocast("cpu", torch.bfloat16, enabled=best_precision() == "bf16-mixed"):
+                parts.append(model.encode_aerial(windows.aerial(chosen)))  # (n, D)
+    model.train(training)
+    return torch.cat(parts)
+
+
+def set_reference(
+    model: SpeciesModel, windows: PairedRows | Places, rng: np.random.Generator
+) -> None:
+    """Embed windows of the training landscape as the yardstick of untrained queries."""
+    chosen = np.zeros(len(windows), dtype=bool)
+    chosen[rng.permutation(len(windows))[:REFERENCES]] = True
+    model.reference = embeddings(model, windows.subset(chosen)).clone()
