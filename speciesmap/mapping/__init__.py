@@ -1,0 +1,1 @@
+"""Mapping: encode an area once, then score it against any number of queries."""

@@ -1,0 +1,143 @@
+"""From a store to maps: all queries in one pass, in bounded memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speciesmap.errors import QueryError, StoreError
+from speciesmap.mapping.embed import ahead
+from speciesmap.mapping.query import Query, score
+from speciesmap.progress import track
+from speciesmap.rasters.geotiff import MapWriter
+from speciesmap.rasters.store import TILE, EmbeddingStore
+from speciesmap.rasters.windows import cells_in
+
+READ_TILES = 8  # of one row at once: 8 MB at 512 dimensions
+MOST_OPEN_MAPS = 256  # in one pass; systems let a process open about 1,000 files
+
+log = logging.getLogger("speciesmap")
+
+
+@dataclass(frozen=True)
+class Map:
+    """One map that was written.
+
+    Attributes:
+        path: Of the GeoTIFF.
+        query: What it shows.
+    """
+
+    path: Path
+    query: Query
+
+
+def write_maps(
+    store: EmbeddingStore,
+    queries: Sequence[Query],
+    folder: Path,
+    *,
+    bbox: Sequence[float] | None = None,
+    bbox_crs: Any = "EPSG:4326",
+) -> list[Map]:
+    """Score a store against queries and write a Cloud-Optimized GeoTIFF for each.
+
+    Args:
+        store: Of embeddings.
+        queries: Of the store's model.
+        folder: Where to write; exists.
+        bbox: Area of interest: west, south, east, north. By default all that is encoded.
+        bbox_crs: CRS of `bbox`.
+
+    Returns:
+        The maps, in the order of the queries.
+
+    Raises:
+        AreaError: The area is malformed or misses the imagery.
+        StoreError: The store has nothing in the area, or is damaged.
+        OutputError: A map cannot be written.
+        QueryError: A query has another dimension than the store.
+    """
+    for query in queries:
+        if query.vector.shape != (store.dim,):
+            raise QueryError(
+                f"query {query.label!r} has {query.vector.size} dimensions, {store.path} has "
+                f"{store.dim}; ask with the model that made the store"
+            )
+    area = store.done() if bbox is None else cells_in(bbox, store.geobox, bbox_crs)
+    tiles = [] if area is None else list(store.tiles_in(*area))
+    lacking = sum(not store.has(tile) for tile in tiles)
+    if area is None or lacking == len(tiles):
+        raise StoreError(
+            f"{store.path} holds nothing yet of the area asked for; encode it with `speciesmap "
+            "embed`, or pass --imagery too"
+        )
+    if lacking:
+        log.warning(
+            "%d of %d tiles of the area are not in %s and stay empty; --imagery would encode them",
+            lacking,
+            len(tiles),
+            store.path,
+        )
+    rows, cols = area
+    maps = [
+        Map(folder / f"{stem}.tif", query)
+        for stem, query in zip(_unique([q.stem for q in queries]), queries, strict=True)
+    ]
+    for start in range(0, len(maps), MOST_OPEN_MAPS):
+        _write_maps(store, maps[start : start + MOST_OPEN_MAPS], rows, cols)
+    return maps
+
+
+def _write_maps(store: EmbeddingStore, maps: Sequence[Map], rows: slice, cols: slice) -> None:
+    """Write maps in one pass over the store."""
+    geobox = store.geobox[rows, cols]
+    queries = [m.query for m in maps]
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                MapWriter(
+                    m.path,
+                    geobox,
+                    band=m.query.quantity,
+                    tags={
+                        "TAXON": m.query.label,
+                        "QUERY": m.query.kind,
+                        "MODEL": store.identity.model,
+                    },
+                )
+            )
+            for m in maps
+        ]
+        blocks = list(_blocks(rows, cols))
+        read = ((block, store.read(*block)) for block in blocks)
+        for (some_rows, some_cols), vectors in track(ahead(read, 2), "Scoring", len(blocks)):
+            row, col = some_rows.start - rows.start, some_cols.start - cols.start
+            for writer, values in zip(writers, score(vectors, queries), strict=True):
+                writer.write(row, col, values)
+
+
+def _blocks(rows: slice, cols: slice) -> Iterator[tuple[slice, slice]]:
+    """Ranges of cells that follow the store's tiles, several tiles wide."""
+    for top in range(rows.start // TILE * TILE, rows.stop, TILE):
+        for left in range(cols.start // TILE * TILE, cols.stop, TILE * READ_TILES):
+            yield (
+                slice(max(top, rows.start), min(top + TILE, rows.stop)),
+                slice(max(left, cols.start), min(left + TILE * READ_TILES, cols.stop)),
+            )
+
+
+def _unique(stems: Sequence[str]) -> list[str]:
+    """Number the names that come again."""
+    taken: list[str] = []
+    for stem in stems:
+        name, count = stem, 1
+        while name in taken:
+            count += 1
+            name = f"{stem}_{count}"
+        taken.append(name)
+    return taken

@@ -1,0 +1,207 @@
+"""Queries: what a map is asked for, as a unit vector and a logistic curve over its cosine."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from speciesmap.errors import QueryError
+from speciesmap.models import SpeciesModel
+from speciesmap.taxa import find, slug
+
+PROBIT_TO_LOGIT = 1.702  # the logistic curve nearest to the normal's (Camilli 1994)
+
+log = logging.getLogger("speciesmap")
+
+
+@dataclass(frozen=True)
+class Query:
+    """One map to be made; its value at a place is `sigmoid(gain * cosine + offset)`.
+
+    Attributes:
+        label: What a reader calls it, for a taxon its scientific name.
+        kind: How it was asked for.
+        vector: Unit embedding, float32, shape (D,).
+        gain: Positive slope, in logits per unit of cosine.
+        offset: In logits.
+        quantity: What the values are.
+    """
+
+    label: str
+    kind: Literal["taxon", "photo", "text"]
+    vector: NDArray[np.float32]
+    gain: float
+    offset: float
+    quantity: Literal["suitability", "probability"]
+
+    @property
+    def stem(self) -> str:
+        """File name of its map without the suffix; photos and text say that they are that."""
+        return slug(self.label) if self.kind == "taxon" else f"{self.kind}_{slug(self.label)}"
+
+
+def make_queries(
+    model: SpeciesModel,
+    *,
+    species: Sequence[str] = (),
+    photos: Sequence[Path | str] = (),
+    texts: Sequence[str] = (),
+) -> list[Query]:
+    """Make one query for each species, one for all photos together and one for each text.
+
+    With nothing asked for, every taxon that the model knows.
+
+    Raises:
+        QueryError: A species is unknown, a photo cannot be read, the model lacks the tower that
+            is needed, or nothing was asked of a model that knows no taxa.
+    """
+    if not species and not photos and not texts:
+        species = [taxon.name for taxon in model.taxa]
+        if not species:
+            raise QueryError(
+                "the model knows no taxa, so there is no default map; ask with --text or --photo, "
+                "or fine-tune it with `speciesmap train`"
+            )
+    queries = [taxon_query(model, name) for name in dict.fromkeys(species)]
+    if photos:
+        queries.append(photo_query(model, photos))
+    queries += [text_query(model, text) for text in dict.fromkeys(texts)]
+    return queries
+
+
+def taxon_query(model: SpeciesModel, name: str) -> Query:
+    """Ask for a taxon by its learned embedding.
+
+    Args:
+        model: Fine-tuned on the taxon.
+        name: Scientific name, in any letter case.
+
+    Raises:
+        QueryError: The model does not know it; the message gives the nearest known names.
+    """
+    position = find(name, model.taxa)
+    label = model.taxa[position].name
+    return Query(
+        label=label,
+        kind="taxon",
+        vector=_array(model.head.vectors[position]),
+        gain=float(model.head.gain[position]),
+        offset=float(model.head.offset[position]),
+        quantity="probability" if label in model.prevalence else "suitability",
+    )
+
+
+def photo_query(
+    model: SpeciesModel, photos: Sequence[Path | str], *, label: str | None = None
+) -> Query:
+    """Ask for places that look as if these photos were taken there.
+
+    Args:
+        model: With a ground tower.
+        photos: Image files; their unit embeddings are averaged.
+        label: The first file's stem, and how many more, by default.
+
+    Raises:
+        QueryError: A file is missing or no image, or the model has no ground tower.
+    """
+    if model.ground is None:
+        raise QueryError(
+            "the model has no ground tower, so it cannot be asked with --photo; ask with "
+            "--species, or use a model that `speciesmap train` pre-trained on photos"
+        )
+    images = [_open_photo(Path(photo)) for photo in photos]
+    if not images:
+        raise QueryError("a photo query needs at least one photo; pass --photo FILE")
+    more = f" and {len(images) - 1} more" if len(images) > 1 else ""
+    model.eval()
+    with torch.inference_mode():
+        vector = F.normalize(model.encode_ground(images).float().mean(dim=0), dim=0)
+    return _relative(model, label or Path(photos[0]).stem + more, "photo", vector)
+
+
+def text_query(model: SpeciesModel, text: str, *, label: str | None = None) -> Query:
+    """Ask in words, best in the form trained on: a lineage, broadest name first.
+
+    Args:
+        model: With a text tower.
+        text: For example `"Fagaceae Quercus agrifolia"`.
+        label: The text by default.
+
+    Raises:
+        QueryError: The text is empty or the model has no text tower.
+    """
+    if model.text is None:
+        raise QueryError(
+            "the model has no text tower, so it cannot be asked with --text; ask with --species, "
+            "or use a model that was trained with one"
+        )
+    if not text.strip():
+        raise QueryError("a text query is empty; pass --text 'a name or a lineage'")
+    model.eval()
+    with torch.inference_mode():
+        vector = model.encode_text([text])[0].float()
+    return _relative(model, label or " ".join(text.split()), "text", vector)
+
+
+def _relative(
+    model: SpeciesModel, label: str, kind: Literal["photo", "text"], vector: Tensor
+) -> Query:
+    """Scale a query's cosines by those it has over the training landscape.
+
+    A value is then about the share of that landscape that is less similar to the query, so that
+    values compare between areas and queries.
+    """
+    if len(model.reference):
+        cosines = model.reference.float() @ vector.to(model.reference.device)
+        mean, spread = float(cosines.mean()), float(cosines.std(correction=0))
+    else:
+        # random directions have cosines of mean 0 and variance 1 / D
+        mean, spread = 0.0, 0.0
+        log.warning("the model keeps no reference landscape: values of %r rank places only", label)
+    gain = PROBIT_TO_LOGIT / (spread if spread > 1e-6 else 1 / math.sqrt(model.dim))
+    return Query(label, kind, _array(vector), gain, -gain * mean, "suitability")
+
+
+def _open_photo(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise QueryError(f"photo {path} does not exist; check the name")
+    try:
+        with Image.open(path) as photo:
+            return ImageOps.exif_transpose(photo).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise QueryError(
+            f"photo {path} cannot be read ({error}); give a JPEG, PNG or WebP file that opens"
+        ) from error
+
+
+def score(vectors: NDArray[Any], queries: Sequence[Query]) -> NDArray[np.float32]:
+    """Score places against all queries in one matrix product.
+
+    Args:
+        vectors: Unit embeddings, shape (..., D); NaN where nothing is known.
+        queries: Any number.
+
+    Returns:
+        Values in [0, 1], shape (queries, ...), NaN where the embedding is.
+    """
+    gains = torch.tensor([q.gain for q in queries])
+    offsets = torch.tensor([q.offset for q in queries])
+    directions = torch.from_numpy(np.stack([q.vector for q in queries])) * gains[:, None]  # (Q, D)
+    places = torch.from_numpy(np.ascontiguousarray(vectors)).reshape(-1, vectors.shape[-1]).float()
+    values = torch.addmm(offsets[:, None], directions, places.T).sigmoid_()  # (Q, N)
+    return values.numpy().reshape(len(queries), *vectors.shape[:-1])
+
+
+def _array(vector: Tensor) -> NDArray[np.float32]:
+    return np.asarray(vector.detach().float().cpu().numpy(), np.float32)
