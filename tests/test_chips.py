@@ -15,6 +15,7 @@ import pytest
 import rasterio
 from affine import Affine
 from PIL import Image
+
 from speciesmap.datasets import chips
 from speciesmap.datasets.chips import encode_photo, make_chips
 from speciesmap.datasets.columns import FACTS, FRACTIONS
@@ -236,6 +237,25 @@ def test_photos_are_found_by_name_address_and_observation(imagery: Imagery, tmp_
     assert data.facts["rs_classification"].sum() == 4
     assert data.facts["gl_photo_id"].is_unique
     assert all(photo is not None for photo in data.ground())
+
+
+def test_a_photo_is_never_guessed_among_two(imagery: Imagery, tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        (tmp_path / "photos" / place).mkdir(parents=True)
+        write_photo(tmp_path / "photos" / place / "0.jpg", (20 if place == "a" else 30, 20))
+    table = observe(imagery, [60], [60])
+    options = {"window_px": WINDOW, "photos": tmp_path / "photos"}
+    with pytest.raises(DatasetError, match=r"a/0\.jpg and .*b/0\.jpg have one name"):
+        make_chips(table, imagery, tmp_path / "set", **options)
+    make_chips(table.assign(photo="b/0.jpg"), imagery, tmp_path / "set", **options)
+    photo = open_paired(tmp_path / "set").ground()[0]
+    assert photo is not None and photo.width == 30
+
+
+def test_a_table_without_the_usual_columns_is_refused(imagery: Imagery, tmp_path: Path) -> None:
+    table = observe(imagery, [60], [60]).drop(columns="obscured")
+    with pytest.raises(DatasetError, match="no column 'obscured'"):
+        make_chips(table, imagery, tmp_path / "set", window_px=WINDOW)
 
 
 def test_small_jpegs_are_kept_byte_for_byte_and_others_reduced(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
 from speciesmap.datasets import paired
 from speciesmap.datasets.columns import decode_windows
 from speciesmap.datasets.paired import open_paired

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from speciesmap.datasets.columns import FACTS, FRACTIONS
 from speciesmap.datasets.writer import PairedWriter
 from speciesmap.errors import DatasetError
+from speciesmap.observations.read import COLUMNS
 from speciesmap.outputs import replacing
 from speciesmap.progress import track
 from speciesmap.rasters.windows import window_start
@@ -125,6 +126,12 @@ def make_chips(
         raise DatasetError(f"window_px={window_px}, photo_px={photo_px}; both must be at least 1")
     if photos is not None and not photos.is_dir():
         raise DatasetError(f"there is no folder of photos {photos}; check --photos")
+    missing = [column for column in COLUMNS if column not in observations.columns]
+    if missing:
+        raise DatasetError(
+            f"the observations have no column {missing[0]!r}; make the table with "
+            "read_observations, which gives all of them"
+        )
     limit_m = window_px * imagery.resolution_m / 2
     if uncertainty_max_m is not None:
         limit_m = uncertainty_max_m
@@ -331,28 +338,42 @@ class _PhotoFinder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._by_name = {file.name: file for file in folder.rglob("*") if file.is_file()}
-        self._by_stem = {
-            file.stem: file
-            for file in sorted(self._by_name.values(), reverse=True)
-            if file.suffix.lower() in PHOTO_SUFFIXES
-        }
+        self._by_name: dict[str, list[Path]] = {}
+        self._by_stem: dict[str, list[Path]] = {}
+        for file in sorted(folder.rglob("*")):
+            if file.suffix.lower() in PHOTO_SUFFIXES:
+                self._by_name.setdefault(file.name, []).append(file)
+                self._by_stem.setdefault(file.stem, []).append(file)
 
     def find(self, photo: str, identity: str) -> list[tuple[str, Path | None]]:
         """Names of an observation's photos with the file of each, None where there is none."""
         found: list[tuple[str, Path | None]] = []
         for name in (part.strip() for part in photo.split("|")):
             if name:
-                place = PurePosixPath(urlsplit(name).path if "://" in name else name)
-                file = self._by_name.get(place.name)
-                if file is None and "://" in name:
-                    file = self._by_stem.get(place.parent.name)
-                found.append((name, file))
+                found.append((name, self._named(name)))
         if all(file is None for _, file in found):
-            own = self._by_stem.get(identity)
+            own = self._only(self._by_stem.get(identity, []))
             if own is not None:
                 return [(own.name, own)]
         return found or [(f"{identity}.jpg", None)]
+
+    def _named(self, name: str) -> Path | None:
+        address = "://" in name
+        place = PurePosixPath(urlsplit(name).path if address else name)
+        files = self._by_name.get(place.name, [])
+        inside = [file for file in files if file == self._folder / place]
+        if inside or files:
+            return self._only(inside or files)
+        return self._only(self._by_stem.get(place.parent.name, [])) if address else None
+
+    @staticmethod
+    def _only(files: list[Path]) -> Path | None:
+        if len(files) > 1:
+            raise DatasetError(
+                f"{files[0]} and {files[1]} have one name, and no observation says which it means; "
+                "rename one, or give paths inside the folder in the column `photo`"
+            )
+        return files[0] if files else None
 
 
 def _encode(

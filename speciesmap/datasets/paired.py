@@ -99,7 +99,7 @@ class PairedDataset:
         Raises:
             DatasetError: A window is missing or ragged.
         """
-        images = self.prepare()
+        images = self._opened()
         numbers = self._rows(rows)
         shape = (len(self.bands), self.window_px, self.window_px)
         pixels = np.empty((len(numbers), *shape), dtype=self.dtype)
@@ -113,7 +113,7 @@ class PairedDataset:
         Raises:
             DatasetError: A photo does not decode.
         """
-        images = self.prepare()
+        images = self._opened()
         photos: list[Image.Image | None] = []
         for row in self._rows(rows):
             encoded = images.photo(int(row))
@@ -131,8 +131,11 @@ class PairedDataset:
                 ) from error
         return photos
 
-    def prepare(self) -> _Images:
-        """Decode the images if that has not happened yet; `aerial` and `ground` call this."""
+    def prepare(self) -> None:
+        """Decode the images now, once, for example before worker processes start."""
+        self._opened()
+
+    def _opened(self) -> _Images:
         with self._lock:
             if self._images is None:
                 self._images = _Images.of(self)

@@ -60,8 +60,11 @@ def random_background(
     for _ in range(ROUNDS):
         share = max(kept / tried.size, 0.02) if tried.size else 1.0
         wanted = int(min(size, 1.1 * (count - kept) / share + 32))
-        drawn = rng.choice(size, size=wanted, replace=False, shuffle=True)
-        drawn = drawn[~np.isin(drawn, tried)].astype(np.int64)
+        if tried.size + 2 * wanted < size:
+            drawn = rng.choice(size, size=wanted, replace=False, shuffle=True)
+            drawn = drawn[~np.isin(drawn, tried)].astype(np.int64)
+        else:
+            drawn = rng.permutation(np.setdiff1d(np.arange(size), tried))
         tried = np.concatenate([tried, drawn])
         good = drawn[_usable(imagery, drawn, window_px, min_valid, land)]
         found.append(good)
