@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+
 from speciesmap.cli.options import logging_options, out_option, overwrite_option, print_result
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from rasterio.warp import transform
+
 from speciesmap import outputs
 from speciesmap.errors import ConfigError
 from speciesmap.progress import track
@@ -121,7 +122,7 @@ def simulate(
             rng = streams("photos", label)
             for row in _observation_rows(streams, one, label, seen, landscape):
                 i, j = row.pop("cell")
-                photo = take_photo(rng, leaf, landscape.fields[:, i, j])
+                photo = take_photo(rng, leaf, landscape.fields[:, i, j], landscape.looks[:, i, j])
                 photo.save(folder / "photos" / row["image_url"], quality=88)
                 rows.append(row)
         rows.sort(key=lambda row: (row["observed_on"], row["id"]))

@@ -16,6 +16,7 @@ from affine import Affine
 from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 from scipy import ndimage, special, stats
+from scipy.interpolate import CubicSpline
 
 Array = NDArray[np.float32]
 
@@ -27,12 +28,13 @@ _LENGTH_PX = (240.0, 180.0, 140.0, 170.0)  # distance at which a field's correla
 _CRS = "EPSG:32610"
 _LEFT_M, _TOP_M = 664_800.0, 4_268_400.0
 _TONE = np.array([335, 335, 345, 275], np.float32)  # digital number of reflectance 1, per band
+_HAZE = np.array([0.9, 1.0, 1.25, 0.5], np.float32)  # scattering is stronger in the blue
 _SUN = (0.64, 0.48, 0.60)  # unit vector to the sun: rows (south), columns (east), up
 
 # Reflectance of surfaces in red, green, blue, near infrared; magnitudes as in common spectral
 # libraries, tuned by eye to the look of summer imagery of the Californian foothills.
 _OCHRE = np.array([0.33, 0.245, 0.150, 0.40], np.float32)
-_GREY = np.array([0.245, 0.230, 0.200, 0.31], np.float32)
+_GREY = np.array([0.245, 0.238, 0.195, 0.31], np.float32)
 _GRASS = np.array([0.125, 0.175, 0.075, 0.43], np.float32)
 _STONE = np.array([0.46, 0.44, 0.40, 0.50], np.float32)
 _TRACK = np.array([0.42, 0.365, 0.285, 0.46], np.float32)
@@ -48,11 +50,14 @@ class Landscape:
         size_px: Side of the square aerial raster.
         fields: Latent fields in the order of `FIELDS`, standard normal by rank, shape
             (4, rows, columns) over cells of `CELL_PX` pixels.
-        track_m: Distance of each cell to the nearest track, metres, shape (rows, columns).
+        looks: Appearance that no taxon minds, the tone of bare ground and the vigour of green,
+            standard normal, shape (2, rows, columns).
+        track_m: Distance of each pixel to the nearest track, metres, shape (size_px, size_px).
     """
 
     size_px: int
     fields: Array
+    looks: Array
     track_m: Array
 
     @property
@@ -69,13 +74,13 @@ class Landscape:
 
 
 def crown_cover(canopy: Array) -> Array:
-    """Share of the ground under crowns, 0.04 to 0.60, for a canopy field."""
-    return np.asarray(0.04 + 0.56 * special.ndtr(1.1 * canopy), np.float32)
+    """Share of the ground under crowns, 0.06 to 0.60, for a canopy field."""
+    return np.asarray(0.06 + 0.54 * special.ndtr(1.1 * canopy), np.float32)
 
 
 def crown_radius_px(elevation: Array) -> Array:
-    """Mean crown radius in pixels: large trees low down (6.5), small ones high up (2)."""
-    return np.asarray(2.0 * (6.5 / 2.0) ** special.ndtr(-1.2 * elevation), np.float32)
+    """Mean crown radius in pixels: large trees low down (5.5), small ones high up (1.8)."""
+    return np.asarray(1.8 * (5.5 / 1.8) ** special.ndtr(-1.2 * elevation), np.float32)
 
 
 def green_share(moisture: Array) -> Array:
@@ -86,6 +91,16 @@ def green_share(moisture: Array) -> Array:
 def stoniness(soil: Array) -> Array:
     """Stones per pixel of open ground, 0.0005 to 0.02, for a soil field (poor soils are low)."""
     return np.asarray(0.0005 + 0.0195 * special.ndtr(-1.2 * soil) ** 1.5, np.float32)
+
+
+def ground_tone(soil: Array, tone: Array) -> Array:
+    """Bare ground's tone from grey (0) to ochre (1); soil explains a part of it only."""
+    return np.asarray(special.ndtr(0.6 * soil + 0.8 * tone), np.float32)
+
+
+def green_vigour(vigour: Array) -> Array:
+    """How green the green is, 0.45 to 1: the season's progress, which no taxon minds."""
+    return np.asarray(0.45 + 0.55 * special.ndtr(vigour), np.float32)
 
 
 def spectral_noise(
@@ -120,31 +135,32 @@ def normal_by_rank(field: NDArray[np.float64]) -> Array:
 
 
 def make_landscape(rng: np.random.Generator, size_px: int) -> Landscape:
-    """Draw the latent fields, made uncorrelated over the raster, and the tracks."""
+    """Draw the latent fields, made uncorrelated over the raster, their looks and the tracks."""
     cells = size_px // CELL_PX
     drawn = [spectral_noise(rng, cells, length / CELL_PX).ravel() for length in _LENGTH_PX]
     independent = np.linalg.qr(np.stack([np.ones(cells * cells), *drawn], axis=1))[0][:, 1:]
     signs = np.sign(np.sum(independent * np.stack(drawn, axis=1), axis=0))
     fields = np.stack([normal_by_rank(f.reshape(cells, cells)) for f in (independent * signs).T])
-    return Landscape(size_px, fields, _draw_tracks(rng, cells))
+    looks = np.stack([spectral_noise(rng, cells, 130.0 / CELL_PX) for _ in range(2)])
+    return Landscape(size_px, fields, looks.astype(np.float32), _draw_tracks(rng, size_px))
 
 
-def _draw_tracks(rng: np.random.Generator, cells: int) -> Array:
-    """Let a few tracks wander across; give each cell's distance to them in metres."""
-    free = np.ones((cells, cells), bool)
-    along = np.linspace(0, cells - 1, 4 * cells)
-    for number in range(max(2, round(3 * cells / 256))):
-        knots = np.cumsum(rng.normal(0, 0.10 * cells, 6)) + cells * rng.uniform(0.15, 0.85)
-        bend = stats.zscore(spectral_noise(rng, cells, 12.0)[0])
-        across = np.interp(along, np.linspace(0, cells - 1, 6), ndimage.gaussian_filter1d(knots, 1))
-        across = across + 2.5 * np.interp(along, np.arange(cells), bend)
-        inside = (across >= 0) & (across < cells)
-        rows, cols = across[inside].astype(int), along[inside].astype(int)
+def _draw_tracks(rng: np.random.Generator, size: int) -> Array:
+    """Let a few tracks wander across; give each pixel's distance to them in metres."""
+    free = np.ones((size, size), bool)
+    along = np.arange(0, size, 0.25)
+    for number in range(max(2, round(3 * size / 2048))):
+        knots = np.cumsum(rng.normal(0, 0.10, 7)) + rng.uniform(0.2, 0.8)
+        course = CubicSpline(np.linspace(0, size, 7), size * knots)(along)
+        for wave in (640.0, 270.0, 120.0):
+            phase = rng.uniform(0, 2 * np.pi)
+            course += 0.035 * wave * np.sin(2 * np.pi * along / wave + phase)
+        inside = (course >= 0) & (course < size)
+        rows, cols = course[inside].astype(int), along[inside].astype(int)
         if number % 2:
             rows, cols = cols, rows
         free[rows, cols] = False
-    distance = ndimage.distance_transform_edt(free)
-    return np.asarray(distance * CELL_PX * RESOLUTION_M, np.float32)
+    return np.asarray(ndimage.distance_transform_edt(free) * RESOLUTION_M, np.float32)
 
 
 def to_pixels(cells: NDArray[np.floating]) -> Array:
@@ -168,16 +184,15 @@ def render_aerial(rng: np.random.Generator, landscape: Landscape) -> NDArray[np.
     scene = _ground(rng, landscape)
     shadow = np.zeros(scene.shape[1:], np.float32)
     grain = rng.normal(1, 0.10, scene.shape[1:]).astype(np.float32)
-    track = to_pixels(landscape.track_m)
-    for discs in (_stones(rng, landscape, track), _crowns(rng, landscape, track)):
+    for discs in (_stones(rng, landscape), _crowns(rng, landscape)):
         _paint(scene, shadow, grain, *discs, np.array(_SUN, np.float32))
     scene *= 1 - 0.62 * np.minimum(ndimage.gaussian_filter(shadow, 0.5), 1)
     scene *= to_pixels(_hill_shade(landscape))
     scene = _TONE[:, None, None] * scene ** (1 / 1.6)
-    scene *= _exposure(rng, landscape.size_px)
-    for band in scene:
-        band[:] = ndimage.gaussian_filter(band, 0.45)
-        band += rng.normal(0, 2.0, band.shape).astype(np.float32)
+    gain, haze = _exposure(rng, landscape.size_px)
+    for band, value in enumerate(scene):
+        value[:] = ndimage.gaussian_filter(value, 0.45) * gain[band] + haze * _HAZE[band]
+        value += rng.normal(0, 2.0, value.shape).astype(np.float32)
     return np.clip(np.rint(scene), 1, 255).astype(np.uint8)
 
 
@@ -199,23 +214,25 @@ def _ground(rng: np.random.Generator, landscape: Landscape) -> Array:
         return np.asarray(field / field.std(), np.float32)
 
     rich = special.ndtr(1.2 * soil)
+    ochre = ground_tone(soil, to_pixels(landscape.looks[0]))
+    vigour = green_vigour(to_pixels(landscape.looks[1]))
     rills = ndimage.rotate(noise(1.2, 9.0), 35, reshape=False, order=1, mode="mirror")
-    mottle = np.exp(0.07 * noise(1.0, 1.0) + 0.13 * rich * rills + 0.05 * noise(5.0, 5.0))
-    patches = noise(3.5, 3.5) + 0.35 * noise(1.2, 1.2)
+    mottle = np.exp(0.07 * noise(1.0, 1.0) + 0.19 * rich * rills + 0.05 * noise(5.0, 5.0))
+    patches = noise(2.4, 2.4) + 0.35 * noise(1.0, 1.0)
     threshold = special.ndtri(np.clip(green_share(moisture), 0.01, 0.99)) * np.hypot(1, 0.35)
     green = special.expit((threshold - patches) * 5)
-    path = special.expit((1.9 - to_pixels(landscape.track_m) / RESOLUTION_M) * 2)
+    path = special.expit((1.9 - landscape.track_m / RESOLUTION_M) * 2)
     albedo = np.exp(0.10 * to_pixels(spectral_noise(rng, size // CELL_PX, 20.0)))
     scene = np.empty((4, size, size), np.float32)
     for band in range(4):
-        bare = _GREY[band] + (_OCHRE[band] - _GREY[band]) * rich
-        scene[band] = (bare + (_GRASS[band] - bare) * green) * mottle * albedo
+        bare = _GREY[band] + (_OCHRE[band] - _GREY[band]) * ochre
+        scene[band] = (bare + (_GRASS[band] - bare) * vigour * green) * mottle * albedo
         scene[band] += (_TRACK[band] - scene[band]) * path
     return scene
 
 
 def _scatter(
-    rng: np.random.Generator, landscape: Landscape, per_pixel: Array, track: Array, clear_px: float
+    rng: np.random.Generator, landscape: Landscape, per_pixel: Array, clear_px: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.intp], NDArray[np.intp]]:
     """Draw a Poisson pattern with an intensity per cell, off the tracks; give cells as well."""
     size = landscape.size_px
@@ -224,82 +241,93 @@ def _scatter(
     rows, cols = rng.uniform(0, size, (2, count))
     i, j = (rows // CELL_PX).astype(np.intp), (cols // CELL_PX).astype(np.intp)
     keep = rng.uniform(0, most, count) < per_pixel[i, j]
-    keep &= track[rows.astype(int), cols.astype(int)] > clear_px * RESOLUTION_M
+    keep &= landscape.track_m[rows.astype(int), cols.astype(int)] > clear_px * RESOLUTION_M
     return rows[keep], cols[keep], i[keep], j[keep]
 
 
 Discs = tuple[Array, Array, Array, Array, Array, float]
 
 
-def _stones(rng: np.random.Generator, landscape: Landscape, track: Array) -> Discs:
+def _stones(rng: np.random.Generator, landscape: Landscape) -> Discs:
     """Boulders: small bright discs with short shadows."""
-    rows, cols, *_ = _scatter(rng, landscape, stoniness(landscape.fields[3]), track, 3.0)
-    radius = 0.7 + rng.gamma(2.0, 0.28, len(rows))
+    wanted = stoniness(landscape.fields[3])
+    rows, cols, i, j = _scatter(rng, landscape, 2.0 * wanted, 3.0)
+    keep = _spaced(rows, cols, 0.66 / np.sqrt(wanted[i, j]), landscape.size_px)
+    rows, cols = rows[keep], cols[keep]
+    radius = 0.8 + rng.gamma(2.0, 0.20, len(rows))
     tone = _STONE * rng.lognormal(0, 0.10, (len(rows), 1))
     phase = rng.uniform(0, 2 * np.pi, len(rows))
     return *(np.asarray(a, np.float32) for a in (rows, cols, radius, phase, tone)), 0.9
 
 
-def _crowns(rng: np.random.Generator, landscape: Landscape, track: Array) -> Discs:
-    """Trees and shrubs, shortest first; each keeps its distance from those before it."""
+def _crowns(rng: np.random.Generator, landscape: Landscape) -> Discs:
+    """Trees and shrubs, shortest first.
+
+    Each has a territory that no later one enters (random sequential adsorption), so that a
+    window's count says more about the canopy field than a Poisson pattern's would.
+    """
     elevation, moisture, canopy, _ = landscape.fields
     mean_radius = crown_radius_px(elevation)
-    wanted = -np.log1p(-crown_cover(canopy)) * 1.25 / (np.pi * mean_radius**2)
-    rows, cols, i, j = _scatter(rng, landscape, wanted, track, 4.0)
-    radius = mean_radius[i, j] * rng.lognormal(0, 0.16, len(rows))
-    keep = _spaced(rows, cols, radius, 0.62, landscape.size_px)
-    rows, cols, radius, i, j = (a[keep] for a in (rows, cols, radius, i, j))
+    wanted = crown_cover(canopy) / (np.pi * mean_radius**2)
+    rows, cols, i, j = _scatter(rng, landscape, 4.0 * wanted, 4.0)
+    # Territories of 0.76 / sqrt(density) let about the wanted density through.
+    keep = _spaced(rows, cols, 0.76 / np.sqrt(wanted[i, j]), landscape.size_px)
+    rows, cols, i, j = (a[keep] for a in (rows, cols, i, j))
+    radius = mean_radius[i, j] * rng.lognormal(0, 0.12, len(rows))
     order = np.argsort(radius, kind="stable")
     rows, cols, radius, i, j = (a[order] for a in (rows, cols, radius, i, j))
-    moist = special.ndtr(1.2 * moisture[i, j] + rng.normal(0, 0.35, len(rows)))[:, None]
-    tone = (_DRY_CROWN + (_MOIST_CROWN - _DRY_CROWN) * moist) * rng.lognormal(
-        0, 0.10, (len(rows), 1)
-    )
+    vigour = green_vigour(landscape.looks[1][i, j])
+    moist = special.ndtr(1.2 * moisture[i, j] + rng.normal(0, 0.35, len(rows))) * vigour
+    tone = _DRY_CROWN + (_MOIST_CROWN - _DRY_CROWN) * moist[:, None]
+    tone = tone * rng.lognormal(0, 0.10, (len(rows), 1))
     phase = rng.uniform(0, 2 * np.pi, len(rows))
     return *(np.asarray(a, np.float32) for a in (rows, cols, radius, phase, tone)), 1.5
 
 
-def _exposure(rng: np.random.Generator, size: int) -> Array:
-    """Multiplicative nuisance per band: flight lines with seams, and slow drift.
+def _exposure(rng: np.random.Generator, size: int) -> tuple[Array, Array]:
+    """Nuisance of the survey: flight lines with seams, slow drift, haze.
 
     Returns:
-        Gain around 1, shape (4, size, size); strips differ by up to 30%, bands within a strip by
-        up to 10%, and drift adds about 10% overall and 5% per band.
+        Gain around 1 per band, shape (4, size, size), and haze to add, in digital numbers,
+        shape (size, size). Flight lines differ by up to 30%, bands within a line by up to 6%;
+        drift adds about 12% overall and 3% per band.
     """
-    lines = max(2, round(size / 380))
-    edges = np.sort(np.linspace(0, size, lines + 1)[1:-1] + rng.uniform(-40, 40, lines - 1))
+    lines = max(2, round(size / 340))
+    edges = np.linspace(0, size, lines + 1)[1:-1] + rng.uniform(-40, 40, lines - 1)
     tilt = rng.uniform(-0.06, 0.06) * np.arange(size)[:, None]
-    position = np.arange(size)[None, :] + tilt + 2.0 * rng.standard_normal((size, 1)).cumsum(0) / 20
-    strip = np.searchsorted(edges, position)
-    gain = rng.uniform(0.76, 1.26, (lines, 1)) * rng.uniform(0.90, 1.10, (lines, 4))
+    position = np.arange(size)[None, :] + tilt
+    line = np.searchsorted(edges, position)
+    gain = rng.uniform(0.74, 1.28, (lines, 1)) * rng.uniform(0.94, 1.06, (lines, 4))
     starts, ends = np.r_[0.0, edges], np.r_[edges, float(size)]
-    across = (position - starts[strip]) / (ends - starts)[strip] - 0.5
-    swath = 1 + rng.uniform(-0.22, 0.22, lines)[strip] * across
+    across = (position - starts[line]) / (ends - starts)[line] - 0.5
+    swath = 1 + rng.uniform(-0.22, 0.22, lines)[line] * across
     cells = size // CELL_PX
-    drift = 0.10 * to_pixels(spectral_noise(rng, cells, 60.0))
+    drift = 0.12 * to_pixels(spectral_noise(rng, cells, 50.0))
     exposure = np.empty((4, size, size), np.float32)
     for band in range(4):
-        cast = 0.05 * to_pixels(spectral_noise(rng, cells, 45.0))
-        exposure[band] = gain[strip, band] * swath * np.exp(drift + cast)
-    return exposure
+        cast = 0.035 * to_pixels(spectral_noise(rng, cells, 40.0))
+        exposure[band] = gain[line, band] * swath * np.exp(drift + cast)
+    thick = (
+        special.ndtr(to_pixels(spectral_noise(rng, cells, 40.0))) + rng.uniform(0, 1, lines)[line]
+    )
+    return exposure, np.asarray(12 * thick, np.float32)
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def _spaced(
     rows: NDArray[np.float64],
     cols: NDArray[np.float64],
-    radius: NDArray[np.float64],
-    reach: float,
+    territory: NDArray[np.float64],
     size: int,
 ) -> NDArray[np.bool_]:
-    """Refuse each disc whose centre falls within `reach` radii of one accepted before."""
+    """Refuse each point that falls within the territory, in pixels, of one accepted before."""
     taken = np.zeros((size, size), np.bool_)
     keep = np.zeros(len(rows), np.bool_)
     for n in range(len(rows)):
         if taken[int(rows[n]), int(cols[n])]:
             continue
         keep[n] = True
-        far = radius[n] * reach
+        far = territory[n]
         for row in range(max(0, int(rows[n] - far)), min(size, int(rows[n] + far) + 1)):
             for col in range(max(0, int(cols[n] - far)), min(size, int(cols[n] + far) + 1)):
                 if (row + 0.5 - rows[n]) ** 2 + (col + 0.5 - cols[n]) ** 2 < far * far:

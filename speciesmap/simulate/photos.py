@@ -12,11 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
+
 from speciesmap.simulate.landscape import (
     Array,
     crown_cover,
     crown_radius_px,
     green_share,
+    green_vigour,
+    ground_tone,
     stoniness,
 )
 from speciesmap.simulate.species import Streams, VirtualSpecies
@@ -90,13 +93,14 @@ def leaf_of(streams: Streams, species: VirtualSpecies, number: int) -> Leaf:
     )
 
 
-def take_photo(rng: np.random.Generator, leaf: Leaf, fields: Array) -> Image.Image:
+def take_photo(rng: np.random.Generator, leaf: Leaf, fields: Array, looks: Array) -> Image.Image:
     """Photograph one plant.
 
     Args:
         rng: Weather, pose, exposure and all that differs between two photos.
         leaf: The taxon's leaf.
         fields: Latent fields at the spot, shape (4,).
+        looks: Tone of the ground and vigour of green at the spot, shape (2,).
 
     Returns:
         RGB image, `SIDE_PX` square.
@@ -108,7 +112,7 @@ def take_photo(rng: np.random.Generator, leaf: Leaf, fields: Array) -> Image.Ima
     light = 1.0 - 0.25 * overcast
     horizon = int(side * rng.uniform(0.34, 0.46))
     _sky(draw, side, horizon, overcast, rng)
-    _surroundings(draw, side, horizon, light, fields, rng)
+    _surroundings(draw, side, horizon, light, fields, looks, rng)
     image = image.filter(ImageFilter.BoxBlur(1))
     _sprig(ImageDraw.Draw(image), side, leaf, light, rng)
     image = image.reduce(_SCALE)
@@ -141,15 +145,17 @@ def _surroundings(
     horizon: int,
     light: float,
     fields: Array,
+    looks: Array,
     rng: np.random.Generator,
 ) -> None:
     """Ground with green patches and stones, then trees from far to near."""
     elevation, moisture, canopy, soil = (float(f) for f in fields)
-    rich = float(1 / (1 + np.exp(-2.0 * soil)))
+    ochre = float(ground_tone(np.float32(soil), looks[0]))
+    vigour = float(green_vigour(looks[1]))
     green = float(green_share(np.float32(moisture)))
-    bare = np.array([150, 143, 134.0]) * (1 - rich) + np.array([186, 150, 104.0]) * rich
+    bare = np.array([150, 143, 134.0]) * (1 - ochre) + np.array([186, 150, 104.0]) * ochre
     draw.rectangle((0, horizon, side, side), fill=_mix(bare, bare, 0, light))
-    grass = np.array([112, 138, 64.0])
+    grass = bare + (np.array([98, 136, 56.0]) - bare) * vigour
     depth = side - horizon
     for _ in range(int(70 * green + rng.uniform(0, 4))):
         near = rng.uniform(0, 1) ** 1.5
@@ -163,7 +169,7 @@ def _surroundings(
         draw.ellipse((x - w, y - w * 0.6, x + w, y + w * 0.6), fill=fill)
     cover = float(crown_cover(np.float32(canopy)))
     radius = float(crown_radius_px(np.float32(elevation)))
-    moist = float(1 / (1 + np.exp(-2.0 * moisture)))
+    moist = vigour / (1 + np.exp(-2.0 * moisture))
     crown = np.array([104, 104, 62.0]) * (1 - moist) + np.array([46, 88, 42.0]) * moist
     trees = rng.poisson(1.2 + 34 * cover * (3.2 / radius))
     for near in np.sort(rng.uniform(0, 1, trees)) ** 2:

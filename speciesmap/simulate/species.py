@@ -13,6 +13,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
+
 from speciesmap.simulate.landscape import (
     CELL_PX,
     FIELDS,
@@ -133,7 +134,7 @@ def _genus_niche(streams: Streams, genus: int) -> tuple[NDArray[np.float64], NDA
     main = list(pairs[genus % len(pairs)])
     minor = rng.choice([k for k in range(len(FIELDS)) if k not in main])
     optimum, weight = np.zeros(len(FIELDS)), np.zeros(len(FIELDS))
-    optimum[main] = rng.uniform(0.1, 1.2, 2) * rng.choice([-1, 1], 2)
+    optimum[main] = rng.uniform(0.0, 0.9, 2) * rng.choice([-1, 1], 2)
     weight[main] = rng.uniform(0.7, 1.1, 2)
     optimum[minor] = rng.uniform(-1, 1)
     weight[minor] = rng.uniform(0.1, 0.25)
@@ -159,7 +160,9 @@ def observe(rng: np.random.Generator, species: VirtualSpecies, landscape: Landsc
     species is there by a Bernoulli draw, and is detected by another. Visits end when the quota
     is full.
     """
-    access = np.exp(-landscape.track_m.astype(np.float64) / _ACCESS_M) + _ACCESS_FLOOR
+    middle = CELL_PX // 2
+    track_m = landscape.track_m[middle::CELL_PX, middle::CELL_PX]
+    access = np.exp(-track_m.astype(np.float64) / _ACCESS_M) + _ACCESS_FLOOR
     cumulated = np.cumsum(access.ravel())
     share = (landscape.size_px / 2048) ** 2
     wanted = max(30, round(share * _OBSERVATIONS * rng.uniform(0.92, 1.08)))
@@ -169,7 +172,7 @@ def observe(rng: np.random.Generator, species: VirtualSpecies, landscape: Landsc
         visited = np.searchsorted(cumulated, rng.uniform(0, cumulated[-1], 4096))
         hit = visited[rng.uniform(size=4096) < probability[visited]]
         found = np.concatenate([found, hit.astype(np.intp)])
-    cell = np.stack(np.unravel_index(found[:wanted], landscape.track_m.shape), axis=1)
+    cell = np.stack(np.unravel_index(found[:wanted], track_m.shape), axis=1)
     pixel = (cell + rng.uniform(0, 1, cell.shape)) * CELL_PX
     uncertainty = np.round(rng.uniform(3, 10, wanted))
     # A reported radius is read as the 95% circle of a round normal error: sigma = r / 2.448.
