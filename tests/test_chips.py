@@ -14,8 +14,10 @@ import pandas as pd
 import pytest
 import rasterio
 from affine import Affine
+from click.testing import CliRunner
 from PIL import Image
 
+from speciesmap.cli.chips import command
 from speciesmap.datasets import chips
 from speciesmap.datasets.chips import encode_photo, make_chips
 from speciesmap.datasets.columns import FACTS, FRACTIONS
@@ -141,6 +143,9 @@ def test_hugging_face_reads_what_was_written(
         str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "cache")
     )
     assert theirs.column_names == [*FACTS, "gl_image", "rs_image"]
+    files = str(tmp_path / "set" / "data" / "*.parquet")
+    plain = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    np.testing.assert_array_equal(next(iter(plain))["rs_image"], ours.aerial([0])[0])
     assert isinstance(theirs.features["gl_image"], datasets.Image)
     for name, kind in FACTS.items():
         assert theirs.features[name].dtype == kind
@@ -324,3 +329,29 @@ def test_files_and_batches_of_any_size_hold_the_same_rows(
     assert files == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
     pd.testing.assert_frame_equal(one.facts, many.facts)
     np.testing.assert_array_equal(one.aerial(), many.aerial())
+
+
+def test_the_command_takes_an_export_to_a_data_set(
+    imagery: Imagery, tmp_path: Path, photos: Path
+) -> None:
+    longitude, latitude = imagery.xy(np.array([60.0, 2.0]), np.array([70.0, 2.0]))
+    lines = ["id,observed_on,quality_grade,image_url,latitude,longitude,scientific_name"]
+    for k in range(2):
+        lines.append(f"{k},2020-05-01,research,{k}.jpg,{latitude[k]},{longitude[k]},Acer negundo")
+    export = tmp_path / "observations.csv"
+    export.write_text("\n".join(lines))
+    words = [export, "--imagery", tmp_path / "scene.tif", "--photos", photos, "--out"]
+    words += [tmp_path / "set", "--window-px", WINDOW, "--bands", "nir,red", "--json", "-q"]
+    result = CliRunner().invoke(command, [str(w) for w in words], catch_exceptions=False)
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert report["path"] == str(tmp_path / "set")
+    assert (report["kept"], report["left_out"]) == (1, {chips.OUTSIDE: 1})
+    data = open_paired(tmp_path / "set")
+    assert data.bands == ("nir", "red")
+    assert data.facts["supervised"].tolist() == [True]
+    expected, _ = imagery.read(52, 62, WINDOW, WINDOW)
+    np.testing.assert_array_equal(data.aerial()[0], expected[[3, 0]])
+
+    wrong = CliRunner().invoke(command, [str(export), "--out", str(tmp_path / "b")])
+    assert wrong.exit_code == 2 and "--imagery" in wrong.output
