@@ -60,7 +60,7 @@ class PairedDataset:
     """
 
     path: Path
-    facts: pd.DataFrame
+    facts: pd.DataFrame = field(repr=False)
     taxa: tuple[Taxon, ...]
     bands: tuple[str, ...]
     window_px: int
