@@ -1,0 +1,114 @@
+"""`speciesmap embed`: encode an area once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from speciesmap.cli.options import (
+    PATH,
+    bbox_crs_option,
+    bbox_option,
+    imagery_option,
+    json_option,
+    logging_options,
+    out_option,
+    overwrite_option,
+    print_result,
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def split_bands(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[str, ...] | None:
+    """Read `red,green,nir=4`."""
+    if value is None:
+        return None
+    names = tuple(name.strip() for name in value.split(",") if name.strip())
+    if not names:
+        raise click.BadParameter("name at least one band")
+    return names
+
+
+def encoding_options(command: F) -> F:
+    """Add what decides how imagery is encoded."""
+    for option in reversed(
+        (
+            imagery_option,
+            click.option(
+                "--bands",
+                metavar="B,B,...",
+                callback=split_bands,
+                help="Bands in the model's order: names or numbers of the file, or name=number.",
+            ),
+            bbox_option,
+            bbox_crs_option,
+            click.option(
+                "--stride-px",
+                type=click.IntRange(min=1),
+                metavar="N",
+                help="Side of a cell in pixels; a quarter of the window by default.",
+            ),
+            click.option(
+                "--min-valid",
+                type=click.FloatRange(0, 1),
+                metavar="SHARE",
+                help="Least share of valid pixels in a window; 0.5 by default.",
+            ),
+            click.option(
+                "--any-resolution",
+                is_flag=True,
+                help="Accept pixels of another size than the model's.",
+            ),
+            click.option(
+                "--batch-size",
+                type=click.IntRange(min=1),
+                metavar="N",
+                help="Windows at once; 32 on a CPU, 256 on a GPU by default.",
+            ),
+            click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1; chosen by default."),
+            click.option(
+                "--precision",
+                type=click.Choice(["auto", "float32", "bfloat16"]),
+                default="auto",
+                show_default=True,
+                help="auto: bfloat16 where the processor has it and it agrees with float32.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("embed")
+@click.argument("model", type=PATH)
+@encoding_options
+@out_option("STORE.zarr", "Store to create or to fill.")
+@overwrite_option
+@json_option
+@logging_options
+def command(
+    model: Path, imagery: str | None, out: Path, overwrite: bool, as_json: bool, **options: Any
+) -> None:
+    """Encode an area once into an embedding store.
+
+    MODEL is a folder that `speciesmap train` wrote. A store that exists is filled where it lacks
+    tiles of the area, so that an interrupted run goes on where it stopped; --overwrite starts it
+    afresh. xarray opens the store, with coordinates and CRS.
+
+    \b
+    Example:
+      speciesmap embed runs/finetuned --imagery naip/ --bbox -122.3 37.7 -122.2 37.8 \\
+          --out bay.zarr
+    """
+    if imagery is None:
+        raise click.UsageError("Missing option '--imagery'.")
+    from speciesmap.mapping.embed import embed
+
+    store = embed(model, imagery, out, overwrite=overwrite, **options)
+    print_result(store.path, as_json, cells=store.geobox.shape, dim=store.dim)

@@ -1,0 +1,77 @@
+"""`speciesmap predict`: maps of species, photos or text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from speciesmap.cli.embed import encoding_options
+from speciesmap.cli.options import (
+    PATH,
+    json_option,
+    logging_options,
+    out_option,
+    overwrite_option,
+    print_result,
+)
+
+
+@click.command("predict")
+@click.argument("model", type=PATH)
+@encoding_options
+@click.option(
+    "--store", type=PATH, metavar="STORE", help="Embeddings to use, and to fill from --imagery."
+)
+@click.option("--species", multiple=True, metavar="NAME", help="Taxon of the model; repeatable.")
+@click.option(
+    "--photo",
+    "photos",
+    multiple=True,
+    type=PATH,
+    metavar="FILE",
+    help="Ground photo; several together ask for one map.",
+)
+@click.option(
+    "--text", "texts", multiple=True, metavar="TEXT", help="A name or lineage; repeatable."
+)
+@out_option("DIR", "Folder to create.")
+@overwrite_option
+@json_option
+@logging_options
+def command(
+    model: Path,
+    imagery: str | None,
+    store: Path | None,
+    out: Path,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Map species, photos or text over an area.
+
+    MODEL is a folder that `speciesmap train` wrote. DIR gets a Cloud-Optimized GeoTIFF with a QGIS
+    style for each query, map.html, run.json and a STAC item. Without --species, --photo and --text
+    every taxon of the model is mapped. Embeddings are kept in DIR.store.zarr, or in --store, so
+    that further maps of the same area encode nothing.
+
+    \b
+    Example:
+      speciesmap predict runs/finetuned --imagery naip/ --species "Quercus agrifolia" --out maps
+      speciesmap predict runs/finetuned --store maps.store.zarr --photo oak.jpg --out by_photo
+    """
+    if imagery is None and store is None:
+        raise click.UsageError("Missing option '--imagery' or '--store'.")
+    from speciesmap.atlas import predict
+
+    made = predict(model, imagery=imagery, store=store, out=out, overwrite=overwrite, **options)
+    print_result(
+        made.path,
+        as_json,
+        maps={m.path.stem: str(m.path) for m in made.maps},
+        html=made.html,
+        run=made.run,
+        item=made.item,
+        store=made.store,
+    )

@@ -1,0 +1,283 @@
+"""Imagery: bands by meaning, masks by all bands, mosaics on one grid, refusals that help."""
+
+from __future__ import annotations
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+from odc.geo.geobox import GeoBox
+from rasterio.enums import ColorInterp
+
+from speciesmap.errors import ImageryError
+from speciesmap.rasters.geotiff import write_geotiff
+from speciesmap.rasters.imagery import open_imagery, open_raster
+
+GRID = GeoBox((120, 150), Affine(0.6, 0, 550_000, 0, -0.6, 4_180_000), "EPSG:32610")
+BANDS = ("red", "green", "blue", "nir")
+NAIP = Path(__file__).parents[2] / "shared/data/naip_pairs"
+
+
+def noise(bands: int, grid: GeoBox = GRID, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(1, 255, (bands, *grid.shape)).astype(np.uint8)
+
+
+def plain(path: Path, pixels: np.ndarray, **profile: object) -> Path:
+    """Write a raster as other people's tools do, without our descriptions."""
+    count, height, width = pixels.shape
+    options = {"crs": "EPSG:32610", "transform": GRID.transform, **profile}
+    with rasterio.open(
+        path,
+        "w",
+        driver="GTiff",
+        count=count,
+        height=height,
+        width=width,
+        dtype=pixels.dtype,
+        **options,
+    ) as raster:
+        raster.write(pixels)
+    return path
+
+
+def test_any_rectangle_reads_and_outside_is_zero_and_invalid(
+    tmp_path: Path,
+) -> None:
+    pixels = noise(4)
+    imagery = open_imagery(write_geotiff(tmp_path / "a.tif", pixels, GRID, bands=BANDS))
+    assert imagery.bands == BANDS
+    assert imagery.shape == (120, 150)
+    read, valid = imagery.read(-7, 140, 20, 30)
+    assert (read[:, 7:, :10] == pixels[:, :13, 140:]).all()
+    assert valid[7:, :10].all()
+    assert valid.sum() == 130
+    assert not read[:, ~valid].any()
+
+
+def test_the_size_of_a_pixel_is_measured_on_the_ground(tmp_path: Path) -> None:
+    mercator = GeoBox((10, 10), Affine(30, 0, -13_600_000, 0, -30, 4_550_000), "EPSG:3857")
+    degrees = GeoBox((10, 10), Affine(1e-4, 0, -122, 0, -1e-4, 60), "EPSG:4326")
+    for grid, expected in ((GRID, 0.6), (mercator, 30 * 0.793), (degrees, 11.13 * 0.5**0.5)):
+        path = write_geotiff(tmp_path / "a.tif", noise(1, grid), grid, bands=["a"], overwrite=True)
+        assert open_imagery(path).resolution_m == pytest.approx(expected, rel=5e-3)
+
+
+def test_pixel_coordinates_and_places_are_inverse(tmp_path: Path) -> None:
+    rotated = GeoBox((120, 150), GRID.transform * Affine.rotation(30), "EPSG:32610")
+    imagery = open_imagery(write_geotiff(tmp_path / "a.tif", noise(1), rotated, bands=["a"]))
+    rows, cols = np.array([0, 10.5, -3]), np.array([0, 99.25, 200])
+    x, y = imagery.xy(rows, cols)
+    assert x[0] == pytest.approx(-122.43, abs=0.01)
+    back = imagery.rowcol(x, y)
+    assert np.allclose(back, (rows, cols), atol=1e-4)
+    x, y = imagery.xy(0, 0, "EPSG:32610")
+    assert (x, y) == (550_000, 4_180_000)
+
+
+def test_bands_are_named_by_description_then_colour_then_number(tmp_path: Path) -> None:
+    path = plain(tmp_path / "a.tif", noise(5))
+    with rasterio.open(path, "r+") as raster:
+        raster.colorinterp = [
+            ColorInterp.red,
+            ColorInterp.green,
+            ColorInterp.blue,
+            ColorInterp.undefined,
+            ColorInterp.undefined,
+        ]
+        raster.set_band_description(1, "Near Infrared")
+        raster.set_band_description(2, "Red")
+    imagery = open_imagery(path)
+    assert imagery.bands == ("nir", "red", "blue", "band_4", "band_5")
+
+
+def test_bands_are_chosen_by_name_number_or_said_meaning(tmp_path: Path) -> None:
+    pixels = noise(4)
+    path = write_geotiff(tmp_path / "a.tif", pixels, GRID, bands=BANDS)
+    imagery = open_imagery(path, ["NIR", "r", "swir=3"])
+    assert imagery.bands == ("nir", "red", "swir")
+    assert (imagery.read(0, 0, 120, 150)[0] == pixels[[3, 0, 2]]).all()
+    assert open_imagery(path, ["2"]).bands == ("green",)
+    with pytest.raises(ImageryError, match=r"no band 'thermal'.*1 red, 2 green, 3 blue, 4 nir"):
+        open_imagery(path, ["thermal"])
+    with pytest.raises(ImageryError, match="do not name each band once"):
+        open_imagery(path, ["red", "r"])
+
+
+def test_a_pixel_is_invalid_only_where_all_bands_are_nodata(tmp_path: Path) -> None:
+    pixels = noise(3)
+    pixels[0, :50], pixels[:, 60:70] = 0, 0
+    imagery = open_imagery(
+        write_geotiff(tmp_path / "a.tif", pixels, GRID, bands=BANDS[:3], nodata=0)
+    )
+    _, valid = imagery.read(0, 0, 120, 150)
+    assert not valid[60:70].any()
+    assert valid[:60].all()
+    assert valid[70:].all()
+
+
+def test_values_that_are_not_finite_are_invalid_in_any_band(tmp_path: Path) -> None:
+    pixels = noise(2).astype(np.float32)
+    pixels[1, 3, 4] = np.nan
+    _, valid = open_imagery(write_geotiff(tmp_path / "a.tif", pixels, GRID, bands=["a", "b"])).read(
+        0, 0, 120, 150
+    )
+    assert np.argwhere(~valid).tolist() == [[3, 4]]
+
+
+def test_a_true_alpha_band_masks_and_a_mislabelled_one_is_near_infrared(tmp_path: Path) -> None:
+    pixels = noise(4)
+    infrared = plain(tmp_path / "naip.tif", pixels, photometric="RGB", alpha="YES")
+    imagery = open_imagery(infrared)
+    assert imagery.bands == BANDS
+    assert imagery.read(0, 0, 120, 150)[1].all()
+    pixels[3] = 255
+    pixels[3, :40] = 0
+    masked = open_imagery(plain(tmp_path / "cut.tif", pixels, photometric="RGB", alpha="YES"))
+    assert masked.bands == BANDS[:3]
+    assert masked.read(0, 0, 120, 150)[1].any(axis=1).tolist() == [False] * 40 + [True] * 80
+
+
+@pytest.mark.skipif(not NAIP.exists(), reason="real NAIP chips (shared/data/naip_pairs) are absent")
+def test_real_naip_has_four_bands_and_no_mask() -> None:
+    path = sorted(NAIP.glob("*.tif"))[0]
+    imagery = open_imagery(path)
+    assert imagery.bands == BANDS
+    assert imagery.resolution_m == pytest.approx(0.6, rel=0.01)
+    assert imagery.read(0, 0, 256, 256)[1].all()
+
+
+@pytest.mark.skipif(find_spec("localtileserver") is None, reason="localtileserver is not installed")
+def test_real_landsat_keeps_the_files_own_colours_and_mask() -> None:
+    spec = find_spec("localtileserver")
+    assert spec is not None and spec.origin is not None
+    imagery = open_imagery(Path(spec.origin).parent / "tiler/data/landsat7.tif")
+    assert imagery.bands == ("red", "green", "blue")
+    assert imagery.resolution_m == pytest.approx(30 * 0.79, rel=0.01)
+    pixels, valid = imagery.read(0, 0, *imagery.shape)
+    assert (valid == (pixels != 0).any(axis=0)).all()
+
+
+def test_a_folder_of_rasters_reads_as_one(tmp_path: Path) -> None:
+    whole = noise(3)
+    folder = tmp_path / "quads"
+    folder.mkdir()
+    for n, (rows, cols) in enumerate(
+        [
+            (slice(0, 70), slice(0, 80)),
+            (slice(60, 120), slice(0, 80)),
+            (slice(0, 70), slice(80, 150)),
+        ]
+    ):
+        write_geotiff(folder / f"{n}.tif", whole[:, rows, cols], GRID[rows, cols], bands=BANDS[:3])
+    for source in (folder, f"{folder}/*.tif"):
+        imagery = open_imagery(source)
+        assert imagery.geobox == GRID
+        pixels, valid = imagery.read(0, 0, 120, 150)
+        assert not valid[70:, 80:].any()
+        assert valid.sum() == 120 * 150 - 50 * 70
+        assert (pixels == np.where(valid, whole, 0)).all()
+
+
+def test_where_quads_overlap_valid_pixels_win_over_nodata(tmp_path: Path) -> None:
+    whole = noise(1)
+    first = whole.copy()
+    first[:, 20:30] = 0
+    write_geotiff(tmp_path / "0.tif", first, GRID, bands=["a"], nodata=0)
+    write_geotiff(tmp_path / "1.tif", whole, GRID, bands=["a"], nodata=0)
+    pixels, valid = open_imagery(tmp_path).read(0, 0, 120, 150)
+    assert valid.all()
+    assert (pixels == whole).all()
+
+
+@pytest.mark.parametrize(
+    ("grid", "bands", "says"),
+    [
+        (GeoBox(GRID.shape, GRID.transform, "EPSG:32611"), ["a"], "gdalwarp -t_srs"),
+        (GeoBox(GRID.shape, GRID.transform * Affine.scale(2), GRID.crs), ["a"], "gdalwarp -tr"),
+        (GRID.translate_pix(0.3, 0), ["a"], "gdalwarp -tr"),
+        (GRID, ["b"], "same bands in every file"),
+    ],
+)
+def test_a_mosaic_of_unlike_rasters_is_refused(
+    tmp_path: Path, grid: GeoBox, bands: list[str], says: str
+) -> None:
+    write_geotiff(tmp_path / "0.tif", noise(1), GRID, bands=["a"])
+    write_geotiff(tmp_path / "1.tif", noise(1), grid, bands=bands)
+    with pytest.raises(ImageryError, match=says) as caught:
+        open_imagery(tmp_path)
+    assert "1.tif" in str(caught.value)
+
+
+def test_the_fingerprint_follows_content_grid_and_bands_not_names(tmp_path: Path) -> None:
+    path = write_geotiff(tmp_path / "a.tif", noise(3), GRID, bands=BANDS[:3])
+    same = tmp_path / "b.tif"
+    same.write_bytes(path.read_bytes())
+    mine = open_imagery(path).fingerprint
+    assert open_imagery(same).fingerprint == mine
+    assert open_imagery(path, ["red", "green"]).fingerprint != mine
+    moved = write_geotiff(tmp_path / "c.tif", noise(3), GRID.translate_pix(1, 0), bands=BANDS[:3])
+    other = write_geotiff(tmp_path / "d.tif", noise(3, seed=1), GRID, bands=BANDS[:3])
+    assert len({mine, open_imagery(moved).fingerprint, open_imagery(other).fingerprint}) == 3
+
+
+def test_one_imagery_is_read_from_many_threads_and_survives_pickling(tmp_path: Path) -> None:
+    pixels = noise(3)
+    imagery = open_imagery(write_geotiff(tmp_path / "a.tif", pixels, GRID, bands=BANDS[:3]))
+    copy = pickle.loads(pickle.dumps(imagery))
+    assert copy == imagery
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(range(0, 120, 3)) * 4
+        for row, (read, _) in zip(
+            rows, pool.map(lambda r: copy.read(r, 5, 3, 100), rows), strict=True
+        ):
+            assert (read == pixels[:, row : row + 3, 5:105]).all()
+
+
+def test_what_cannot_be_read_is_refused_by_name_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ImageryError, match=r"nowhere\.tif does not exist"):
+        open_imagery(tmp_path / "nowhere.tif")
+    text = tmp_path / "notes.tif"
+    text.write_text("not a raster")
+    with pytest.raises(ImageryError, match=r"notes\.tif cannot be opened as a raster"):
+        open_raster(text)
+    homeless = plain(tmp_path / "homeless.tif", noise(1), crs=None)
+    with pytest.raises(ImageryError, match=r"homeless\.tif has no coord.*gdal_edit\.py -a_srs"):
+        open_imagery(homeless)
+    placeless = plain(tmp_path / "placeless.tif", noise(1), transform=Affine.identity())
+    with pytest.raises(ImageryError, match=r"placeless\.tif has no usable transform"):
+        open_imagery(placeless)
+    with pytest.raises(ImageryError, match="no file matches"):
+        open_imagery(f"{tmp_path}/*.jp2")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImageryError, match="empty holds no rasters"):
+        open_imagery(tmp_path / "empty")
+    with pytest.raises(ImageryError, match="is an address"):
+        open_imagery("https://example.org/a.tif")
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.97])
+def test_a_truncated_raster_is_refused_at_the_door(tmp_path: Path, share: float) -> None:
+    grid = GeoBox((600, 600), GRID.transform, GRID.crs)
+    path = write_geotiff(tmp_path / "cut.tif", noise(3, grid), grid, bands=BANDS[:3])
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ImageryError, match=r"cut\.tif.*(truncated|damaged)"):
+        open_imagery(path)
+
+
+def test_a_hole_in_the_middle_is_named_with_its_pixels(tmp_path: Path) -> None:
+    grid = GeoBox((600, 600), GRID.transform, GRID.crs)
+    path = write_geotiff(tmp_path / "hole.tif", noise(3, grid), grid, bands=BANDS[:3])
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 60_000] = bytes(60_000)
+    path.write_bytes(content)
+    imagery = open_imagery(path)
+    with pytest.raises(ImageryError, match=r"hole\.tif cannot be read at rows 0 to 600, columns 0"):
+        imagery.read(0, 0, 600, 600)
