@@ -1,0 +1,257 @@
+"""The whole way from a model and imagery to a folder of maps that people open."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rasterio
+
+from speciesmap import __version__, outputs
+from speciesmap.errors import ConfigError, StoreError
+from speciesmap.mapping.embed import Precision, embed
+from speciesmap.mapping.predict import Map, write_maps
+from speciesmap.mapping.query import Query, make_queries
+from speciesmap.models import SpeciesModel, load_model, read_facts
+from speciesmap.present.stac import write_item
+from speciesmap.present.styles import write_qml
+from speciesmap.present.webmap import make_map
+from speciesmap.rasters.imagery import Imagery
+from speciesmap.rasters.store import EmbeddingStore, open_store
+
+if TYPE_CHECKING:
+    import xarray
+
+PAGE_MAPS = 48  # more do not fit in a page at a useful size; the GeoTIFFs are all there
+STORE_SUFFIX = ".store.zarr"
+
+log = logging.getLogger("speciesmap")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A folder of maps.
+
+    Attributes:
+        path: Of the folder.
+        maps: Each GeoTIFF with what it shows, in the order asked for.
+        html: The interactive map.
+        run: What made it: inputs, hashes, versions, timings.
+        item: STAC item.
+        store: Embedding store that the maps were scored from.
+    """
+
+    path: Path
+    maps: tuple[Map, ...]
+    html: Path
+    run: Path
+    item: Path
+    store: Path
+
+    def to_xarray(self) -> xarray.Dataset:
+        """Open the maps lazily, with coordinates and CRS; one variable for each file's stem."""
+        import rioxarray  # noqa: F401  (registers the engine)
+        import xarray
+
+        variables = {}
+        for m in self.maps:
+            raster = xarray.open_dataarray(m.path, engine="rasterio").squeeze("band", drop=True)
+            variables[m.path.stem] = raster.assign_attrs(long_name=m.query.label)
+        return xarray.Dataset(variables)
+
+
+def predict(
+    model: SpeciesModel | Path | str,
+    *,
+    out: Path | str,
+    imagery: Imagery | Path | str | None = None,
+    store: EmbeddingStore | Path | str | None = None,
+    bbox: Sequence[float] | None = None,
+    bbox_crs: Any = "EPSG:4326",
+    species: Sequence[str] = (),
+    photos: Sequence[Path | str] = (),
+    texts: Sequence[str] = (),
+    queries: Sequence[Query] = (),
+    stride_px: int | None = None,
+    bands: Sequence[str] | None = None,
+    min_valid: float | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    precision: Precision = "auto",
+    any_resolution: bool = False,
+    overwrite: bool = False,
+) -> Prediction:
+    """Map species, photos or text over an area.
+
+    The folder gets a Cloud-Optimized GeoTIFF and a QGIS style for each query, `map.html`,
+    `run.json` and `item.json`, and appears when all of them are there. Embeddings are kept in a
+    store, so that asking again encodes nothing.
+
+    Args:
+        model: A model or its folder.
+        out: Folder to create.
+        imagery: Imagery, or what `open_imagery` takes; may be left out where a store is given.
+        store: Embeddings to use and, where imagery is given, to fill. `OUT.store.zarr`, beside
+            the folder, by default.
+        bbox: Area of interest: west, south, east, north. By default all of the imagery, or all
+            that the store holds.
+        bbox_crs: CRS of `bbox`.
+        species: Scientific names that the model was trained on. Where nothing at all is asked
+            for, all that it knows.
+        photos: Ground photos that together ask for one map.
+        texts: Names or lineages, one map each.
+        queries: Further queries, made by hand.
+        stride_px: As for `embed`.
+        bands: As for `embed`.
+        min_valid: As for `embed`.
+        batch_size: As for `embed`.
+        device: As for `embed`.
+        precision: As for `embed`.
+        any_resolution: As for `embed`.
+        overwrite: Replace the folder.
+
+    Returns:
+        The files.
+
+    Raises:
+        SpeciesmapError: An input is missing, damaged or does not fit; nothing is left of the
+            folder, and tiles that were encoded stay in the store.
+    """
+    started = time.perf_counter()
+    out = Path(out)
+    outputs.refuse_existing(out, overwrite)
+    seed: int | None = None
+    source = str(model) if isinstance(model, str | Path) else None
+    if isinstance(model, str | Path):
+        seed = read_facts(model).get("training", {}).get("seed")
+        model = load_model(model)
+    asked = list(queries)
+    if species or photos or texts or not queries:
+        asked = [*make_queries(model, species=species, photos=photos, texts=texts), *asked]
+    if imagery is not None:
+        encode = partial(
+            embed,
+            model,
+            imagery,
+            bbox=bbox,
+            bbox_crs=bbox_crs,
+            stride_px=stride_px,
+            bands=bands,
+            min_valid=min_valid,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+            any_resolution=any_resolution,
+        )
+        if store is None:
+            own = out.with_name(out.name + STORE_SUFFIX)
+            try:
+                filled = encode(own)
+            except StoreError:
+                if not overwrite:
+                    raise
+                filled = encode(own, overwrite=True)
+        else:
+            filled = encode(store.path if isinstance(store, EmbeddingStore) else store)
+    elif store is None:
+        raise ConfigError("there is nothing to map; pass --imagery or --store")
+    else:
+        filled = store if isinstance(store, EmbeddingStore) else open_store(store)
+        _refuse_other_model(filled, model.fingerprint)
+    encoded = time.perf_counter()
+    with outputs.replacing(out, overwrite=overwrite) as folder:
+        folder.mkdir()
+        maps = write_maps(filled, asked, folder, bbox=bbox, bbox_crs=bbox_crs)
+        scored = time.perf_counter()
+        tifs = [m.path for m in maps]
+        for tif in tifs:
+            write_qml(tif)
+        if len(tifs) > PAGE_MAPS:
+            log.warning("map.html shows the first %d of %d maps", PAGE_MAPS, len(tifs))
+        base = imagery.source if isinstance(imagery, Imagery) else imagery
+        make_map(tifs[:PAGE_MAPS], folder / "map.html", base=base)
+        record = {
+            "speciesmap": __version__,
+            "model": {"path": source, "fingerprint": filled.identity.model},
+            "imagery": {"source": filled.source, "fingerprint": filled.identity.imagery},
+            "store": {"path": str(filled.path), "precision": filled.precision},
+            "bbox": None if bbox is None else {"bounds": list(bbox), "crs": str(bbox_crs)},
+            "window_px": filled.identity.window_px,
+            "stride_px": filled.identity.stride_px,
+            "bands": list(filled.identity.bands),
+            "min_valid": filled.identity.min_valid,
+            "seed": seed,
+            "photos": {str(photo): _sha256(Path(photo)) for photo in photos},
+            "maps": {m.path.name: _facts(m) for m in maps},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": version("torch"),
+                "timm": version("timm"),
+                "gdal": rasterio.__gdal_version__,
+            },
+            "seconds": {
+                "encode": round(encoded - started, 3),
+                "score": round(scored - encoded, 3),
+                "present": round(time.perf_counter() - scored, 3),
+            },
+        }
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        (folder / "run.json").write_text(text + "\n", encoding="utf-8")
+        write_item(
+            folder,
+            tifs,
+            model={
+                "name": Path(source).name if source else None,
+                "path": source,
+                "architecture": model.architecture.aerial["backbone"],
+                "bands": model.bands,
+                "window_px": model.window_px,
+                "resolution_m": model.resolution_m,
+                "fingerprint": filled.identity.model,
+            },
+            imagery=filled.source,
+            datetime=datetime.now(UTC),
+            item_id=out.name,
+        )
+    return Prediction(
+        path=out,
+        maps=tuple(Map(out / m.path.name, m.query) for m in maps),
+        html=out / "map.html",
+        run=out / "run.json",
+        item=out / "item.json",
+        store=filled.path,
+    )
+
+
+def _refuse_other_model(store: EmbeddingStore, fingerprint: str) -> None:
+    if store.identity.model != fingerprint:
+        raise StoreError(
+            f"{store.path} was made with model {store.identity.model}, not {fingerprint}; give "
+            "that model, or make a store of this one with `speciesmap embed`"
+        )
+
+
+def _facts(m: Map) -> dict[str, Any]:
+    return {
+        "label": m.query.label,
+        "query": m.query.kind,
+        "quantity": m.query.quantity,
+        "gain": m.query.gain,
+        "offset": m.query.offset,
+        "sha256": _sha256(m.path),
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
