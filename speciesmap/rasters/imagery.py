@@ -128,12 +128,14 @@ class Imagery:
             file = Path(m.path)
             place = (m.row, m.col, m.height, m.width, file.stat().st_size if file.exists() else -1)
             digest.update(repr(place).encode())
-        side = 32
-        for row in np.linspace(0, max(0, self.shape[0] - side), 8).astype(int):
-            for col in np.linspace(0, max(0, self.shape[1] - side), 8).astype(int):
-                pixels, valid = self.read(int(row), int(col), side, side)
-                digest.update(pixels.tobytes())
-                digest.update(valid.tobytes())
+        chosen = self._members[:: math.ceil(len(self._members) / 64)]
+        per_axis = max(1, math.isqrt(64 // len(chosen)))
+        for m in chosen:
+            for down in np.linspace(0, 1, per_axis + 2)[1:-1]:
+                for across in np.linspace(0, 1, per_axis + 2)[1:-1]:
+                    row, col = m.row + int(down * m.height), m.col + int(across * m.width)
+                    for array in self.read(row - 16, col - 16, 32, 32):
+                        digest.update(array.tobytes())
         return digest.hexdigest()
 
     def select(self, bands: Sequence[str]) -> Imagery:

@@ -1,0 +1,207 @@
+"""What a path is: a model, a store, a data set, a folder of maps, a raster or observations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from odc.geo.geobox import GeoBox
+
+from speciesmap.errors import OutputError
+from speciesmap.rasters.imagery import SUFFIXES, open_imagery, open_raster
+from speciesmap.rasters.store import open_store
+from speciesmap.rasters.windows import bounds_in
+
+
+def describe(path: Path | str) -> dict[str, Any]:
+    """Tell what lies at a path.
+
+    Args:
+        path: A file or folder that speciesmap reads or wrote, or a pattern of rasters.
+
+    Returns:
+        Facts that JSON can hold; `kind` is `"model"`, `"store"`, `"run"`, `"dataset"`, `"map"`,
+        `"imagery"` or `"observations"`.
+
+    Raises:
+        SpeciesmapError: Nothing is there, it is damaged, or it is none of these.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / "zarr.json").exists():
+            return _store(path)
+        if (path / "config.json").exists():
+            return _model(path)
+        if (path / "run.json").exists():
+            return _run(path)
+        if any(path.glob("*.parquet")) or any(path.glob("*/*.parquet")):
+            return _dataset(path)
+        if not any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):
+            raise OutputError(
+                f"{path} is no model, store, data set, folder of maps or of rasters; give one of "
+                "these, or a file"
+            )
+    elif path.suffix.lower() == ".parquet" and path.exists():
+        import pyarrow.parquet as pq
+        from pyarrow import ArrowException
+
+        try:
+            names = pq.read_schema(path).names
+        except (ArrowException, OSError):
+            names = []
+        return _dataset(path) if "rs_image" in names else _observations(path)
+    elif path.suffix.lower() in (".csv", ".tsv", ".txt", ".gpkg", ".geojson", ".shp", ".zip"):
+        return _observations(path)
+    return _raster(path)
+
+
+def as_text(facts: Mapping[str, Any]) -> str:
+    """Lay facts out for reading, one to a line."""
+    width = max(len(name) for name in facts)
+    return "\n".join(f"{name:<{width}}  {_plain(value)}" for name, value in facts.items())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        more = f" and {len(value) - 12} more" if len(value) > 12 else ""
+        return ", ".join(_plain(item) for item in value[:12]) + more
+    if isinstance(value, float):
+        return f"{value:.9g}"
+    return "none" if value is None else str(value)
+
+
+def _place(geobox: GeoBox) -> dict[str, Any]:
+    epsg = geobox.crs.to_epsg() if geobox.crs else None
+    bounds = bounds_in(geobox)
+    return {
+        "rows": int(geobox.shape[0]),
+        "columns": int(geobox.shape[1]),
+        "crs": f"EPSG:{epsg}" if epsg else str(geobox.crs),
+        "west_south_east_north": [round(value, 6) for value in bounds],
+    }
+
+
+def _model(path: Path) -> dict[str, Any]:
+    from speciesmap.models import read_facts
+    from speciesmap.models.checkpoint import TAXA
+
+    facts = read_facts(path)
+    a, training = facts["architecture"], facts.get("training", {})
+    taxa = json.loads((path / TAXA).read_text(encoding="utf-8"))
+    return {
+        "kind": "model",
+        "path": str(path),
+        "fingerprint": facts.get("fingerprint"),
+        "aerial": a["aerial"]["backbone"],
+        "ground": a["ground"]["backbone"] if a.get("ground") else None,
+        "text": (a["text"].get("hub") or "trained jointly") if a.get("text") else None,
+        "dim": a["dim"],
+        "bands": a["bands"],
+        "window_px": a["window_px"],
+        "resolution_m": a["resolution_m"],
+        "taxa": [taxon["name"] for taxon in taxa],
+        "calibrated": sorted(facts.get("prevalence", {})),
+        "stage": training.get("stage"),
+        "seed": training.get("seed"),
+        "metrics": facts.get("metrics", {}),
+        "versions": facts.get("versions", {}),
+    }
+
+
+def _store(path: Path) -> dict[str, Any]:
+    store = open_store(path)
+    rows, cols = (slice(0, side) for side in store.geobox.shape)
+    tiles = [store.has(tile) for tile in store.tiles_in(rows, cols)]
+    identity = store.identity
+    return {
+        "kind": "store",
+        "path": str(path),
+        "tiles_done": sum(tiles),
+        "tiles": len(tiles),
+        "dim": store.dim,
+        "precision": store.precision,
+        "model": identity.model,
+        "imagery": store.source,
+        "imagery_fingerprint": identity.imagery,
+        "bands": list(identity.bands),
+        "window_px": identity.window_px,
+        "stride_px": identity.stride_px,
+        "min_valid": identity.min_valid,
+        **_place(store.geobox),
+    }
+
+
+def _run(path: Path) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        maps = {name: entry["label"] for name, entry in facts.pop("maps").items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(
+            f"{path / 'run.json'} is damaged ({error!r}); make the maps again with `speciesmap "
+            "predict`"
+        ) from error
+    return {"kind": "run", "path": str(path), "maps": maps, **facts}
+
+
+def _dataset(path: Path) -> dict[str, Any]:
+    from speciesmap.datasets.paired import open_paired
+
+    dataset = open_paired(path)
+    return {
+        "kind": "dataset",
+        "path": str(path),
+        "rows": len(dataset),
+        "photos": dataset.has_ground,
+        "bands": list(dataset.bands),
+        "window_px": dataset.window_px,
+        "resolution_m": float(dataset.resolution_m),
+        "taxa": [taxon.name for taxon in dataset.taxa],
+    }
+
+
+def _observations(path: Path) -> dict[str, Any]:
+    from speciesmap.observations.read import read_observations
+
+    table = read_observations(path)
+    counts = table["taxon"].value_counts()
+    bounds = table.total_bounds if len(table) else []
+    return {
+        "kind": "observations",
+        "path": str(path),
+        "rows": len(table),
+        "taxa": {str(name): int(count) for name, count in counts.items()},
+        "west_south_east_north": [round(float(value), 6) for value in bounds],
+    }
+
+
+def _raster(path: Path) -> dict[str, Any]:
+    imagery = open_imagery(path)
+    facts = {
+        "kind": "imagery",
+        "path": str(path),
+        "bands": list(imagery.bands),
+        "pixel_type": str(imagery.dtype),
+        "resolution_m": round(imagery.resolution_m, 4),
+        **_place(imagery.geobox),
+    }
+    if path.is_file():
+        with open_raster(path) as raster:
+            tags, statistics = raster.tags(), raster.tags(1)
+        if "QUERY" in tags:
+            facts |= {
+                "kind": "map",
+                "label": tags.get("TAXON"),
+                "query": tags["QUERY"],
+                "model": tags.get("MODEL"),
+                **{
+                    word: float(statistics[f"STATISTICS_{word.upper()}"])
+                    for word in ("minimum", "mean", "maximum")
+                    if f"STATISTICS_{word.upper()}" in statistics
+                },
+            }
+    facts["fingerprint"] = imagery.fingerprint
+    return facts
