@@ -427,7 +427,7 @@ class _Encoder:
         windows = windows.to(self.device, non_blocking=True)
         with torch.inference_mode():
             if self.precision == "auto":
-                self.precision = self._settle(windows)
+                return self._settle(windows).half()
             return self._encode(windows, self.precision).half()
 
     def _encode(self, windows: Tensor, precision: str) -> Tensor:
@@ -435,14 +435,18 @@ class _Encoder:
             vectors = self.model.encode_aerial(windows)
         return F.normalize(vectors.float(), dim=1)
 
-    def _settle(self, windows: Tensor) -> str:
+    def _settle(self, windows: Tensor) -> Tensor:
+        """Choose the precision by a first batch, and give its vectors."""
+        self.precision = "float32"
+        exact = self._encode(windows, "float32")
         if not _computes_bfloat16(self.device):
-            return "float32"
-        exact, quick = self._encode(windows, "float32"), self._encode(windows, "bfloat16")
+            return exact
+        quick = self._encode(windows, "bfloat16")
         cosine = float((exact * quick).sum(dim=1).min())
-        chosen = "bfloat16" if cosine >= LEAST_COSINE else "float32"
-        log.info("encoding in %s: bfloat16 has a cosine of %.5f to float32", chosen, cosine)
-        return chosen
+        if cosine >= LEAST_COSINE:
+            self.precision = "bfloat16"
+        log.info("encoding in %s; bfloat16 has a cosine of %.5f to float32", self.precision, cosine)
+        return quick if self.precision == "bfloat16" else exact
 
 
 def _computes_bfloat16(device: torch.device) -> bool:

@@ -171,6 +171,8 @@ class Imagery:
             raise ImageryError(
                 f"{self.source}: bands {', '.join(bands) or 'none'} do not name each band once"
             )
+        if (tuple(names), tuple(indexes)) == (self.bands, self._indexes):
+            return self
         return replace(self, bands=tuple(names), _indexes=tuple(indexes))
 
     def _name_of(self, index: int) -> str:

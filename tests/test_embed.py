@@ -1,0 +1,336 @@
+"""The tiled engine: exact windows, cells in their place, nothing encoded twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from affine import Affine
+from fake_model import BlobModel, FakeModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from odc.geo.geobox import GeoBox
+
+from speciesmap.errors import AreaError, ConfigError, ImageryError, StoreError
+from speciesmap.mapping import embed as engine
+from speciesmap.mapping.embed import embed
+from speciesmap.rasters.geotiff import write_geotiff
+from speciesmap.rasters.imagery import Imagery, open_imagery
+from speciesmap.rasters.store import open_store
+from speciesmap.rasters.windows import WindowGrid, bounds_in
+
+ORIGIN = Affine(1, 0, 550_000, 0, -1, 4_180_000)
+BANDS = ("red", "green", "blue")
+
+
+def scene(path: Path, shape: tuple[int, int] = (150, 210), dtype: str = "uint8") -> Path:
+    pixels = np.random.default_rng(0).integers(1, 255, (3, *shape)).astype(dtype)
+    return write_geotiff(path, pixels, GeoBox(shape, ORIGIN, "EPSG:32610"), bands=BANDS)
+
+
+def vectors(store: engine.EmbeddingStore) -> np.ndarray:
+    return store.read(*(slice(0, side) for side in store.geobox.shape))
+
+
+def naive(model: FakeModel, imagery: Imagery, stride: int, min_valid: float) -> np.ndarray:
+    """Every window sliced, filled and encoded by itself."""
+    side = model.window_px
+    grid = WindowGrid(imagery.shape, side, stride)
+    out = np.full((*grid.cells, model.dim), np.nan, np.float16)
+    for i in range(grid.cells[0]):
+        for j in range(grid.cells[1]):
+            window, valid = imagery.read(*grid.start(i, j), side, side)
+            if valid.mean() < min_valid or not valid.any():
+                continue
+            window = window.astype(np.float64)
+            for band, value in zip(window, model.fill, strict=True):
+                band[~valid] = value
+            out[i, j] = model.embed_windows(torch.from_numpy(window)[None])[0].half().numpy()
+    return out
+
+
+@pytest.mark.parametrize(("window", "stride"), [(16, 4), (15, 7), (8, 8)])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_the_store_holds_what_encoding_each_window_by_itself_gives(
+    tmp_path: Path, window: int, stride: int, dtype: str
+) -> None:
+    imagery = open_imagery(scene(tmp_path / "a.tif", (60, 83), dtype))
+    model = FakeModel(window_px=window)
+    store = embed(model, imagery, tmp_path / "s.zarr", stride_px=stride, precision="float32")
+    expected = naive(model, imagery, stride, 0.5)
+    np.testing.assert_allclose(vectors(store), expected, atol=2e-3)
+    assert np.isfinite(expected).any()
+    assert store.precision == "float32"
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    bands=st.integers(1, 4),
+    rows=st.integers(1, 5),
+    cols=st.integers(1, 5),
+    side=st.integers(1, 9),
+    stride=st.integers(1, 12),
+)
+def test_windows_are_exact_slices_of_a_block(
+    bands: int, rows: int, cols: int, side: int, stride: int
+) -> None:
+    shape = (bands, (rows - 1) * stride + side, (cols - 1) * stride + side)
+    block = np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)
+    valid = np.random.default_rng(1).random(shape[1:]) > 0.4
+    windows = engine._as_windows(block, side, stride)
+    usable = engine._usable(valid, side, stride, 0.5)
+    assert windows.shape[:2] == usable.shape == (rows, cols)
+    for i in range(rows):
+        for j in range(cols):
+            place = (
+                slice(i * stride, i * stride + side),
+                slice(j * stride, j * stride + side),
+            )
+            assert (windows[i, j] == block[:, *place]).all()
+            share = valid[place].mean()
+            assert usable[i, j] == (share >= 0.5 and share > 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "transform"),
+    [
+        ((200, 200), ORIGIN),
+        ((140, 310), ORIGIN),
+        ((200, 160), ORIGIN * Affine.scale(1.5, 0.7)),
+        ((200, 160), ORIGIN * Affine.rotation(33)),
+        ((200, 160), ORIGIN * Affine.scale(1, -1)),
+    ],
+    ids=["square", "oblong", "pixels not square", "rotated", "south up"],
+)
+@pytest.mark.parametrize(("window", "stride"), [(32, 8), (30, 11)])
+def test_a_planted_object_is_found_where_it_is(
+    tmp_path: Path, shape: tuple[int, int], transform: Affine, window: int, stride: int
+) -> None:
+    model = BlobModel(window_px=window)
+    row, col = 0.61 * shape[0], 0.27 * shape[1]
+    pixels = np.full((3, *shape), 90, np.uint8)
+    top, left = round(row) - 2, round(col) - 2
+    pixels[:, top : top + 4, left : left + 4] = 255
+    grid = GeoBox(shape, transform, "EPSG:32610")
+    path = write_geotiff(tmp_path / "a.tif", pixels, grid, bands=BANDS)
+    store = embed(
+        model, path, tmp_path / "s.zarr", stride_px=stride, precision="float32", any_resolution=True
+    )
+    similarity = vectors(store)[..., 0].astype(np.float32)
+    i, j = np.unravel_index(np.nanargmax(similarity), similarity.shape)
+    found = store.geobox.transform * (j + 0.5, i + 0.5)
+    planted = transform * (left + 2, top + 2)
+    offset = ~transform * found
+    assert abs(offset[0] - left - 2) <= stride / 2
+    assert abs(offset[1] - top - 2) <= stride / 2
+    pixel_m = max(np.hypot(transform.a, transform.d), np.hypot(transform.b, transform.e))
+    assert np.hypot(*np.subtract(found, planted)) <= stride / 2 * pixel_m * np.sqrt(2)
+
+
+def test_a_part_equals_the_crop_of_the_whole_and_fills_only_what_it_touches(tmp_path: Path) -> None:
+    path = scene(tmp_path / "a.tif", (300, 420))
+    model = FakeModel()
+    whole = embed(model, path, tmp_path / "whole.zarr")
+    left, bottom, right, top = bounds_in(open_imagery(path).geobox)
+    bbox = (left + (right - left) * 0.6, bottom, right, bottom + (top - bottom) * 0.3)
+    encoded = model.encoded
+    part = embed(model, path, tmp_path / "part.zarr", bbox=bbox)
+    assert 0 < model.encoded - encoded < encoded / 2
+    assert part.geobox == whole.geobox
+    done = part.done()
+    assert done is not None
+    assert part.read(*done).tobytes() == whole.read(*done).tobytes()
+    assert np.isnan(part.read(slice(0, done[0].start), slice(0, done[1].start))).all()
+    embed(model, path, tmp_path / "part.zarr")
+    assert contents(part.path) == contents(whole.path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_asking_again_encodes_nothing(tmp_path: Path) -> None:
+    path, model = scene(tmp_path / "a.tif"), FakeModel()
+    embed(model, path, tmp_path / "s.zarr")
+    encoded = model.encoded
+    assert encoded > 0
+    embed(model, path, tmp_path / "s.zarr")
+    assert model.encoded == encoded
+
+
+def test_windows_of_nodata_cost_nothing_and_come_out_as_nodata(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(1, 255, (3, 96, 96)).astype(np.uint8)
+    pixels[:, :, 40:] = 0
+    grid = GeoBox((96, 96), ORIGIN, "EPSG:32610")
+    path = write_geotiff(tmp_path / "a.tif", pixels, grid, bands=BANDS, nodata=0)
+    previous = None
+    for min_valid in (0.0, 0.3, 0.5, 1.0):
+        model = FakeModel()
+        store = embed(
+            model,
+            path,
+            tmp_path / f"{min_valid}.zarr",
+            min_valid=min_valid,
+            precision="float32",
+        )
+        made = vectors(store)
+        windows = WindowGrid((96, 96), 16, 4)
+        imagery = open_imagery(path)
+        share = np.array(
+            [
+                [imagery.read(*windows.start(i, j), 16, 16)[1].mean() for j in range(24)]
+                for i in range(24)
+            ]
+        )
+        expected = (share >= min_valid) & (share > 0)
+        assert (np.isfinite(made).all(axis=-1) == expected).all()
+        assert np.isnan(made[~expected]).all()
+        assert model.encoded == expected.sum()
+        assert previous is None or expected.sum() < previous
+        previous = expected.sum()
+
+
+def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    path = scene(tmp_path / "a.tif", (300, 300))
+    whole = embed(FakeModel(), path, tmp_path / "whole.zarr")
+
+    class Interrupted(FakeModel):
+        def encode_aerial(self, windows: torch.Tensor) -> torch.Tensor:
+            if len(self.batches) > 50:
+                raise KeyboardInterrupt
+            return super().encode_aerial(windows)
+
+    model = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        embed(model, path, tmp_path / "s.zarr")
+    begun = [
+        t
+        for t in whole.tiles_in(slice(0, 75), slice(0, 75))
+        if open_store(tmp_path / "s.zarr").has(t)
+    ]
+    assert 0 < len(begun) < 9
+    resumed = FakeModel()
+    store = embed(resumed, path, tmp_path / "s.zarr")
+    assert 0 < resumed.encoded < 75 * 75 - 1000
+    assert contents(store.path) == contents(whole.path)
+
+
+def test_a_failure_before_the_first_tile_leaves_no_store(tmp_path: Path) -> None:
+    class Broken(FakeModel):
+        def encode_aerial(self, windows: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        embed(Broken(), scene(tmp_path / "a.tif"), tmp_path / "s.zarr")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.tif"]
+
+
+def test_tall_windows_are_read_in_strips_with_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = scene(tmp_path / "a.tif")
+    whole = embed(FakeModel(), path, tmp_path / "whole.zarr")
+    monkeypatch.setattr(engine, "BLOCK_BYTES", 10_000)
+    strips = embed(FakeModel(), path, tmp_path / "strips.zarr")
+    assert contents(strips.path) == contents(whole.path)
+
+
+def test_each_tile_of_pixels_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    imagery = open_imagery(scene(tmp_path / "a.tif", (300, 420)))
+    imagery.fingerprint  # noqa: B018  (it reads a sample)
+    reads: list[int] = []
+    real = Imagery.read
+    monkeypatch.setattr(
+        Imagery, "read", lambda self, *place: (reads.append(1), real(self, *place))[1]
+    )
+    store = embed(FakeModel(), imagery, tmp_path / "s.zarr")
+    assert len(reads) == np.prod(store.tiles)
+
+
+def test_a_store_of_something_else_is_refused_with_both_names(tmp_path: Path) -> None:
+    path, out = scene(tmp_path / "a.tif"), tmp_path / "s.zarr"
+    embed(FakeModel(), path, out, stride_px=8)
+    embed(FakeModel(), path, out)  # the stride of the store
+    with pytest.raises(StoreError, match="model fake, not other"):
+        embed(FakeModel(fingerprint="other"), path, out)
+    with pytest.raises(StoreError, match="stride_px 8, not 4"):
+        embed(FakeModel(), path, out, stride_px=4)
+    with pytest.raises(StoreError, match=r"imagery [0-9a-f]{64}, not [0-9a-f]{64}"):
+        embed(FakeModel(), scene(tmp_path / "b.tif", (150, 211)), out)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StoreError, match="folder is not an embedding store"):
+        embed(FakeModel(), path, tmp_path / "folder", overwrite=True)
+    embed(FakeModel(fingerprint="other"), path, out, overwrite=True)
+    assert open_store(out).identity.model == "other"
+
+
+def test_bands_fit_by_meaning_or_are_refused(tmp_path: Path) -> None:
+    path = scene(tmp_path / "scene.tif")
+    model = FakeModel(bands=("blue", "red"))
+    assert engine.fit_imagery(model, path).bands == ("blue", "red")
+    assert engine.fit_imagery(model, path, bands=["red", "blue"]).bands == ("blue", "red")
+    assert engine.fit_imagery(model, path, bands=["2", "1"]).bands == ("green", "red")
+    with pytest.raises(ImageryError) as caught:
+        engine.fit_imagery(FakeModel(bands=("red", "green", "blue", "nir")), path)
+    assert str(caught.value) == (
+        "scene.tif has 3 bands (red, green, blue), the model was trained on 4 "
+        "(red, green, blue, nir); choose with --bands or use another model"
+    )
+    with pytest.raises(ImageryError, match="has 1 bands"):
+        engine.fit_imagery(model, path, bands=["red"])
+
+
+def test_imagery_of_another_resolution_is_refused_unless_told(tmp_path: Path) -> None:
+    path = scene(tmp_path / "scene.tif")
+    for fits in (0.7, 1.4):
+        engine.fit_imagery(FakeModel(resolution_m=fits), path)
+    for off in (0.6, 1.6):
+        with pytest.raises(ImageryError, match=r"scene\.tif has pixels of 1 m.*--any-resolution"):
+            engine.fit_imagery(FakeModel(resolution_m=off), path)
+        engine.fit_imagery(FakeModel(resolution_m=off), path, any_resolution=True)
+
+
+def test_reduced_precision_is_used_only_where_it_agrees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Delicate(FakeModel):
+        def embed_windows(self, windows: torch.Tensor) -> torch.Tensor:
+            vectors = super().embed_windows(windows)
+            if torch.is_autocast_enabled("cpu"):
+                vectors = vectors + 0.1
+            return torch.nn.functional.normalize(vectors, dim=1)
+
+    path = scene(tmp_path / "a.tif")
+    monkeypatch.setattr(engine, "_computes_bfloat16", lambda device: True)
+    assert embed(FakeModel(), path, tmp_path / "a.zarr").precision == "bfloat16"
+    assert embed(Delicate(), path, tmp_path / "b.zarr").precision == "float32"
+    monkeypatch.setattr(engine, "_computes_bfloat16", lambda device: False)
+    store = embed(FakeModel(), path, tmp_path / "c.zarr", bbox=None)
+    assert store.precision == "float32"
+    (store.path / "vectors/c/0/0/0").unlink()
+    with pytest.raises(StoreError, match="begun in float32, not bfloat16"):
+        embed(FakeModel(), path, store.path, precision="bfloat16")
+
+
+def test_bad_areas_devices_and_shares_stop_before_anything_is_written(tmp_path: Path) -> None:
+    path, out = scene(tmp_path / "a.tif"), tmp_path / "s.zarr"
+    with pytest.raises(AreaError, match="misses the imagery"):
+        embed(FakeModel(), path, out, bbox=(0, 0, 1, 1))
+    with pytest.raises(ConfigError, match="no device 'abacus' here"):
+        embed(FakeModel(), path, out, device="abacus")
+    with pytest.raises(ConfigError, match="not a share"):
+        embed(FakeModel(), path, out, min_valid=7)
+    assert not out.exists()
+
+
+def test_the_model_is_given_back_in_the_mode_it_came_in(tmp_path: Path) -> None:
+    model = FakeModel().train()
+    seen: list[bool] = []
+    real = model.embed_windows
+    model.embed_windows = lambda w: (seen.append(model.training), real(w))[1]  # type: ignore[method-assign]
+    embed(model, scene(tmp_path / "a.tif"), tmp_path / "s.zarr")
+    assert seen
+    assert not any(seen)
+    assert model.training

@@ -1,0 +1,128 @@
+"""Stores: opened by xarray in place, resumable by their chunks, closed to other inputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray
+from affine import Affine
+from odc.geo.geobox import GeoBox
+
+from speciesmap.errors import OutputError, StoreError
+from speciesmap.rasters.store import TILE, EmbeddingStore, Identity, open_store
+
+GRID = GeoBox((70, 50), Affine(38.4, 0, 550_000, 0, -38.4, 4_180_000), "EPSG:32610")
+IDENTITY = Identity("abc", 256, 64, ("red", "nir"), "def", 0.5)
+
+
+def make(path: Path, grid: GeoBox = GRID) -> EmbeddingStore:
+    return EmbeddingStore.create(path, IDENTITY, grid, 8, source="scene.tif")
+
+
+def test_a_tile_is_done_when_it_is_written_even_if_it_is_all_nodata(tmp_path: Path) -> None:
+    store = make(tmp_path / "s.zarr")
+    assert store.tiles == (3, 2)
+    assert store.done() is None
+    vectors = np.random.default_rng(0).normal(size=(6, 18, 8)).astype(np.float16)
+    store.write((2, 1), vectors)
+    store.write((0, 1), np.full((TILE, 18, 8), np.nan, np.float16))
+    again = open_store(tmp_path / "s.zarr")
+    done = [tile for tile in again.tiles_in(slice(0, 70), slice(0, 50)) if again.has(tile)]
+    assert done == [(0, 1), (2, 1)]
+    assert again.done() == (slice(0, 70), slice(32, 50))
+    assert (again.read(slice(64, 70), slice(32, 50)) == vectors).all()
+    assert np.isnan(again.read(slice(0, 64), slice(0, 32))).all()
+
+
+def test_tiles_cover_every_cell_once(tmp_path: Path) -> None:
+    store = make(tmp_path / "s.zarr")
+    count = np.zeros(GRID.shape, int)
+    for tile in store.tiles_in(slice(0, 70), slice(0, 50)):
+        count[store.cells(tile)] += 1
+    assert (count == 1).all()
+    assert list(store.tiles_in(slice(31, 33), slice(10, 11))) == [(0, 0), (1, 0)]
+
+
+@pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
+@pytest.mark.parametrize("turn", [0, 25])
+def test_xarray_opens_it_with_its_place_on_earth(tmp_path: Path, turn: float) -> None:
+    import rioxarray  # noqa: F401
+
+    grid = GeoBox(GRID.shape, GRID.transform * Affine.rotation(turn), GRID.crs)
+    make(tmp_path / "s.zarr", grid)
+    vectors = xarray.open_zarr(tmp_path / "s.zarr")["vectors"]
+    assert vectors.dims == ("y", "x", "embedding")
+    assert vectors.dtype == np.float16
+    assert vectors.rio.crs.to_epsg() == 32610
+    assert vectors.rio.transform().almost_equals(grid.transform)
+    if not turn:
+        assert vectors.x.values[0] == 550_000 + 19.2
+        assert vectors.y.values[-1] == pytest.approx(4_180_000 - 69.5 * 38.4)
+    assert open_store(tmp_path / "s.zarr").geobox == grid
+
+
+def test_what_it_was_made_from_is_kept_and_anything_else_refused(tmp_path: Path) -> None:
+    make(tmp_path / "s.zarr")
+    store = open_store(tmp_path / "s.zarr")
+    assert store.identity == IDENTITY
+    assert (store.dim, store.source) == (8, "scene.tif")
+    store.refuse_other(IDENTITY)
+    for change, says in (
+        ({"model": "xyz"}, "model abc, not xyz"),
+        ({"stride_px": 32}, "stride_px 64, not 32"),
+        ({"bands": ("red",)}, r'bands \["red", "nir"\], not \["red"\]'),
+        ({"imagery": "123"}, "imagery def, not 123"),
+    ):
+        with pytest.raises(StoreError, match=rf"s\.zarr was made with {says}"):
+            store.refuse_other(replace(IDENTITY, **change))
+
+
+def test_its_precision_is_remembered(tmp_path: Path) -> None:
+    store = make(tmp_path / "s.zarr")
+    assert store.precision is None
+    store.precision = "bfloat16"
+    assert open_store(tmp_path / "s.zarr").precision == "bfloat16"
+
+
+def test_equal_content_makes_equal_bytes_whatever_the_order(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tiles = {(i, j): rng.normal(size=(32, 32, 8)).astype(np.float16) for i in (0, 1) for j in (0,)}
+    for name, order in (("a", list(tiles)), ("b", list(tiles)[::-1])):
+        store = make(tmp_path / f"{name}.zarr")
+        for tile in order:
+            store.write(tile, tiles[tile])
+        store.write(order[0], tiles[order[0]])
+    assert contents(tmp_path / "a.zarr") == contents(tmp_path / "b.zarr")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_left_over_temporary_files_do_no_harm(tmp_path: Path) -> None:
+    store = make(tmp_path / "s.zarr")
+    chunk = tmp_path / "s.zarr/vectors/c/0/0"
+    chunk.mkdir(parents=True)
+    (chunk / "0.0123abcd.partial").write_bytes(b"half a chu")
+    assert not store.has((0, 0))
+    store.write((0, 0), np.ones((32, 32, 8), np.float16))
+    assert store.has((0, 0))
+    assert (open_store(store.path).read(slice(0, 32), slice(0, 32)) == 1).all()
+
+
+def test_what_is_no_store_or_is_damaged_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"none\.zarr does not exist; make it with"):
+        open_store(tmp_path / "none.zarr")
+    with pytest.raises(StoreError, match="is not an embedding store"):
+        open_store(tmp_path)
+    assert not list(tmp_path.iterdir())
+    store = make(tmp_path / "s.zarr")
+    with pytest.raises(OutputError, match="exists already"):
+        make(tmp_path / "s.zarr")
+    store.write((0, 0), np.ones((32, 32, 8), np.float16))
+    (tmp_path / "s.zarr/vectors/c/0/0/0").write_bytes(b"rubbish")
+    with pytest.raises(StoreError, match="cannot be read at rows 0 to 32, columns 0 to 50"):
+        store.read(slice(0, 32), slice(0, 50))
