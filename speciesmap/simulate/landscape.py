@@ -13,18 +13,19 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 from affine import Affine
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from odc.geo.geobox import GeoBox
 from scipy import ndimage, special, stats
 from scipy.interpolate import CubicSpline
 
 Array = NDArray[np.float32]
+Points = NDArray[np.float64]
 
 RESOLUTION_M = 0.6
 CELL_PX = 8
 BANDS = ("red", "green", "blue", "nir")
 FIELDS = ("elevation", "moisture", "canopy", "soil")
-_LENGTH_PX = (240.0, 180.0, 140.0, 170.0)  # distance at which a field's correlation is about 1/e
+_LENGTH_PX = (240.0, 190.0, 170.0, 200.0)  # distance at which a field's correlation is about 1/e
 _CRS = "EPSG:32610"
 _LEFT_M, _TOP_M = 664_800.0, 4_268_400.0
 _TONE = np.array([335, 335, 345, 275], np.float32)  # digital number of reflectance 1, per band
@@ -36,7 +37,7 @@ _SUN = (0.64, 0.48, 0.60)  # unit vector to the sun: rows (south), columns (east
 _OCHRE = np.array([0.33, 0.245, 0.150, 0.40], np.float32)
 _GREY = np.array([0.245, 0.238, 0.195, 0.31], np.float32)
 _GRASS = np.array([0.125, 0.175, 0.075, 0.43], np.float32)
-_STONE = np.array([0.46, 0.44, 0.40, 0.50], np.float32)
+_STONE = np.array([0.54, 0.52, 0.48, 0.56], np.float32)
 _TRACK = np.array([0.42, 0.365, 0.285, 0.46], np.float32)
 _DRY_CROWN = np.array([0.110, 0.115, 0.062, 0.24], np.float32)
 _MOIST_CROWN = np.array([0.045, 0.098, 0.035, 0.46], np.float32)
@@ -66,41 +67,46 @@ class Landscape:
         place = Affine(RESOLUTION_M, 0, _LEFT_M, 0, -RESOLUTION_M, _TOP_M)
         return GeoBox((self.size_px, self.size_px), place, _CRS)
 
+    def place(self, rows: ArrayLike, cols: ArrayLike) -> tuple[Points, Points]:
+        """Eastings and northings, in metres, of continuous pixel coordinates."""
+        x = _LEFT_M + RESOLUTION_M * np.asarray(cols, np.float64)
+        y = _TOP_M - RESOLUTION_M * np.asarray(rows, np.float64)
+        return x, y
+
     @property
     def cell_geobox(self) -> GeoBox:
         """Grid of the truth: cells of `CELL_PX` pixels with the same upper-left corner."""
-        cells = self.size_px // CELL_PX
-        return GeoBox((cells, cells), self.geobox.affine * Affine.scale(CELL_PX), _CRS)
+        return self.geobox.zoom_out(CELL_PX)
 
 
-def crown_cover(canopy: Array) -> Array:
+def crown_cover(canopy: ArrayLike) -> Array:
     """Share of the ground under crowns, 0.06 to 0.60, for a canopy field."""
-    return np.asarray(0.06 + 0.54 * special.ndtr(1.1 * canopy), np.float32)
+    return np.asarray(0.06 + 0.54 * special.ndtr(1.1 * np.asarray(canopy)), np.float32)
 
 
-def crown_radius_px(elevation: Array) -> Array:
+def crown_radius_px(elevation: ArrayLike) -> Array:
     """Mean crown radius in pixels: large trees low down (5.5), small ones high up (1.8)."""
-    return np.asarray(1.8 * (5.5 / 1.8) ** special.ndtr(-1.2 * elevation), np.float32)
+    return np.asarray(1.8 * (5.5 / 1.8) ** special.ndtr(-1.2 * np.asarray(elevation)), np.float32)
 
 
-def green_share(moisture: Array) -> Array:
+def green_share(moisture: ArrayLike) -> Array:
     """Share of open ground that is green, 0 to 1, for a moisture field."""
-    return np.asarray(special.ndtr(1.1 * moisture), np.float32)
+    return np.asarray(special.ndtr(1.1 * np.asarray(moisture)), np.float32)
 
 
-def stoniness(soil: Array) -> Array:
-    """Stones per pixel of open ground, 0.0005 to 0.02, for a soil field (poor soils are low)."""
-    return np.asarray(0.0005 + 0.0195 * special.ndtr(-1.2 * soil) ** 1.5, np.float32)
+def stoniness(soil: ArrayLike) -> Array:
+    """Stones per pixel of open ground, 0.0005 to 0.022, for a soil field (poor soils are low)."""
+    return np.asarray(0.0005 + 0.0215 * special.ndtr(-1.2 * np.asarray(soil)) ** 1.5, np.float32)
 
 
-def ground_tone(soil: Array, tone: Array) -> Array:
+def ground_tone(soil: ArrayLike, tone: ArrayLike) -> Array:
     """Bare ground's tone from grey (0) to ochre (1); soil explains a part of it only."""
-    return np.asarray(special.ndtr(0.6 * soil + 0.8 * tone), np.float32)
+    return np.asarray(special.ndtr(0.8 * np.asarray(soil) + 0.8 * np.asarray(tone)), np.float32)
 
 
-def green_vigour(vigour: Array) -> Array:
-    """How green the green is, 0.45 to 1: the season's progress, which no taxon minds."""
-    return np.asarray(0.45 + 0.55 * special.ndtr(vigour), np.float32)
+def green_vigour(vigour: ArrayLike) -> Array:
+    """How green the green is, 0.6 to 1: the season's progress, which no taxon minds."""
+    return np.asarray(0.6 + 0.4 * special.ndtr(vigour), np.float32)
 
 
 def spectral_noise(
@@ -184,8 +190,9 @@ def render_aerial(rng: np.random.Generator, landscape: Landscape) -> NDArray[np.
     scene = _ground(rng, landscape)
     shadow = np.zeros(scene.shape[1:], np.float32)
     grain = rng.normal(1, 0.10, scene.shape[1:]).astype(np.float32)
-    for discs in (_stones(rng, landscape), _crowns(rng, landscape)):
-        _paint(scene, shadow, grain, *discs, np.array(_SUN, np.float32))
+    sun = np.array(_SUN, np.float32)
+    for d in (_stones(rng, landscape), _crowns(rng, landscape)):
+        _paint(scene, shadow, grain, d.rows, d.cols, d.radius, d.phase, d.tone, d.height, sun)
     scene *= 1 - 0.62 * np.minimum(ndimage.gaussian_filter(shadow, 0.5), 1)
     scene *= to_pixels(_hill_shade(landscape))
     scene = _TONE[:, None, None] * scene ** (1 / 1.6)
@@ -217,7 +224,7 @@ def _ground(rng: np.random.Generator, landscape: Landscape) -> Array:
     ochre = ground_tone(soil, to_pixels(landscape.looks[0]))
     vigour = green_vigour(to_pixels(landscape.looks[1]))
     rills = ndimage.rotate(noise(1.2, 9.0), 35, reshape=False, order=1, mode="mirror")
-    mottle = np.exp(0.07 * noise(1.0, 1.0) + 0.19 * rich * rills + 0.05 * noise(5.0, 5.0))
+    mottle = np.exp(0.07 * noise(1.0, 1.0) + 0.22 * rich * rills + 0.05 * noise(5.0, 5.0))
     patches = noise(2.4, 2.4) + 0.35 * noise(1.0, 1.0)
     threshold = special.ndtri(np.clip(green_share(moisture), 0.01, 0.99)) * np.hypot(1, 0.35)
     green = special.expit((threshold - patches) * 5)
@@ -231,57 +238,83 @@ def _ground(rng: np.random.Generator, landscape: Landscape) -> Array:
     return scene
 
 
+@dataclass(frozen=True)
+class _Discs:
+    """Round things to draw, each array with one entry per thing, in drawing order.
+
+    Attributes:
+        rows: Centres, continuous pixel coordinates.
+        cols: Centres.
+        radius: Pixels.
+        phase: Angle of the outline's wobble, radians.
+        tone: Reflectance, shape (N, 4).
+        height: Length of the shadow in radii.
+    """
+
+    rows: Points
+    cols: Points
+    radius: Points
+    phase: Points
+    tone: NDArray[np.float64]
+    height: float
+
+
 def _scatter(
-    rng: np.random.Generator, landscape: Landscape, per_pixel: Array, clear_px: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.intp], NDArray[np.intp]]:
-    """Draw a Poisson pattern with an intensity per cell, off the tracks; give cells as well."""
+    rng: np.random.Generator, landscape: Landscape, density: Array, spread: float, clear_px: float
+) -> tuple[Points, Points, NDArray[np.intp]]:
+    """Scatter points that keep their distance (random sequential adsorption).
+
+    Each point has a territory of `spread / sqrt(density)` that no later one enters, so that a
+    window's count tells the density more exactly than a Poisson pattern's would. Four candidates
+    per wanted point nearly fill the ground: spreads of 0.65 to 0.8 give about the density.
+
+    Args:
+        rng: Source of the candidates.
+        landscape: Its tracks stay clear.
+        density: Wanted points per pixel, for each cell.
+        spread: Territory's radius relative to the mean distance.
+        clear_px: Distance to keep from tracks.
+
+    Returns:
+        Rows and columns, continuous pixel coordinates, and the index of each point's cell in
+        the flattened grid.
+    """
     size = landscape.size_px
-    most = float(per_pixel.max())
+    most = 4 * float(density.max())
     count = rng.poisson(most * size * size)
     rows, cols = rng.uniform(0, size, (2, count))
-    i, j = (rows // CELL_PX).astype(np.intp), (cols // CELL_PX).astype(np.intp)
-    keep = rng.uniform(0, most, count) < per_pixel[i, j]
+    cell = (rows // CELL_PX).astype(np.intp) * density.shape[1] + (cols // CELL_PX).astype(np.intp)
+    keep = rng.uniform(0, most, count) < 4 * density.ravel()[cell]
     keep &= landscape.track_m[rows.astype(int), cols.astype(int)] > clear_px * RESOLUTION_M
-    return rows[keep], cols[keep], i[keep], j[keep]
+    rows, cols, cell = rows[keep], cols[keep], cell[keep]
+    settled = _settle(rows, cols, spread / np.sqrt(density.ravel()[cell]), size)
+    return rows[settled], cols[settled], cell[settled]
 
 
-Discs = tuple[Array, Array, Array, Array, Array, float]
-
-
-def _stones(rng: np.random.Generator, landscape: Landscape) -> Discs:
+def _stones(rng: np.random.Generator, landscape: Landscape) -> _Discs:
     """Boulders: small bright discs with short shadows."""
-    wanted = stoniness(landscape.fields[3])
-    rows, cols, i, j = _scatter(rng, landscape, 2.0 * wanted, 3.0)
-    keep = _spaced(rows, cols, 0.66 / np.sqrt(wanted[i, j]), landscape.size_px)
-    rows, cols = rows[keep], cols[keep]
-    radius = 0.8 + rng.gamma(2.0, 0.20, len(rows))
+    rows, cols, _ = _scatter(rng, landscape, stoniness(landscape.fields[3]), 0.66, 3.0)
+    radius = 0.9 + rng.gamma(2.0, 0.20, len(rows))
     tone = _STONE * rng.lognormal(0, 0.10, (len(rows), 1))
     phase = rng.uniform(0, 2 * np.pi, len(rows))
-    return *(np.asarray(a, np.float32) for a in (rows, cols, radius, phase, tone)), 0.9
+    return _Discs(rows, cols, radius, phase, tone, 0.9)
 
 
-def _crowns(rng: np.random.Generator, landscape: Landscape) -> Discs:
-    """Trees and shrubs, shortest first.
-
-    Each has a territory that no later one enters (random sequential adsorption), so that a
-    window's count says more about the canopy field than a Poisson pattern's would.
-    """
+def _crowns(rng: np.random.Generator, landscape: Landscape) -> _Discs:
+    """Trees and shrubs, shortest first."""
     elevation, moisture, canopy, _ = landscape.fields
     mean_radius = crown_radius_px(elevation)
-    wanted = crown_cover(canopy) / (np.pi * mean_radius**2)
-    rows, cols, i, j = _scatter(rng, landscape, 4.0 * wanted, 4.0)
-    # Territories of 0.76 / sqrt(density) let about the wanted density through.
-    keep = _spaced(rows, cols, 0.76 / np.sqrt(wanted[i, j]), landscape.size_px)
-    rows, cols, i, j = (a[keep] for a in (rows, cols, i, j))
-    radius = mean_radius[i, j] * rng.lognormal(0, 0.12, len(rows))
+    density = crown_cover(canopy) / (np.pi * mean_radius**2)
+    rows, cols, cell = _scatter(rng, landscape, density, 0.76, 4.0)
+    radius = mean_radius.ravel()[cell] * rng.lognormal(0, 0.12, len(rows))
     order = np.argsort(radius, kind="stable")
-    rows, cols, radius, i, j = (a[order] for a in (rows, cols, radius, i, j))
-    vigour = green_vigour(landscape.looks[1][i, j])
-    moist = special.ndtr(1.2 * moisture[i, j] + rng.normal(0, 0.35, len(rows))) * vigour
+    rows, cols, cell, radius = rows[order], cols[order], cell[order], radius[order]
+    moist = special.ndtr(1.2 * moisture.ravel()[cell] + rng.normal(0, 0.35, len(rows)))
+    moist *= green_vigour(landscape.looks[1].ravel()[cell])
     tone = _DRY_CROWN + (_MOIST_CROWN - _DRY_CROWN) * moist[:, None]
     tone = tone * rng.lognormal(0, 0.10, (len(rows), 1))
     phase = rng.uniform(0, 2 * np.pi, len(rows))
-    return *(np.asarray(a, np.float32) for a in (rows, cols, radius, phase, tone)), 1.5
+    return _Discs(rows, cols, radius, phase, tone, 1.5)
 
 
 def _exposure(rng: np.random.Generator, size: int) -> tuple[Array, Array]:
@@ -313,11 +346,11 @@ def _exposure(rng: np.random.Generator, size: int) -> tuple[Array, Array]:
     return exposure, np.asarray(12 * thick, np.float32)
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def _spaced(
-    rows: NDArray[np.float64],
-    cols: NDArray[np.float64],
-    territory: NDArray[np.float64],
+@numba.njit(cache=True)
+def _settle(
+    rows: Points,
+    cols: Points,
+    territory: Points,
     size: int,
 ) -> NDArray[np.bool_]:
     """Refuse each point that falls within the territory, in pixels, of one accepted before."""
@@ -335,16 +368,16 @@ def _spaced(
     return keep
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _paint(
     scene: Array,
     shadow: Array,
     grain: Array,
-    rows: Array,
-    cols: Array,
-    radius: Array,
-    phase: Array,
-    tone: Array,
+    rows: Points,
+    cols: Points,
+    radius: Points,
+    phase: Points,
+    tone: NDArray[np.float64],
     height: float,
     sun: Array,
 ) -> None:

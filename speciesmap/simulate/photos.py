@@ -150,9 +150,9 @@ def _surroundings(
 ) -> None:
     """Ground with green patches and stones, then trees from far to near."""
     elevation, moisture, canopy, soil = (float(f) for f in fields)
-    ochre = float(ground_tone(np.float32(soil), looks[0]))
+    ochre = float(ground_tone(soil, looks[0]))
     vigour = float(green_vigour(looks[1]))
-    green = float(green_share(np.float32(moisture)))
+    green = float(green_share(moisture))
     bare = np.array([150, 143, 134.0]) * (1 - ochre) + np.array([186, 150, 104.0]) * ochre
     draw.rectangle((0, horizon, side, side), fill=_mix(bare, bare, 0, light))
     grass = bare + (np.array([98, 136, 56.0]) - bare) * vigour
@@ -162,13 +162,13 @@ def _surroundings(
         x, y, w = rng.uniform(0, side), horizon + 3 + near * depth, 5 + 26 * near
         fill = _mix(grass, bare, 0.15 * rng.uniform(), light * rng.uniform(0.88, 1.05))
         draw.ellipse((x - w, y - w / 4, x + w, y + w / 4), fill=fill)
-    for _ in range(rng.poisson(2400 * float(stoniness(np.float32(soil))))):
+    for _ in range(rng.poisson(2400 * float(stoniness(soil)))):
         near = rng.uniform(0, 1) ** 1.3
         x, y, w = rng.uniform(0, side), horizon + 3 + near * depth, 1 + 4.5 * near
         fill = _mix(np.array([206, 202, 196.0]), bare, 0.25 * rng.uniform(), light)
         draw.ellipse((x - w, y - w * 0.6, x + w, y + w * 0.6), fill=fill)
-    cover = float(crown_cover(np.float32(canopy)))
-    radius = float(crown_radius_px(np.float32(elevation)))
+    cover = float(crown_cover(canopy))
+    radius = float(crown_radius_px(elevation))
     moist = vigour / (1 + np.exp(-2.0 * moisture))
     crown = np.array([104, 104, 62.0]) * (1 - moist) + np.array([46, 88, 42.0]) * moist
     trees = rng.poisson(1.2 + 34 * cover * (3.2 / radius))

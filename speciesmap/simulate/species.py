@@ -53,6 +53,25 @@ _DETECTION = (0.55, 0.90)
 
 
 @dataclass(frozen=True)
+class Streams:
+    """Independent random generators of one seed, by purpose and number.
+
+    What one purpose draws never changes what another gets (numpy's `SeedSequence` with a spawn
+    key per purpose and number).
+
+    Attributes:
+        seed: Non-negative integer.
+    """
+
+    seed: int
+
+    def __call__(self, purpose: str, number: int) -> np.random.Generator:
+        """Give a fresh generator; the same arguments give the same stream."""
+        key = (int.from_bytes(purpose.encode(), "big") % (2**61 - 1), number)
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+
+
+@dataclass(frozen=True)
 class VirtualSpecies:
     """A taxon with its true distribution.
 
@@ -134,8 +153,8 @@ def _genus_niche(streams: Streams, genus: int) -> tuple[NDArray[np.float64], NDA
     main = list(pairs[genus % len(pairs)])
     minor = rng.choice([k for k in range(len(FIELDS)) if k not in main])
     optimum, weight = np.zeros(len(FIELDS)), np.zeros(len(FIELDS))
-    optimum[main] = rng.uniform(0.0, 0.9, 2) * rng.choice([-1, 1], 2)
-    weight[main] = rng.uniform(0.7, 1.1, 2)
+    optimum[main] = rng.uniform(0.2, 1.0, 2) * rng.choice([-1, 1], 2)
+    weight[main] = rng.uniform(1.0, 1.5, 2)
     optimum[minor] = rng.uniform(-1, 1)
     weight[minor] = rng.uniform(0.1, 0.25)
     return optimum, weight
@@ -178,9 +197,8 @@ def observe(rng: np.random.Generator, species: VirtualSpecies, landscape: Landsc
     # A reported radius is read as the 95% circle of a round normal error: sigma = r / 2.448.
     error = rng.normal(0, 1, cell.shape) * uncertainty[:, None] / 2.448 / RESOLUTION_M
     reported = np.clip(pixel + error, 0.5, landscape.size_px - 0.5)
-    place = landscape.geobox.affine
-    x, y = place * (pixel[:, 1], pixel[:, 0])
-    reported_x, reported_y = place * (reported[:, 1], reported[:, 0])
+    x, y = landscape.place(*pixel.T)
+    reported_x, reported_y = landscape.place(*reported.T)
     season = np.clip(rng.normal(135, 45, wanted), 1, 364).astype(int)
     years = rng.integers(2016, 2024, wanted) - 1970
     date = years.astype("datetime64[Y]").astype("datetime64[D]") + season
@@ -220,24 +238,5 @@ def survey(
         )
         for n, s in enumerate(species)
     ]
-    x, y = landscape.geobox.affine * (cols, rows)
+    x, y = landscape.place(rows, cols)
     return Survey(x, y, np.stack(drawn, axis=1) < chance)
-
-
-@dataclass(frozen=True)
-class Streams:
-    """Independent random generators of one seed, by purpose and number.
-
-    What one purpose draws never changes what another gets (numpy's `SeedSequence` with a spawn
-    key per purpose and number).
-
-    Attributes:
-        seed: Non-negative integer.
-    """
-
-    seed: int
-
-    def __call__(self, purpose: str, number: int) -> np.random.Generator:
-        """Give a fresh generator; the same arguments give the same stream."""
-        key = (int.from_bytes(purpose.encode(), "big") % (2**61 - 1), number)
-        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
