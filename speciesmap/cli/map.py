@@ -1,0 +1,59 @@
+"""`speciesmap map`: maps into one interactive HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from speciesmap.cli.options import (
+    PATH,
+    imagery_option,
+    json_option,
+    logging_options,
+    out_option,
+    overwrite_option,
+    print_result,
+)
+
+
+@click.command("map")
+@click.argument("rasters", metavar="RASTER.tif...", nargs=-1, required=True, type=PATH)
+@out_option("FILE.html", "Page to write.")
+@click.option(
+    "--observations",
+    type=PATH,
+    metavar="FILE",
+    help="Records to show as markers: GBIF, iNaturalist, Parquet, GeoPackage or CSV.",
+)
+@imagery_option
+@click.option("--title", default="", help="Heading of the page.")
+@overwrite_option
+@json_option
+@logging_options
+def command(
+    rasters: tuple[Path, ...],
+    out: Path,
+    observations: Path | None,
+    imagery: str | None,
+    title: str,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Put maps into one interactive HTML page.
+
+    The page opens in any browser, also without a network, and holds all it shows: the maps,
+    reduced where they are large, the observations, and the imagery as a background.
+
+    \b
+    Example:
+      speciesmap map maps/*.tif --out map.html --observations slugs.parquet --imagery scene.tif
+    """
+    from speciesmap.observations.read import read_observations
+    from speciesmap.outputs import refuse_existing
+    from speciesmap.present.webmap import make_map
+
+    refuse_existing(out, overwrite)
+    records = None if observations is None else read_observations(observations)
+    make_map(rasters, out, observations=records, base=imagery, title=title, overwrite=overwrite)
+    print_result(out, as_json)

@@ -1,0 +1,549 @@
+/* The page around the map. Every string that comes from data enters through textContent. */
+function speciesmapPage(map, parts) {
+  "use strict";
+  const data = JSON.parse(document.getElementById("sm-data").textContent);
+  const byId = (id) => document.getElementById("sm-" + id);
+  const layers = data.layers.map((facts, i) => ({ ...facts, overlay: parts.overlays[i] }));
+  const panel = byId("panel");
+  const narrow = window.matchMedia("(max-width: 680px)");
+  const state = { shown: 0, beside: -1, share: 0.5, tiles: null };
+
+  function make(tag, className, text) {
+    const element = document.createElement(tag);
+    if (className) element.className = className;
+    if (text !== undefined) element.textContent = text;
+    return element;
+  }
+
+  function label(layer) {
+    return make("span", layer.query === "taxon" ? "sm-label sm-taxon" : "sm-label", layer.label);
+  }
+
+  function number(value, layer) {
+    const span = layer.high - layer.low;
+    const digits = Math.max(0, Math.min(6, 2 - Math.floor(Math.log10(span) + 1e-9)));
+    return value.toFixed(digits).replace("-", "\u2212");
+  }
+
+  function short(value, layer) {
+    const text = number(value, layer);
+    return text.includes(".") ? text.replace(/\.?0+$/, "") : text;
+  }
+
+  function range(layer) {
+    return `${short(layer.low, layer)} to ${short(layer.high, layer)}`;
+  }
+
+  function capital(text) {
+    return text.charAt(0).toUpperCase() + text.slice(1);
+  }
+
+  /* ---- values: a layer's PNG holds the numbers, 0 for none, 1 to 255 from low to high ---- */
+
+  function pngBytes(layer) {
+    const url = layer.url || (layer.url = layer.overlay._url);
+    return Uint8Array.from(atob(url.slice(url.indexOf(",") + 1)), (c) => c.charCodeAt(0));
+  }
+
+  function chunks(bytes) {
+    const view = new DataView(bytes.buffer);
+    const found = [];
+    for (let at = 8; at < bytes.length;) {
+      const length = view.getUint32(at);
+      const kind = String.fromCharCode(...bytes.subarray(at + 4, at + 8));
+      found.push({ kind, at, body: bytes.subarray(at + 8, at + 8 + length) });
+      at += length + 12;
+    }
+    return found;
+  }
+
+  function grid(layer) {
+    if (!layer.grid) {
+      const body = chunks(pngBytes(layer)).filter((c) => c.kind === "IDAT").map((c) => c.body);
+      const stream = new Blob(body).stream().pipeThrough(new DecompressionStream("deflate"));
+      layer.grid = new Response(stream).arrayBuffer().then((buffer) => new Uint8Array(buffer));
+    }
+    return layer.grid;
+  }
+
+  async function valueAt(layer, latlng) {
+    const at = L.CRS.EPSG3857.project(latlng);
+    const [left, bottom, right, top] = layer.bounds_m;
+    const col = Math.floor((at.x - left) / (right - left) * layer.width);
+    const row = Math.floor((top - at.y) / (top - bottom) * layer.height);
+    if (col < 0 || row < 0 || col >= layer.width || row >= layer.height) return null;
+    const step = (await grid(layer))[row * (layer.width + 1) + 1 + col];
+    return step ? layer.low + (step - 1) / data.steps * (layer.high - layer.low) : null;
+  }
+
+  function colourOf(share) {
+    const at = Math.max(0, Math.min(1, share)) * (data.palette.length - 1);
+    const i = Math.min(data.palette.length - 2, Math.floor(at));
+    const part = (k) => {
+      const [a, b] = [data.palette[i], data.palette[i + 1]].map((c) => parseInt(c.substr(k, 2), 16));
+      return Math.round(a + (b - a) * (at - i));
+    };
+    return `rgb(${part(1)} ${part(3)} ${part(5)})`;
+  }
+
+  /* ---- hiding low values: the same PNG with another alpha per palette entry ---- */
+
+  const crcTable = Uint32Array.from({ length: 256 }, (_, n) => {
+    for (let k = 0; k < 8; k++) n = n & 1 ? 0xedb88320 ^ (n >>> 1) : n >>> 1;
+    return n;
+  });
+
+  function crc32(bytes) {
+    let crc = 0xffffffff;
+    for (const byte of bytes) crc = crcTable[(crc ^ byte) & 255] ^ (crc >>> 8);
+    return (crc ^ 0xffffffff) >>> 0;
+  }
+
+  function cut(layer, share) {
+    if (layer.cut === share) return;
+    layer.cut = share;
+    const bytes = pngBytes(layer);
+    const alpha = chunks(bytes).find((c) => c.kind === "tRNS");
+    const first = 1 + Math.ceil(share * data.steps - 1e-9);
+    alpha.body.fill(0, 0, first).fill(255, first);
+    alpha.body[0] = 0;
+    const checked = bytes.subarray(alpha.at + 4, alpha.at + 8 + alpha.body.length);
+    new DataView(bytes.buffer).setUint32(alpha.at + 8 + alpha.body.length, crc32(checked));
+    const old = layer.blob;
+    layer.blob = share > 0 ? URL.createObjectURL(new Blob([bytes], { type: "image/png" })) : null;
+    layer.overlay.setUrl(layer.blob || layer.url);
+    if (old) URL.revokeObjectURL(old);
+  }
+
+  /* ---- which maps are on screen ---- */
+
+  for (const [name, z] of [["sm-base", 250], ["sm-map", 350], ["sm-beside", 351]]) {
+    const pane = map.createPane(name);
+    pane.style.zIndex = z;
+    pane.style.pointerEvents = "none";
+  }
+  if (parts.base) parts.base.options.pane = "sm-base";
+  map.createPane("sm-divider").style.zIndex = 450;
+  map.getPane("sm-divider").append(byId("divider"));
+
+  function place(layer, pane) {
+    layer.overlay.remove();
+    layer.overlay.options.pane = pane;
+    layer.overlay.addTo(map);
+    cut(layer, byId("threshold").value / 100);
+    layer.overlay.setOpacity(byId("opacity").value / 100);
+    crisp();
+  }
+
+  function crisp() {
+    for (const [overlay, width] of visible()) {
+      const image = overlay.getElement();
+      if (image) image.style.imageRendering = image.clientWidth > width ? "pixelated" : "auto";
+    }
+  }
+
+  function visible() {
+    return [state.shown, state.beside].filter((i) => i >= 0)
+      .map((i) => [layers[i].overlay, layers[i].width]);
+  }
+
+  function show(index) {
+    const before = state.shown;
+    if (index === state.beside) state.beside = before;
+    else if (index !== before) layers[before].overlay.remove();
+    state.shown = index;
+    place(layers[index], "sm-map");
+    if (state.beside >= 0) place(layers[state.beside], "sm-beside");
+    const input = document.querySelector(`#sm-list input[value="${index}"]`);
+    if (input) input.checked = true;
+    legend();
+    choices();
+    divide();
+    observations();
+  }
+
+  function besideTo(index) {
+    if (state.beside >= 0) layers[state.beside].overlay.remove();
+    state.beside = index;
+    if (index >= 0) place(layers[index], "sm-beside");
+    divide();
+  }
+
+  const notes = {
+    suitability: "Suitability is relative: higher means more like the places where it was "
+      + "found. It is not the chance of finding it.",
+    probability: "Probability is the chance that it is present, calibrated against the "
+      + "prevalence that the model was given.",
+  };
+
+  function legend() {
+    const layer = layers[state.shown];
+    const name = byId("name");
+    name.textContent = layer.label;
+    name.classList.toggle("sm-taxon", layer.query === "taxon");
+    byId("quantity").textContent = capital(layer.quantity);
+    byId("range").textContent = range(layer);
+    byId("bar").style.background = `linear-gradient(to right, ${data.palette.join(", ")})`;
+    byId("bar").setAttribute("aria-label", `Colour scale of ${layer.quantity}, from `
+      + `${short(layer.low, layer)} in dark purple to ${short(layer.high, layer)} in yellow`);
+    byId("ticks").replaceChildren(...[0, 0.25, 0.5, 0.75, 1].map((share) => make("span", "",
+      short(layer.low + share * (layer.high - layer.low), layer))));
+    byId("note").textContent = notes[layer.quantity] || "";
+    byId("note").hidden = !notes[layer.quantity];
+    threshold();
+  }
+
+  function threshold() {
+    const share = byId("threshold").value / 100;
+    const layer = layers[state.shown];
+    const value = number(layer.low + share * (layer.high - layer.low), layer);
+    byId("cut").style.width = `${share * 100}%`;
+    byId("threshold-value").textContent = share > 0 ? value : "nothing";
+    byId("threshold").setAttribute("aria-valuetext", share > 0 ? value : "nothing hidden");
+  }
+
+  /* ---- the list ---- */
+
+  const headings = { taxon: "Species", photo: "Asked for by photos", text: "Asked for in words" };
+  const groups = [...new Set(layers.map((l) => l.query))];
+
+  function list() {
+    const rows = [];
+    for (const query of groups) {
+      if (groups.length > 1) {
+        const heading = make("h2", "", headings[query] || "Other rasters");
+        heading.dataset.query = query;
+        rows.push(heading);
+      }
+      layers.forEach((layer, i) => {
+        if (layer.query !== query) return;
+        const row = make("label", "sm-row");
+        const input = make("input");
+        Object.assign(input, { type: "radio", name: "sm-layer", value: i, checked: i === 0 });
+        input.addEventListener("change", () => show(i));
+        row.append(input, label(layer));
+        layer.row = row;
+        rows.push(row);
+      });
+    }
+    byId("list").replaceChildren(...rows);
+    byId("layers").hidden = layers.length < 2;
+    byId("search").hidden = layers.length < 9;
+  }
+
+  function search() {
+    const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+    let count = 0;
+    for (const layer of layers) {
+      const fits = words.every((word) => layer.label.toLowerCase().includes(word));
+      layer.row.hidden = !fits;
+      count += fits;
+    }
+    for (const heading of document.querySelectorAll("#sm-list h2")) {
+      heading.hidden = !layers.some((l) => l.query === heading.dataset.query && !l.row.hidden);
+    }
+    byId("none").hidden = count > 0;
+    byId("none").textContent = count ? "" : "No map has this name.";
+  }
+
+  function choices() {
+    const select = byId("compare");
+    const options = [make("option", "", "nothing")];
+    options[0].value = -1;
+    layers.forEach((layer, i) => {
+      if (i === state.shown) return;
+      const kind = groups.length > 1 ? ` (${layer.query || "raster"})` : "";
+      const option = make("option", "", layer.label + kind);
+      option.value = i;
+      options.push(option);
+    });
+    select.replaceChildren(...options);
+    select.value = state.beside;
+    byId("compare-row").hidden = layers.length < 2;
+  }
+
+  /* ---- two maps side by side ---- */
+
+  function divide() {
+    const on = state.beside >= 0;
+    const panes = [map.getPane("sm-map"), map.getPane("sm-beside")];
+    byId("divider").hidden = !on;
+    for (const pane of panes) pane.style.clip = "";
+    if (!on) return;
+    const size = map.getSize();
+    const [nw, se] = [map.containerPointToLayerPoint([0, 0]), map.containerPointToLayerPoint(size)];
+    const x = Math.round(nw.x + size.x * state.share);
+    panes[0].style.clip = `rect(${nw.y}px, ${x}px, ${se.y}px, ${nw.x}px)`;
+    panes[1].style.clip = `rect(${nw.y}px, ${se.x}px, ${se.y}px, ${x}px)`;
+    Object.assign(byId("divider").style, { left: `${x}px`, top: `${nw.y}px`, height: `${size.y}px` });
+    const [left, right] = [layers[state.shown], layers[state.beside]];
+    const differ = left.quantity !== right.quantity || range(left) !== range(right);
+    for (const [id, layer] of [["left", left], ["right", right]]) {
+      byId(id).replaceChildren(label(layer));
+      if (differ) byId(id).append(make("small", "", `${layer.quantity}, ${range(layer)}`));
+    }
+    byId("handle").setAttribute("aria-valuenow", Math.round(state.share * 100));
+    byId("handle").setAttribute("aria-valuetext",
+      `${left.label} left, ${right.label} right`);
+  }
+
+  function slide(share) {
+    state.share = Math.max(0.02, Math.min(0.98, share));
+    divide();
+  }
+
+  const handle = byId("handle");
+  L.DomEvent.disableClickPropagation(handle);
+  handle.addEventListener("pointerdown", (event) => handle.setPointerCapture(event.pointerId));
+  handle.addEventListener("pointermove", (event) => {
+    if (handle.hasPointerCapture(event.pointerId)) {
+      const box = map.getContainer().getBoundingClientRect();
+      slide((event.clientX - box.left) / box.width);
+    }
+  });
+  handle.addEventListener("keydown", (event) => {
+    const by = { ArrowLeft: -0.02, ArrowDown: -0.02, ArrowRight: 0.02, ArrowUp: 0.02, Home: -1, End: 1 }[event.key];
+    if (by === undefined) return;
+    event.preventDefault();
+    slide(state.share + by);
+  });
+
+  /* ---- reading a place ---- */
+
+  const pin = L.marker([0, 0], {
+    icon: L.divIcon({ className: "sm-pin", iconSize: [14, 14] }), interactive: false, keyboard: false,
+  });
+  const degrees = (value, positive, negative) =>
+    `${Math.abs(value).toFixed(5)}\u00b0 ${value < 0 ? negative : positive}`;
+
+  function clear() {
+    const left = narrow.matches ? 12 : panel.offsetWidth + 26;
+    return { autoPanPaddingTopLeft: [left, 12], autoPanPaddingBottomRight: [56, 12] };
+  }
+
+  async function read(latlng) {
+    latlng = latlng.wrap();
+    const box = make("div", "sm-read");
+    box.setAttribute("role", "status");
+    box.append(make("p", "sm-place",
+      `${degrees(latlng.lat, "N", "S")}, ${degrees(latlng.lng, "E", "W")}`));
+    const body = make("div", "sm-values");
+    body.tabIndex = 0;
+    box.append(body);
+    if (typeof DecompressionStream === "undefined") {
+      body.append(make("p", "", "This browser is too old to read values; please update it."));
+    } else {
+      const values = await Promise.all(layers.map((layer) => valueAt(layer, latlng)));
+      const share = (i) => values[i] === null ? -1
+        : (values[i] - layers[i].low) / (layers[i].high - layers[i].low);
+      const order = layers.map((_, i) => i).sort((a, b) => share(b) - share(a) || a - b);
+      if (values.every((value) => value === null)) {
+        body.append(make("p", "", "No map has a value here."));
+        order.length = 0;
+      }
+      for (const i of order) {
+        const row = make("div", i === state.shown ? "sm-value sm-shown" : "sm-value");
+        const name = label(layers[i]);
+        const extra = [];
+        if (groups.length > 1) extra.push({ taxon: "species", photo: "by photos", text: "in words" }[layers[i].query] || "raster");
+        if (quantities.length > 1 || layers.length === 1) extra.push(layers[i].quantity);
+        if (extra.length) name.append(make("small", "", extra.join(", ")));
+        row.append(name, make("b", "", values[i] === null ? "no value" : number(values[i], layers[i])));
+        if (values[i] !== null) {
+          const meter = make("div", "sm-meter");
+          const fill = make("div");
+          fill.style.width = `${Math.max(2, share(i) * 100)}%`;
+          fill.style.background = colourOf(share(i));
+          meter.append(fill);
+          row.append(meter);
+        }
+        body.append(row);
+      }
+    }
+    pin.setLatLng(latlng).addTo(map);
+    const popup = L.popup({ ...clear(), maxWidth: 320, offset: [0, -4] })
+      .setLatLng(latlng).setContent(box).openOn(map);
+    popup.on("remove", () => pin.remove());
+  }
+
+  const quantities = [...new Set(layers.map((l) => l.quantity))];
+  map.on("click", (event) => read(event.latlng));
+  document.addEventListener("pointerdown", () => document.body.classList.remove("sm-keys"), true);
+  map.getContainer().addEventListener("blur", () => document.body.classList.remove("sm-keys"));
+  map.getContainer().addEventListener("keyup", (event) => {
+    if (event.target === map.getContainer()) document.body.classList.add("sm-keys");
+  });
+  map.getContainer().addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && event.target === map.getContainer()) read(map.getCenter());
+  });
+  map.getContainer().setAttribute("role", "application");
+  map.getContainer().setAttribute("aria-label", "Map. Arrow keys move it, plus and minus zoom, Enter reads the values at its centre.");
+
+  /* ---- observations ---- */
+
+  const records = data.observations;
+  let markers = null;
+
+  function record(at) {
+    const box = make("div", "sm-record");
+    box.append(make("p", "sm-taxon", records.taxa[records.taxon[at]]));
+    const facts = make("dl");
+    const add = (name, value) => value && facts.append(make("dt", "", name), make("dd", "", value));
+    add("Date", records.date[at] || "unknown");
+    add("Source", records.sources[records.source[at]]);
+    add("Observer", records.observers[records.observer[at]]);
+    add("Licence", records.licenses[records.license[at]]);
+    if (records.uncertainty_m[at] !== null) add("Position", `within ${records.uncertainty_m[at]} m`);
+    box.append(facts);
+    const photo = records.photos[at];
+    if (photo) {
+      const link = make("a", "", "Photo (needs a network)");
+      Object.assign(link, { href: photo, target: "_blank", rel: "noopener noreferrer" });
+      box.append(link);
+    }
+    return box;
+  }
+
+  function observations() {
+    if (!records) return;
+    if (!markers) {
+      const icon = L.divIcon({ className: "sm-dot", iconSize: [12, 12] });
+      markers = records.at.map((at, i) => {
+        const name = `${records.taxa[records.taxon[i]]}, ${records.date[i] || "date unknown"}`;
+        return L.marker(at, { icon, title: name, alt: name }).bindPopup(() => record(i), clear());
+      });
+    }
+    const own = records.taxa.indexOf(layers[state.shown].label);
+    const filter = byId("own").checked && !byId("own-row").hidden;
+    const wanted = markers.filter((_, i) => !filter || records.taxon[i] === own);
+    parts.cluster.clearLayers();
+    if (byId("observations").checked) {
+      parts.cluster.addLayers(wanted);
+      parts.cluster.addTo(map);
+    }
+    const of = records.total > records.at.length ? ` of ${records.total}, drawn at random` : "";
+    byId("observations-text").textContent = filter
+      ? `Observations (${wanted.length} of this map)` : `Observations (${markers.length}${of})`;
+  }
+
+  if (records) {
+    byId("observations-row").hidden = false;
+    byId("own-row").hidden = records.taxa.length < 2
+      || !layers.some((layer) => records.taxa.includes(layer.label));
+    parts.cluster.options.iconCreateFunction = (cluster) => {
+      const count = cluster.getChildCount();
+      const side = count < 10 ? 24 : count < 100 ? 28 : count < 1000 ? 34 : 42;
+      return L.divIcon({ className: "sm-cluster", iconSize: [side, side], html: String(count) });
+    };
+    parts.cluster.on("clusterkeypress", (event) => {
+      if (event.originalEvent.key === "Enter") event.layer.zoomToBounds({ padding: [40, 40] });
+    });
+  }
+
+  /* ---- controls ---- */
+
+  byId("title").textContent = data.title;
+  byId("search").addEventListener("input", search);
+  byId("compare").addEventListener("change", (event) => besideTo(Number(event.target.value)));
+  byId("opacity").addEventListener("input", opacity);
+  byId("threshold").addEventListener("input", () => {
+    threshold();
+    for (const i of [state.shown, state.beside]) if (i >= 0) cut(layers[i], byId("threshold").value / 100);
+  });
+  byId("observations").addEventListener("change", observations);
+  byId("own").addEventListener("change", observations);
+
+  function opacity() {
+    const value = byId("opacity").value;
+    byId("opacity-value").textContent = `${value}%`;
+    for (const [overlay] of visible()) overlay.setOpacity(value / 100);
+  }
+
+  function imagery() {
+    const choice = byId("base").value;
+    if (choice === "off") parts.base.remove(); else parts.base.addTo(map);
+    map.getPane("sm-base").classList.toggle("sm-muted", choice === "muted");
+    document.body.classList.toggle("sm-imagery", choice !== "off");
+  }
+
+  if (parts.base) {
+    byId("base-row").hidden = false;
+    byId("base").addEventListener("change", imagery);
+    imagery();
+  }
+
+  data.tiles.forEach((name, i) => {
+    const option = make("option", "", name);
+    option.value = i;
+    byId("tiles").append(option);
+    parts.tiles[i].on("tileerror", () => { byId("offline").hidden = false; });
+    parts.tiles[i].on("tileload", () => { byId("offline").hidden = true; });
+  });
+  byId("tiles").addEventListener("change", (event) => {
+    if (state.tiles) state.tiles.remove();
+    byId("offline").hidden = true;
+    state.tiles = event.target.value === "" ? null : parts.tiles[Number(event.target.value)];
+    if (state.tiles) state.tiles.addTo(map);
+    if (state.tiles && parts.base) {
+      byId("base").value = "off";
+      imagery();
+    }
+  });
+
+  const about = make("dl");
+  for (const layer of layers) {
+    const asked = { taxon: "learned embedding", photo: "photos", text: "words" }[layer.query];
+    about.append(make("dt", "", layer.label), make("dd", "", [
+      `${layer.quantity}, ${layer.file}`, asked && `asked for by ${asked}`,
+      layer.model && `model ${layer.model.slice(0, 12)}`,
+    ].filter(Boolean).join("; ")));
+  }
+  byId("about").append(make("p", "", "Each colour is the value of one cell of the map's GeoTIFF, "
+    + "reduced where that has more cells than fit in this page, to the nearest 1/"
+    + `${data.steps} of the range. Transparent means no value.`), about);
+
+  /* ---- the panel, and fitting the view beside it ---- */
+
+  function open(on) {
+    panel.classList.toggle("sm-closed", !on);
+    byId("toggle").setAttribute("aria-expanded", on);
+    byId("toggle").setAttribute("aria-label", on ? "Hide the settings" : "Show the settings");
+  }
+
+  byId("toggle").addEventListener("click", () => open(panel.classList.contains("sm-closed")));
+  L.DomEvent.disableClickPropagation(panel);
+  L.DomEvent.disableScrollPropagation(panel);
+  open(!narrow.matches);
+  narrow.addEventListener("change", () => open(!narrow.matches));
+
+  let sheet = narrow.matches ? panel.offsetHeight : 0;
+  new ResizeObserver(() => {
+    const before = sheet;
+    sheet = narrow.matches ? panel.offsetHeight : 0;
+    document.documentElement.style.setProperty("--sheet", `${sheet}px`);
+    if (sheet !== before) map.panBy([0, Math.round((sheet - before) / 2)], { animate: false });
+  }).observe(panel);
+
+  function fit() {
+    map.invalidateSize(false);
+    const [left, bottom] = narrow.matches ? [10, panel.offsetHeight + 10] : [panel.offsetWidth + 30, 24];
+    map.fitBounds(data.extent, {
+      paddingTopLeft: [left, narrow.matches ? 10 : 24], paddingBottomRight: [narrow.matches ? 10 : 60, bottom],
+      animate: false,
+    });
+  }
+
+  L.control.scale({ imperial: false, maxWidth: 140, position: narrow.matches ? "bottomleft" : "bottomright" }).addTo(map);
+  map.attributionControl.setPrefix("");
+  map.attributionControl.addAttribution(data.attribution);
+  map.on("move resize zoomend viewreset", divide);
+  map.on("zoomend", crisp);
+  list();
+  const wanted = Number(location.hash.slice(1));
+  fit();
+  show(layers[wanted] ? wanted : 0);
+  opacity();
+  sheet = narrow.matches ? panel.offsetHeight : 0;
+  fit();
+  window.speciesmap = { map, data, layers, state, show, compare: besideTo, read, valueAt, fit };
+}

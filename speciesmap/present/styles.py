@@ -1,0 +1,246 @@
+"""What a map looks like: its words, its range, its colours, and the QGIS style that carries them.
+
+The palette is defined here once; the QGIS style, the HTML map and the pictures all take it.
+"""
+
+from __future__ import annotations
+
+import struct
+import xml.etree.ElementTree as ET
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from speciesmap.outputs import replacing
+from speciesmap.rasters.imagery import open_raster
+
+PALETTE: tuple[str, ...] = (
+    "#440154",
+    "#482475",
+    "#414487",
+    "#355f8d",
+    "#2a788e",
+    "#21918c",
+    "#22a884",
+    "#44bf70",
+    "#7ad151",
+    "#bddf26",
+    "#fde725",
+)
+"""Viridis (van der Walt & Smith 2015, CC0) at every tenth of the range, low to high.
+
+Perceptually uniform, readable in grey and with any common colour blindness. Between two breaks
+the colour is interpolated linearly in sRGB, which is also what QGIS does.
+"""
+
+UNIT_QUANTITIES = ("suitability", "probability")
+"""Quantities that live in [0, 1] by definition, whatever a raster happens to hold."""
+
+STEPS = 254
+"""Intervals that the range is divided into where values are shown or stored as eight bits."""
+
+
+@dataclass(frozen=True)
+class Legend:
+    """What a map says about itself.
+
+    Attributes:
+        label: What was mapped: a scientific name, or a query in words.
+        query: How it was asked for: `taxon`, `photo` or `text`; empty when the file does not say.
+        quantity: What the values are, for example `suitability`; `value` when unnamed.
+        low: Value at the lower end of the colour scale.
+        high: Value at the upper end of the colour scale.
+        model: Fingerprint of the model that made it; may be empty.
+    """
+
+    label: str
+    query: str
+    quantity: str
+    low: float
+    high: float
+    model: str = ""
+
+    @property
+    def breaks(self) -> list[float]:
+        """Values at which the palette's colours stand, evenly over the range."""
+        return [float(v) for v in np.linspace(self.low, self.high, len(PALETTE))]
+
+
+def read_legend(dataset: Any) -> Legend:
+    """Read what an open map is: its tags, its band's name and its range.
+
+    Suitability and probability always span 0 to 1, so that the colours of two maps compare.
+    Any other quantity spans its own smallest and largest value.
+
+    Args:
+        dataset: Open rasterio dataset; band 1 is the map.
+    """
+    tags = dataset.tags()
+    quantity = (dataset.descriptions[0] or "value").strip().lower()
+    low, high = 0.0, 1.0
+    if quantity not in UNIT_QUANTITIES:
+        low, high = _range(dataset)
+    return Legend(
+        label=tags.get("TAXON", "").strip() or Path(dataset.name).stem.replace("_", " "),
+        query=tags.get("QUERY", "").strip().lower(),
+        quantity=quantity,
+        low=low,
+        high=high,
+        model=tags.get("MODEL", "").strip(),
+    )
+
+
+def _range(dataset: Any) -> tuple[float, float]:
+    """Smallest and largest value of band 1, from its statistics or a reduced reading."""
+    statistics = dataset.tags(1)
+    try:
+        low = float(statistics["STATISTICS_MINIMUM"])
+        high = float(statistics["STATISTICS_MAXIMUM"])
+    except (KeyError, ValueError):
+        reduce = max(1.0, max(dataset.shape) / 1024)
+        shape = tuple(max(1, round(side / reduce)) for side in dataset.shape)
+        pixels = dataset.read(1, out_shape=shape, masked=True).astype(np.float64)
+        values = pixels.filled(np.nan)
+        values = values[np.isfinite(values)]
+        low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
+    return (low, high) if high > low else (low, low + 1.0)
+
+
+def quantise(values: ArrayLike, legend: Legend) -> NDArray[np.uint8]:
+    """Turn values into eight bits: 0 where there is none, 1 to 255 from low to high.
+
+    Args:
+        values: Any shape; not finite means no value.
+        legend: Gives the range; values outside take its ends.
+
+    Returns:
+        Same shape; `low + (q - 1) / 254 * (high - low)` undoes it to within 1/508 of the range.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    valid = np.isfinite(array)
+    share = (np.where(valid, array, legend.low) - legend.low) / (legend.high - legend.low)
+    steps = np.rint(np.clip(share, 0.0, 1.0) * STEPS) + 1
+    return np.where(valid, steps, 0).astype(np.uint8)
+
+
+def colour_table() -> NDArray[np.uint8]:
+    """Colours of `quantise`'s numbers.
+
+    Returns:
+        Red, green, blue and alpha, shape (256, 4); row 0 is transparent.
+    """
+    breaks = np.linspace(0.0, 1.0, len(PALETTE))
+    anchors = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in PALETTE])
+    share = np.arange(STEPS + 1) / STEPS
+    table = np.zeros((256, 4), dtype=np.uint8)
+    for channel in range(3):
+        table[1:, channel] = np.rint(np.interp(share, breaks, anchors[:, channel]))
+    table[1:, 3] = 255
+    return table
+
+
+def encode_png(steps: NDArray[np.uint8]) -> bytes:
+    """Write quantised values as a PNG in the palette's colours.
+
+    The picture is also the data: its pixels are the numbers of `quantise`, stored as palette
+    indices without row filters, so that a page can read values from the very file it shows.
+
+    Args:
+        steps: Shape (row, column).
+
+    Returns:
+        An eight-bit indexed PNG; index 0 is transparent.
+    """
+    height, width = steps.shape
+    table = colour_table()
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    unfiltered = np.zeros((height, width + 1), dtype=np.uint8)
+    unfiltered[:, 1:] = steps
+    return b"".join(
+        (
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
+            chunk(b"PLTE", table[:, :3].tobytes()),
+            chunk(b"tRNS", table[:, 3].tobytes()),
+            chunk(b"IDAT", zlib.compress(unfiltered.tobytes(), 9)),
+            chunk(b"IEND", b""),
+        )
+    )
+
+
+def write_qml(tif: Path) -> Path:
+    """Write the QGIS style of a map beside it, so that it opens in colour.
+
+    QGIS loads `<stem>.qml` by itself. The style is single-band pseudocolour over band 1, with
+    the palette's breaks labelled, no value transparent, and the legend's title from the tag TAXON
+    and the band's name. An existing style is replaced: it belongs to the raster.
+
+    Args:
+        tif: A map GeoTIFF.
+
+    Returns:
+        Path of the style.
+
+    Raises:
+        ImageryError: The map cannot be opened.
+    """
+    with open_raster(tif) as dataset:
+        legend = read_legend(dataset)
+    root = ET.Element("qgis", version="3.22", styleCategories="AllStyleCategories")
+    custom = ET.SubElement(ET.SubElement(root, "customproperties"), "Option", type="Map")
+    title = f"{legend.label} ({legend.quantity})"
+    for name, value in (("identify/format", "Value"), ("legend/title-label", title)):
+        ET.SubElement(custom, "Option", type="QString", name=name, value=_xml_text(value))
+    pipe = ET.SubElement(root, "pipe")
+    renderer = ET.SubElement(
+        pipe,
+        "rasterrenderer",
+        type="singlebandpseudocolor",
+        band="1",
+        opacity="1",
+        alphaBand="-1",
+        nodataColor="",
+        classificationMin=repr(legend.low),
+        classificationMax=repr(legend.high),
+    )
+    origin = ET.SubElement(renderer, "minMaxOrigin")
+    ET.SubElement(origin, "limits").text = "None"
+    ET.SubElement(origin, "extent").text = "WholeRaster"
+    ramp = ET.SubElement(
+        ET.SubElement(renderer, "rastershader"),
+        "colorrampshader",
+        colorRampType="INTERPOLATED",
+        classificationMode="1",
+        clip="0",
+        labelPrecision="2",
+        minimumValue=repr(legend.low),
+        maximumValue=repr(legend.high),
+    )
+    for at, colour in zip(legend.breaks, PALETTE, strict=True):
+        label = f"{at:.3g}" if abs(at) >= 1e-9 else "0"
+        ET.SubElement(ramp, "item", value=repr(at), color=colour, alpha="255", label=label)
+    ET.SubElement(ramp, "rampLegendSettings", useContinuousLegend="0")
+    ET.SubElement(root, "blendMode").text = "0"
+    ET.indent(root)
+    out = tif.with_suffix(".qml")
+    with replacing(out, overwrite=True) as beside:
+        text = ET.tostring(root, encoding="unicode")
+        doctype = "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n"
+        beside.write_text(doctype + text + "\n", encoding="utf-8")
+    return out
+
+
+def _xml_text(text: str) -> str:
+    """Drop the control characters that XML cannot hold."""
+    return "".join(
+        c for c in text if c in "\t\n\r" or (ord(c) >= 32 and not 0xD800 <= ord(c) < 0xE000)
+    )

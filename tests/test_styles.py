@@ -1,0 +1,229 @@
+"""What maps look like: the palette, values as pictures, and the style that QGIS reads."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from present_maps import HOSTILE, ramp, write_map
+
+from speciesmap.errors import ImageryError
+from speciesmap.present.styles import (
+    PALETTE,
+    STEPS,
+    Legend,
+    colour_table,
+    encode_png,
+    quantise,
+    read_legend,
+    write_qml,
+)
+from speciesmap.rasters.imagery import open_raster
+
+SYSTEM_PYTHON = "/usr/bin/python3"
+
+
+def linear(rgb: np.ndarray) -> np.ndarray:
+    share = rgb / 255
+    return np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+
+
+def lightness(rgb: np.ndarray) -> np.ndarray:
+    """CIE L* of sRGB colours."""
+    y = linear(rgb) @ [0.2126, 0.7152, 0.0722]
+    return np.where(y > 216 / 24389, 116 * np.cbrt(y) - 16, y * 24389 / 27)
+
+
+def test_palette_grows_lighter_evenly_so_that_it_reads_in_grey() -> None:
+    steps = np.diff(lightness(colour_table()[1:, :3].astype(float))[:: STEPS // 10])
+    assert (steps > 0).all()
+    assert steps.max() < 2 * steps.min()
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        # Machado, Oliveira & Fernandes 2009, severity 1: protanopia, deuteranopia, tritanopia.
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+         [-0.003882, -0.048116, 1.051998]],
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+         [-0.011820, 0.042940, 0.968881]],
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+         [0.004733, 0.691367, 0.303900]],
+    ],
+    ids=["protanopia", "deuteranopia", "tritanopia"],
+)  # fmt: skip
+def test_palette_keeps_its_order_for_the_colour_blind(matrix: list[list[float]]) -> None:
+    colours = colour_table()[1:, :3].astype(float)[:: STEPS // 10]
+    seen = np.clip(linear(colours) @ np.array(matrix).T, 0, 1)
+    encoded = np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055) * 255
+    assert (np.diff(lightness(encoded)) > 3).all()
+
+
+@given(
+    st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), min_size=1, max_size=20),
+    st.floats(-1e3, 1e3),
+    st.floats(1e-3, 1e3),
+)
+def test_quantised_values_come_back_within_half_a_step(
+    values: list[float], low: float, span: float
+) -> None:
+    legend = Legend("x", "taxon", "value", low, low + span)
+    steps = quantise(values, legend).astype(float)
+    array = np.array(values)
+    there = np.isfinite(array)
+    assert (steps[~there] == 0).all()
+    back = low + (steps[there] - 1) / STEPS * (legend.high - low)
+    wanted = np.clip(array[there], low, legend.high)
+    assert np.allclose(back, wanted, rtol=0, atol=span * 0.501 / STEPS + 1e-9 * abs(low))
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_png_holds_the_values_themselves(height: int, width: int, seed: int) -> None:
+    steps = np.random.default_rng(seed).integers(0, 256, (height, width)).astype(np.uint8)
+    image = Image.open(io.BytesIO(encode_png(steps)))
+    assert image.mode == "P"
+    assert np.array_equal(np.asarray(image), steps)
+    assert np.array_equal(
+        np.asarray(image.convert("RGBA"))[steps > 0], colour_table()[steps[steps > 0]]
+    )
+    assert (np.asarray(image.convert("RGBA"))[steps == 0, 3] == 0).all()
+
+
+def test_suitability_spans_zero_to_one_whatever_the_map_holds(tmp_path: Path) -> None:
+    path = write_map(tmp_path / "low.tif", np.full((8, 8), 0.1))
+    with open_raster(path) as dataset:
+        legend = read_legend(dataset)
+    assert (legend.low, legend.high, legend.quantity) == (0, 1, "suitability")
+    assert (legend.label, legend.query, legend.model) == (
+        "Quercus agrifolia",
+        "taxon",
+        "0123456789abcdef",
+    )
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_other_quantities_span_their_own_range(tmp_path: Path, constant: bool) -> None:
+    values = np.full((8, 8), 3.0) if constant else np.linspace(-2, 5, 64).reshape(8, 8)
+    path = write_map(tmp_path / "a_place.tif", values, quantity="richness", label="")
+    with open_raster(path) as dataset:
+        legend = read_legend(dataset)
+    assert legend.label == "a place"
+    assert (legend.low, legend.high) == ((3, 4) if constant else (-2, 5))
+
+
+def test_style_has_labelled_breaks_over_the_fixed_range(tmp_path: Path) -> None:
+    path = write_map(tmp_path / "oak.tif", ramp() / 2, quantity="probability")
+    style = write_qml(path)
+    assert style == tmp_path / "oak.qml"
+    root = ET.parse(style).getroot()
+    renderer = root.find("pipe/rasterrenderer")
+    assert renderer is not None
+    assert renderer.get("type") == "singlebandpseudocolor"
+    assert (renderer.get("classificationMin"), renderer.get("classificationMax")) == ("0.0", "1.0")
+    items = root.findall(".//colorrampshader/item")
+    assert [i.get("color") for i in items] == list(PALETTE)
+    assert [i.get("label") for i in items] == [
+        "0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1",
+    ]  # fmt: skip
+    titles = [o.get("value") for o in root.iter("Option") if o.get("name") == "legend/title-label"]
+    assert titles == ["Quercus agrifolia (probability)"]
+
+
+@pytest.mark.parametrize("label", [HOSTILE, 'a"b&c', "bell \x07 and \x1b!", "Ærø çöş 猫"])
+def test_style_of_any_name_is_well_formed(tmp_path: Path, label: str) -> None:
+    style = write_qml(write_map(tmp_path / "m.tif", ramp(), label=label))
+    titles = [
+        o.get("value")
+        for o in ET.parse(style).getroot().iter("Option")
+        if o.get("name") == "legend/title-label"
+    ]
+    printable = "".join(c for c in label if ord(c) >= 32)
+    assert titles == [f"{printable} (suitability)"]
+
+
+def test_style_of_nothing_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ImageryError, match=r"gone\.tif"):
+        write_qml(tmp_path / "gone.tif")
+    assert list(tmp_path.iterdir()) == []
+
+
+QGIS = """
+import json, sys
+from qgis.core import *
+from qgis.PyQt.QtCore import QSize
+from qgis.PyQt.QtGui import QColor
+QgsApplication.setPrefixPath("/usr", True)
+app = QgsApplication([], False)
+app.initQgis()
+layer = QgsRasterLayer(sys.argv[1], "map")
+settings = QgsMapSettings()
+settings.setLayers([layer])
+settings.setDestinationCrs(layer.crs())
+settings.setExtent(layer.extent())
+settings.setOutputSize(QSize(int(sys.argv[2]), int(sys.argv[3])))
+settings.setBackgroundColor(QColor(0, 0, 0, 0))
+job = QgsMapRendererSequentialJob(settings)
+job.start()
+job.waitForFinished()
+image = job.renderedImage()
+colours = [[image.pixelColor(x, y).getRgb() for x in range(5, image.width(), 10)]
+           for y in range(5, image.height(), 10)]
+box = layer.extent()
+nodes = [item[0] for item in layer.renderer().legendSymbologyItems()]
+print("JSON" + json.dumps({
+    "valid": layer.isValid(), "renderer": layer.renderer().type(), "band": layer.bandName(1),
+    "crs": layer.crs().authid(), "title": layer.customProperty("legend/title-label"),
+    "extent": [box.xMinimum(), box.yMinimum(), box.xMaximum(), box.yMaximum()],
+    "labels": nodes, "colours": colours}))
+"""
+
+
+@pytest.mark.qgis
+def test_qgis_opens_a_map_styled_and_in_place(tmp_path: Path) -> None:
+    if (
+        not Path(SYSTEM_PYTHON).exists()
+        or subprocess.run(
+            [SYSTEM_PYTHON, "-c", "import qgis.core"], capture_output=True, check=False
+        ).returncode
+    ):
+        pytest.skip("Debian's python3-qgis is not installed")
+    values = ramp()
+    path = write_map(tmp_path / "oak.tif", values)
+    write_qml(path)
+    height, width = values.shape
+    run = subprocess.run(
+        [SYSTEM_PYTHON, "-c", QGIS, str(path), str(width * 10), str(height * 10)],
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "QT_QPA_PLATFORM": "offscreen",
+             "XDG_RUNTIME_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert "JSON" in run.stdout, run.stderr
+    seen = json.loads(run.stdout.split("JSON", 1)[1])
+    assert seen["valid"]
+    assert seen["renderer"] == "singlebandpseudocolor"
+    assert seen["band"] == "Band 1: suitability"
+    assert seen["crs"] == "EPSG:32610"
+    assert seen["extent"] == [560000, 4150000 - 40 * height, 560000 + 40 * width, 4150000]
+    assert seen["title"] == "Quercus agrifolia (suitability)"
+    assert seen["labels"][0] == "0"
+    assert seen["labels"][-1] == "1"
+    colours = np.array(seen["colours"])
+    hole = np.isnan(values)
+    assert (colours[hole][:, 3] == 0).all()
+    anchors = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in PALETTE])
+    breaks = np.linspace(0, 1, len(PALETTE))
+    wanted = np.stack([np.interp(values[~hole], breaks, anchors[:, k]) for k in range(3)], axis=1)
+    assert np.abs(colours[~hole][:, :3] - wanted).max() <= 2
