@@ -13,6 +13,7 @@ import rasterio
 from affine import Affine
 from odc.geo.geobox import GeoBox
 from rasterio.enums import ColorInterp
+from rasterio.errors import NotGeoreferencedWarning
 
 from speciesmap.errors import ImageryError
 from speciesmap.rasters.geotiff import write_geotiff
@@ -239,6 +240,7 @@ def test_one_imagery_is_read_from_many_threads_and_survives_pickling(tmp_path: P
             assert (read == pixels[:, row : row + 3, 5:105]).all()
 
 
+@pytest.mark.filterwarnings("error::rasterio.errors.NotGeoreferencedWarning")
 def test_what_cannot_be_read_is_refused_by_name_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(ImageryError, match=r"nowhere\.tif does not exist"):
         open_imagery(tmp_path / "nowhere.tif")
@@ -249,7 +251,8 @@ def test_what_cannot_be_read_is_refused_by_name_with_a_remedy(tmp_path: Path) ->
     homeless = plain(tmp_path / "homeless.tif", noise(1), crs=None)
     with pytest.raises(ImageryError, match=r"homeless\.tif has no coord.*gdal_edit\.py -a_srs"):
         open_imagery(homeless)
-    placeless = plain(tmp_path / "placeless.tif", noise(1), transform=Affine.identity())
+    with pytest.warns(NotGeoreferencedWarning):
+        placeless = plain(tmp_path / "placeless.tif", noise(1), transform=Affine.identity())
     with pytest.raises(ImageryError, match=r"placeless\.tif has no usable transform"):
         open_imagery(placeless)
     with pytest.raises(ImageryError, match="no file matches"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -113,21 +114,34 @@ def _write_maps(store: EmbeddingStore, maps: Sequence[Map], rows: slice, cols: s
             )
             for m in maps
         ]
-        blocks = list(_blocks(rows, cols))
+        blocks = list(_blocks(store, rows, cols))
         read = ((block, store.read(*block)) for block in blocks)
-        for (some_rows, some_cols), vectors in track(ahead(read, 2), "Scoring", len(blocks)):
-            row, col = some_rows.start - rows.start, some_cols.start - cols.start
-            for writer, values in zip(writers, score(vectors, queries), strict=True):
-                writer.write(row, col, values)
+        for (block_rows, block_cols), vectors in track(ahead(read, 2), "Scoring", len(blocks)):
+            for left in range(block_cols.start, block_cols.stop, TILE):
+                tile = vectors[:, left - block_cols.start :][:, :TILE]
+                # tiles are scored whole: a product's last bit depends on the shapes of its factors
+                values = score(tile, queries)
+                inner_rows, row = _shared(block_rows.start, tile.shape[0], rows)
+                inner_cols, col = _shared(left, tile.shape[1], cols)
+                for writer, value in zip(writers, values, strict=True):
+                    writer.write(row, col, value[inner_rows, inner_cols])
 
 
-def _blocks(rows: slice, cols: slice) -> Iterator[tuple[slice, slice]]:
-    """Ranges of cells that follow the store's tiles, several tiles wide."""
+def _shared(start: int, count: int, wanted: slice) -> tuple[slice, int]:
+    """What of some cells is wanted, and where it comes in the wanted range."""
+    first, last = max(start, wanted.start), min(start + count, wanted.stop)
+    return slice(first - start, last - start), first - wanted.start
+
+
+def _blocks(store: EmbeddingStore, rows: slice, cols: slice) -> Iterator[tuple[slice, slice]]:
+    """Ranges of whole tiles that hold the wanted cells, several tiles wide."""
+    height, width = store.geobox.shape
+    right = min(math.ceil(cols.stop / TILE) * TILE, width)
     for top in range(rows.start // TILE * TILE, rows.stop, TILE):
-        for left in range(cols.start // TILE * TILE, cols.stop, TILE * READ_TILES):
+        for left in range(cols.start // TILE * TILE, right, TILE * READ_TILES):
             yield (
-                slice(max(top, rows.start), min(top + TILE, rows.stop)),
-                slice(max(left, cols.start), min(left + TILE * READ_TILES, cols.stop)),
+                slice(top, min(top + TILE, height)),
+                slice(left, min(left + TILE * READ_TILES, right)),
             )
 
 

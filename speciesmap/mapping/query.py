@@ -96,8 +96,8 @@ def taxon_query(model: SpeciesModel, name: str) -> Query:
         label=label,
         kind="taxon",
         vector=_array(model.head.vectors[position]),
-        gain=float(model.head.gain[position]),
-        offset=float(model.head.offset[position]),
+        gain=float(model.head.gain[position].detach()),
+        offset=float(model.head.offset[position].detach()),
         quantity="probability" if label in model.prevalence else "suitability",
     )
 
@@ -195,8 +195,7 @@ def score(vectors: NDArray[Any], queries: Sequence[Query]) -> NDArray[np.float32
     Returns:
         Values in [0, 1], shape (queries, ...), NaN where the embedding is.
     """
-    gains = torch.tensor([q.gain for q in queries])
-    offsets = torch.tensor([q.offset for q in queries])
+    gains, offsets = torch.tensor([(q.gain, q.offset) for q in queries], dtype=torch.float32).T
     directions = torch.from_numpy(np.stack([q.vector for q in queries])) * gains[:, None]  # (Q, D)
     places = torch.from_numpy(np.ascontiguousarray(vectors)).reshape(-1, vectors.shape[-1]).float()
     values = torch.addmm(offsets[:, None], directions, places.T).sigmoid_()  # (Q, N)

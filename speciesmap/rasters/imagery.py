@@ -6,6 +6,7 @@ import glob
 import hashlib
 import math
 import threading
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ import rasterio
 from numpy.typing import ArrayLike, NDArray
 from odc.geo.geobox import GeoBox
 from rasterio.enums import ColorInterp, MaskFlags
-from rasterio.errors import RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
@@ -234,8 +235,8 @@ class Imagery:
             raise ImageryError(
                 f"{m.path} cannot be read at rows {window.row_off} to "
                 f"{window.row_off + window.height}, columns {window.col_off} to "
-                f"{window.col_off + window.width} ({error}); the file is damaged or truncated: "
-                "copy or download it again"
+                f"{window.col_off + window.width} ({_reason(error)}); the file is damaged or "
+                "truncated: copy or download it again"
             ) from error
         if part.dtype.kind == "f":
             usable &= np.isfinite(part).all(axis=0)
@@ -283,8 +284,8 @@ def open_raster(path: Path | str) -> DatasetReader:
         if not Path(path).exists():
             raise ImageryError(f"{path} does not exist; check the name") from error
         raise ImageryError(
-            f"{path} cannot be opened as a raster ({error}); it is damaged, truncated or of a "
-            "format that GDAL does not read"
+            f"{path} cannot be opened as a raster ({_reason(error)}); it is damaged, truncated or "
+            "of a format that GDAL does not read"
         ) from error
 
 
@@ -304,11 +305,13 @@ def open_imagery(src: str | Path, bands: Sequence[str] | None = None) -> Imagery
     source = str(src)
     members: list[_Member] = []
     first: Imagery | None = None
-    for path in _files(source):
-        with open_raster(path) as raster:
-            if first is None:
-                first = _describe(raster, path, source)
-            members.append(_place(raster, path, first))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # `_describe` refuses such files
+        for path in _files(source):
+            with open_raster(path) as raster:
+                if first is None:
+                    first = _describe(raster, path, source)
+                members.append(_place(raster, path, first))
     assert first is not None
     imagery = replace(_enclose(first, members), _handles=_Handles())
     return imagery if bands is None else imagery.select(bands)
@@ -370,7 +373,7 @@ def _place(raster: DatasetReader, path: str, first: Imagery) -> _Member:
     except (RasterioError, OSError) as error:
         raise ImageryError(
             f"{path} is truncated or damaged: its last pixel, row {raster.height - 1}, column "
-            f"{raster.width - 1}, cannot be read ({error}); copy or download it again"
+            f"{raster.width - 1}, cannot be read ({_reason(error)}); copy or download it again"
         ) from error
     grid = first.geobox
     names = _band_names(raster, path)
@@ -415,6 +418,11 @@ def _enclose(first: Imagery, members: Sequence[_Member]) -> Imagery:
     return replace(first, geobox=geobox, resolution_m=_resolution_m(geobox), _members=moved)
 
 
+def _reason(error: BaseException) -> str:
+    """GDAL's own words: rasterio's wrap them in "see previous exception"."""
+    return str(error.__cause__ or error)
+
+
 def _canonical(name: str) -> str:
     key = " ".join(name.lower().split())
     return SYNONYMS.get(key, key)
@@ -455,8 +463,8 @@ def _mislabelled_alpha(raster: DatasetReader, path: str) -> bool:
             alpha = raster.read(4, window=window)
         except (RasterioError, OSError) as error:
             raise ImageryError(
-                f"{path} cannot be read at row {row}, column {col} ({error}); the file is damaged "
-                "or truncated: copy or download it again"
+                f"{path} cannot be read at row {row}, column {col} ({_reason(error)}); the file "
+                "is damaged or truncated: copy or download it again"
             ) from error
         visible += int((alpha > 0).sum())
         partly += int(((alpha > 0) & (alpha < opaque)).sum())

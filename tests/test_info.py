@@ -1,0 +1,126 @@
+"""`speciesmap info`: any path says what it is."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from affine import Affine
+from fake_model import FakeModel
+from odc.geo.geobox import GeoBox
+
+from speciesmap import atlas, cli
+from speciesmap.describe import as_text, describe
+from speciesmap.errors import ImageryError, OutputError, SpeciesmapError
+from speciesmap.models import Architecture, SpeciesModel, save_model
+from speciesmap.rasters.geotiff import write_geotiff
+from speciesmap.taxa import Taxon
+
+GRID = GeoBox((100, 130), Affine(1, 0, 550_000, 0, -1, 4_180_000), "EPSG:32610")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Imagery, and the store and maps made from it."""
+    folder = tmp_path_factory.mktemp("info")
+    pixels = np.random.default_rng(0).integers(1, 255, (3, *GRID.shape)).astype(np.uint8)
+    write_geotiff(folder / "a.tif", pixels, GRID, bands=("red", "green", "blue"))
+    atlas.predict(FakeModel(), imagery=folder / "a.tif", out=folder / "maps")
+    return folder
+
+
+def test_imagery(made: Path) -> None:
+    facts = describe(made / "a.tif")
+    assert facts["kind"] == "imagery"
+    assert facts["bands"] == ["red", "green", "blue"]
+    assert (facts["rows"], facts["columns"], facts["crs"]) == (100, 130, "EPSG:32610")
+    assert facts["resolution_m"] == pytest.approx(1, abs=1e-3)
+    west, south, east, north = facts["west_south_east_north"]
+    assert -122.44 < west < east < -122.42
+    assert 37.76 < south < north < 37.77
+
+
+def test_a_map_says_what_it_shows_and_its_range(made: Path) -> None:
+    facts = describe(made / "maps/quercus_lobata.tif")
+    assert facts["kind"] == "map"
+    assert (facts["label"], facts["query"], facts["model"]) == ("Quercus lobata", "taxon", "fake")
+    assert facts["bands"] == ["probability"]
+    assert 0 < facts["minimum"] < facts["mean"] < facts["maximum"] < 1
+
+
+def test_a_folder_of_maps(made: Path) -> None:
+    facts = describe(made / "maps")
+    assert facts["kind"] == "run"
+    assert facts["maps"]["quercus_lobata.tif"] == "Quercus lobata"
+    assert facts["model"]["fingerprint"] == "fake"
+
+
+def test_a_store_says_how_far_it_is(made: Path) -> None:
+    facts = describe(made / "maps.store.zarr")
+    assert facts["kind"] == "store"
+    assert (facts["tiles_done"], facts["tiles"]) == (2, 2)
+    assert (facts["model"], facts["stride_px"], facts["dim"]) == ("fake", 4, 8)
+
+
+def test_a_model_says_what_it_needs_and_knows(tmp_path: Path) -> None:
+    model = SpeciesModel(
+        Architecture(
+            dim=8,
+            bands=("red", "nir"),
+            window_px=32,
+            resolution_m=0.6,
+            mean=(1.0, 2.0),
+            std=(1.0, 1.0),
+            aerial={"backbone": "test_resnet"},
+        ),
+        [Taxon("Quercus agrifolia")],
+        prevalence={"Quercus agrifolia": 0.5},
+    )
+    facts = describe(save_model(model, tmp_path / "run", {"metrics": {"auc": 0.9}}))
+    assert facts["kind"] == "model"
+    assert facts["bands"] == ["red", "nir"]
+    assert facts["taxa"] == facts["calibrated"] == ["Quercus agrifolia"]
+    assert facts["ground"] is None
+    assert facts["metrics"] == {"auc": 0.9}
+    assert facts["fingerprint"] == model.fingerprint
+
+
+def test_observations(tmp_path: Path) -> None:
+    table = tmp_path / "seen.csv"
+    table.write_text("scientific_name,longitude,latitude\nQuercus lobata,-122,37.5\n" * 1)
+    facts = describe(table)
+    assert (facts["kind"], facts["rows"]) == ("observations", 1)
+    assert facts["taxa"] == {"Quercus lobata": 1}
+
+
+def test_what_it_is_not_gets_an_error_that_says_so(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="is no model, store, data set"):
+        describe(tmp_path)
+    with pytest.raises(ImageryError, match="does not exist"):
+        describe(tmp_path / "nothing")
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(OutputError, match=r"run\.json is damaged"):
+        describe(tmp_path)
+    (tmp_path / "torn.parquet").write_text("x")
+    with pytest.raises(SpeciesmapError, match=r"torn\.parquet"):
+        describe(tmp_path / "torn.parquet")
+
+
+def test_the_command_prints_text_or_one_json_object(
+    made: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("speciesmap"), "handlers", [])
+    for words in (["info", str(made / "maps")], ["info", str(made / "maps"), "--json"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        assert not stop.value.code
+        out, err = capfd.readouterr()
+        assert err == ""
+        if "--json" in words:
+            assert json.loads(out) == json.loads(json.dumps(describe(made / "maps")))
+        else:
+            assert out.strip() == as_text(describe(made / "maps"))
+            assert "quercus_lobata.tif Quercus lobata" in out
