@@ -341,7 +341,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_map(folder / "b.tif", west, label="Betula nana", quantity="probability"),
         write_map(folder / "c.tif", np.full((24, 30), 0.5), label=HOSTILE, query="text"),
     ]
-    taxa = ["Quercus agrifolia"] * 9 + ["Betula nana"] * 3
+    taxa = ["Quercus agrifolia"] * 9 + ["betula nana"] * 3
     return make_map(
         maps,
         folder / "map.html",
@@ -600,7 +600,7 @@ def test_observations_are_clustered_filtered_and_told(browser: Any, scene: Path)
         page.wait_for_selector(".sm-record")
         text = page.inner_text(".sm-record")
         assert HOSTILE in text
-        assert "Betula nana" in text
+        assert "betula nana" in text
         assert "unknown" in text
         assert "within 12 m" in text
         assert page.evaluate("window.hacked") is None

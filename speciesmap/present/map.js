@@ -382,6 +382,7 @@ function speciesmapPage(map, parts) {
   /* ---- observations ---- */
 
   const records = data.observations;
+  const names = records ? records.taxa.map((taxon) => taxon.toLowerCase()) : [];
   let markers = null;
 
   function record(at) {
@@ -413,9 +414,9 @@ function speciesmapPage(map, parts) {
         return L.marker(at, { icon, title: name, alt: name }).bindPopup(() => record(i), clear());
       });
     }
-    const own = records.taxa.indexOf(layers[state.shown].label);
+    const own = layers[state.shown].label.toLowerCase();
     const filter = byId("own").checked && !byId("own-row").hidden;
-    const wanted = markers.filter((_, i) => !filter || records.taxon[i] === own);
+    const wanted = markers.filter((_, i) => !filter || names[records.taxon[i]] === own);
     parts.cluster.clearLayers();
     if (byId("observations").checked) {
       parts.cluster.addLayers(wanted);
@@ -429,7 +430,7 @@ function speciesmapPage(map, parts) {
   if (records) {
     byId("observations-row").hidden = false;
     byId("own-row").hidden = records.taxa.length < 2
-      || !layers.some((layer) => records.taxa.includes(layer.label));
+      || !layers.some((layer) => names.includes(layer.label.toLowerCase()));
     parts.cluster.options.iconCreateFunction = (cluster) => {
       const count = cluster.getChildCount();
       const side = count < 10 ? 24 : count < 100 ? 28 : count < 1000 ? 34 : 42;

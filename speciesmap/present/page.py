@@ -99,7 +99,7 @@ def _place(picture: Any, grid: Grid) -> NDArray[np.uint8]:
     right = round((picture.grid.right - grid.left) / x)
     bottom = round((grid.top - picture.grid.bottom) / y)
     size = (max(1, right - left), max(1, bottom - top))
-    image = Image.fromarray(picture.pixels, "RGBA").resize(size, Image.Resampling.LANCZOS)
+    image = Image.fromarray(picture.pixels).resize(size, Image.Resampling.LANCZOS)
     canvas.paste(image, (left, top))
     return np.asarray(canvas)
 

@@ -367,7 +367,7 @@ def encode_webp(pixels: NDArray[np.uint8], limit_bytes: int) -> bytes:
         pixels: Shape (row, column, 4).
         limit_bytes: The picture is coarsened until it fits.
     """
-    image = Image.fromarray(pixels, "RGBA")
+    image = Image.fromarray(pixels)
     for quality in (82, 70, 55, 40):
         stream = io.BytesIO()
         image.save(stream, "WEBP", quality=quality, method=4)

@@ -218,7 +218,7 @@ def make_map(
             control=False,
             show=False,
             show_coverage_on_hover=False,
-            max_cluster_radius=44,
+            max_cluster_radius=52,
             chunked_loading=True,
         )
         cluster._id = "observations"
