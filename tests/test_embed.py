@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from odc.geo.geobox import GeoBox
 
 from speciesmap.errors import AreaError, ConfigError, ImageryError, StoreError
+from speciesmap.mapping import cut
 from speciesmap.mapping import embed as engine
 from speciesmap.mapping.embed import embed
 from speciesmap.rasters.geotiff import write_geotiff
@@ -79,8 +80,8 @@ def test_windows_are_exact_slices_of_a_block(
     shape = (bands, (rows - 1) * stride + side, (cols - 1) * stride + side)
     block = np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)
     valid = np.random.default_rng(1).random(shape[1:]) > 0.4
-    windows = engine._as_windows(block, side, stride)
-    usable = engine._usable(valid, side, stride, 0.5)
+    windows = cut._as_windows(block, side, stride)
+    usable = cut._usable(valid, side, stride, 0.5)
     assert windows.shape[:2] == usable.shape == (rows, cols)
     for i in range(rows):
         for j in range(cols):
@@ -232,7 +233,7 @@ def test_tall_windows_are_read_in_strips_with_the_same_result(
 ) -> None:
     path = scene(tmp_path / "a.tif")
     whole = embed(FakeModel(), path, tmp_path / "whole.zarr")
-    monkeypatch.setattr(engine, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(cut, "BLOCK_BYTES", 10_000)
     strips = embed(FakeModel(), path, tmp_path / "strips.zarr")
     assert contents(strips.path) == contents(whole.path)
 

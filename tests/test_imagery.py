@@ -139,6 +139,9 @@ def test_a_true_alpha_band_masks_and_a_mislabelled_one_is_near_infrared(tmp_path
     assert imagery.read(0, 0, 120, 150)[1].all()
     pixels[3] = 255
     pixels[3, :40] = 0
+    with rasterio.open(plain(tmp_path / "said.tif", pixels, alpha="YES"), "r+") as raster:
+        raster.set_band_description(4, "NIR")
+    assert open_imagery(tmp_path / "said.tif").read(0, 0, 120, 150)[1].all()
     masked = open_imagery(plain(tmp_path / "cut.tif", pixels, photometric="RGB", alpha="YES"))
     assert masked.bands == BANDS[:3]
     assert masked.read(0, 0, 120, 150)[1].any(axis=1).tolist() == [False] * 40 + [True] * 80

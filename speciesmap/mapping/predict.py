@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from speciesmap.errors import QueryError, StoreError
-from speciesmap.mapping.embed import ahead
+from speciesmap.mapping.cut import ahead
 from speciesmap.mapping.query import Query, score
 from speciesmap.progress import track
 from speciesmap.rasters.geotiff import MapWriter

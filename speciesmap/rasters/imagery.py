@@ -5,9 +5,10 @@ from __future__ import annotations
 import glob
 import hashlib
 import math
+import os
 import threading
 import warnings
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,32 +21,22 @@ import rasterio
 from numpy.typing import ArrayLike, NDArray
 from odc.geo.geobox import GeoBox
 from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.env import set_gdal_config
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from speciesmap.errors import ImageryError
+from speciesmap.rasters.bands import band_names, canonical
 from speciesmap.rasters.windows import transformed
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img")
-SYNONYMS = {
-    "r": "red",
-    "g": "green",
-    "b": "blue",
-    "n": "nir",
-    "near infrared": "nir",
-    "near-infrared": "nir",
-    "near_infrared": "nir",
-    "nearinfrared": "nir",
-    "infrared": "nir",
-    "nir1": "nir",
-    "red edge": "rededge",
-    "red-edge": "rededge",
-}
-COLORS = {"coastal", "blue", "green", "red", "rededge", "nir", "swir", "pan"}
-BLOCK_CACHE_BYTES = 256 << 20  # GDAL's default, 5% of memory, grows with the machine
+BLOCK_CACHE_BYTES = 64 << 20  # GDAL's default, 5% of memory, makes memory grow with rasters
 OPEN_FILES = 32  # per thread; a mosaic may have thousands
 GRID_TOLERANCE_PX = 0.01  # of mosaic members against each other
+
+if "GDAL_CACHEMAX" not in os.environ:
+    set_gdal_config("GDAL_CACHEMAX", BLOCK_CACHE_BYTES)  # GDAL reads it once, at the first block
 
 
 class _Handles:
@@ -153,7 +144,7 @@ class Imagery:
         indexes: list[int] = []
         for wanted in bands:
             name, equals, place = wanted.partition("=")
-            key = _canonical(place if equals else name)
+            key = canonical(place if equals else name)
             if key.isdecimal() and 1 <= int(key) <= len(self._file_bands):
                 index = int(key)
             elif key in self._file_bands:
@@ -166,7 +157,7 @@ class Imagery:
                     f"{', '.join(f'{n} {b}' for n, b in enumerate(self._file_bands, 1))}; "
                     "name or number one of these, or say what a band shows with name=number"
                 )
-            names.append(_canonical(name) if equals else self._name_of(index))
+            names.append(canonical(name) if equals else self._name_of(index))
             indexes.append(index)
         if not names or len(set(names)) < len(names):
             raise ImageryError(
@@ -278,8 +269,7 @@ def open_raster(path: Path | str) -> DatasetReader:
         ImageryError: It does not exist, is no raster, or its header is damaged.
     """
     try:
-        with rasterio.Env(GDAL_CACHEMAX=BLOCK_CACHE_BYTES):
-            return rasterio.open(path)
+        return rasterio.open(path)
     except (RasterioError, OSError) as error:
         if not Path(path).exists():
             raise ImageryError(f"{path} does not exist; check the name") from error
@@ -351,7 +341,7 @@ def _describe(raster: DatasetReader, path: str, source: str) -> Imagery:
             f"{path} has bands of types {', '.join(raster.dtypes) or 'none'}; all must have the "
             "same real type: convert it with gdal_translate -ot"
         )
-    names = _band_names(raster, path)
+    names = band_names(raster, path)
     indexes = tuple(i for i, name in enumerate(names, 1) if name != "alpha")
     geobox = GeoBox(raster.shape, raster.transform, raster.crs)
     return Imagery(
@@ -376,7 +366,7 @@ def _place(raster: DatasetReader, path: str, first: Imagery) -> _Member:
             f"{raster.width - 1}, cannot be read ({_reason(error)}); copy or download it again"
         ) from error
     grid = first.geobox
-    names = _band_names(raster, path)
+    names = band_names(raster, path)
     if raster.crs is None or grid.crs != raster.crs:
         raise ImageryError(
             f"{path} has the CRS {raster.crs}, {first.source} begins with {grid.crs}; warp them to "
@@ -421,54 +411,6 @@ def _enclose(first: Imagery, members: Sequence[_Member]) -> Imagery:
 def _reason(error: BaseException) -> str:
     """GDAL's own words: rasterio's wrap them in "see previous exception"."""
     return str(error.__cause__ or error)
-
-
-def _canonical(name: str) -> str:
-    key = " ".join(name.lower().split())
-    return SYNONYMS.get(key, key)
-
-
-def _band_names(raster: DatasetReader, path: str) -> tuple[str, ...]:
-    """Name bands by description, else by colour, else by number."""
-    names: list[str] = []
-    for index, (text, color) in enumerate(
-        zip(raster.descriptions, raster.colorinterp, strict=True), 1
-    ):
-        if color == ColorInterp.alpha:
-            names.append("nir" if _mislabelled_alpha(raster, path) else "alpha")
-        elif text and text.strip():
-            names.append(_canonical(text))
-        else:
-            names.append(color.name if color.name in COLORS else f"band_{index}")
-    seen = Counter(names)
-    return tuple(n if seen[n] == 1 or n == "alpha" else f"band_{i}" for i, n in enumerate(names, 1))
-
-
-def _mislabelled_alpha(raster: DatasetReader, path: str) -> bool:
-    """Tell whether the fourth band, marked alpha, is near infrared, as in many copies of NAIP.
-
-    Writers mark the fourth band of a red, green, blue file as alpha by default. A mask is almost
-    everywhere 0 or opaque; reflectance is almost nowhere.
-    """
-    if raster.count != 4 or raster.colorinterp[3] != ColorInterp.alpha:
-        return False
-    if raster.dtypes[3] not in ("uint8", "uint16"):
-        return False
-    opaque = np.iinfo(raster.dtypes[3]).max
-    partly = visible = 0
-    for share in (0.25, 0.5, 0.75):
-        row, col = int(raster.height * share), int(raster.width * share)
-        window = Window(col, row, min(64, raster.width - col), min(64, raster.height - row))
-        try:
-            alpha = raster.read(4, window=window)
-        except (RasterioError, OSError) as error:
-            raise ImageryError(
-                f"{path} cannot be read at row {row}, column {col} ({_reason(error)}); the file "
-                "is damaged or truncated: copy or download it again"
-            ) from error
-        visible += int((alpha > 0).sum())
-        partly += int(((alpha > 0) & (alpha < opaque)).sum())
-    return partly > 0.5 * visible
 
 
 def _resolution_m(geobox: GeoBox) -> float:

@@ -1,0 +1,80 @@
+"""What the bands of a raster show, as its file tells."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from rasterio.enums import ColorInterp
+from rasterio.errors import RasterioError
+from rasterio.io import DatasetReader
+from rasterio.windows import Window
+
+from speciesmap.errors import ImageryError
+
+SYNONYMS = {
+    "r": "red",
+    "g": "green",
+    "b": "blue",
+    "n": "nir",
+    "near infrared": "nir",
+    "near-infrared": "nir",
+    "near_infrared": "nir",
+    "nearinfrared": "nir",
+    "infrared": "nir",
+    "nir1": "nir",
+    "red edge": "rededge",
+    "red-edge": "rededge",
+}
+COLORS = {"coastal", "blue", "green", "red", "rededge", "nir", "swir", "pan"}
+
+
+def canonical(name: str) -> str:
+    """Give a band's name in the one spelling that is compared."""
+    key = " ".join(name.lower().split())
+    return SYNONYMS.get(key, key)
+
+
+def band_names(raster: DatasetReader, path: str) -> tuple[str, ...]:
+    """Name bands by description, else by colour, else by number."""
+    names: list[str] = []
+    for index, (text, color) in enumerate(
+        zip(raster.descriptions, raster.colorinterp, strict=True), 1
+    ):
+        described = canonical(text or "")
+        if color == ColorInterp.alpha and described not in COLORS:
+            names.append("nir" if _mislabelled_alpha(raster, path) else "alpha")
+        elif described:
+            names.append(described)
+        else:
+            names.append(color.name if color.name in COLORS else f"band_{index}")
+    seen = Counter(names)
+    return tuple(n if seen[n] == 1 or n == "alpha" else f"band_{i}" for i, n in enumerate(names, 1))
+
+
+def _mislabelled_alpha(raster: DatasetReader, path: str) -> bool:
+    """Tell whether the fourth band, marked alpha, is near infrared, as in many copies of NAIP.
+
+    Writers mark the fourth band of a red, green, blue file as alpha by default. A mask is almost
+    everywhere 0 or opaque; reflectance is almost nowhere.
+    """
+    if raster.count != 4 or raster.colorinterp[3] != ColorInterp.alpha:
+        return False
+    if raster.dtypes[3] not in ("uint8", "uint16"):
+        return False
+    opaque = np.iinfo(raster.dtypes[3]).max
+    partly = visible = 0
+    for share in (0.25, 0.5, 0.75):
+        row, col = int(raster.height * share), int(raster.width * share)
+        window = Window(col, row, min(64, raster.width - col), min(64, raster.height - row))
+        try:
+            alpha = raster.read(4, window=window)
+        except (RasterioError, OSError) as error:
+            raise ImageryError(
+                f"{path} cannot be read at row {row}, column {col} "
+                f"({error.__cause__ or error}); the file is damaged or truncated: copy or download "
+                "it again"
+            ) from error
+        visible += int((alpha > 0).sum())
+        partly += int(((alpha > 0) & (alpha < opaque)).sum())
+    return partly > 0.5 * visible
