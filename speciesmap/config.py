@@ -176,6 +176,18 @@ def load_config(
         raise ConfigError(f"{where}: {_explain(error)}") from error
 
 
+def shipped_config(name: str) -> Path:
+    """Path of a configuration that comes with speciesmap, by its file name.
+
+    They lie in `configs/` of the repository and inside the installed package.
+    """
+    here = Path(__file__).parent
+    for folder in (here / "configs", here.parent / "configs"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(f"speciesmap ships no configuration {name!r}; see configs/")
+
+
 def _read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))

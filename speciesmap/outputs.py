@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -52,7 +51,7 @@ def replacing(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
             beside.rename(path)
             shutil.rmtree(old, ignore_errors=True)
         else:
-            os.replace(beside, path)
+            beside.replace(path)
     except PermissionError as error:
         raise OutputError(
             f"cannot write {path}: {error.strerror}; choose a folder that you may write"

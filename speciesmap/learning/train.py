@@ -410,6 +410,8 @@ def fit(
         if loud:
             callbacks.append(RichProgressBar(leave=True, console_kwargs={"stderr": True}))
     stage.network.to(memory_format=torch.channels_last)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = L.Trainer(

@@ -1,0 +1,49 @@
+"""speciesmap train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from speciesmap.cli import options
+
+
+@click.command()
+@click.argument("config", type=options.PATH, metavar="CONFIG.yaml")
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one key of the configuration, for example optim.lr=0.0003; may be repeated.",
+)
+@options.out_option("RUN", "Folder for the checkpoint.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@options.overwrite_option
+@options.json_option
+@options.logging_options
+def command(
+    config: Path,
+    changes: tuple[str, ...],
+    out: Path,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Pre-train or fine-tune as CONFIG.yaml says, and write a checkpoint.
+
+    Stage `pretrain` learns a joint space of aerial windows, ground photos and names (method crisp)
+    or features from imagery alone (method mae). Stage `finetune` learns embeddings of taxa from
+    presences against background. Paths in the configuration are relative to where you are.
+
+    \b
+    Example:
+      speciesmap train configs/demo_crisp.yaml --set data.dataset=chips --out runs/pretrained
+    """
+    from speciesmap.config import load_config
+    from speciesmap.learning.train import train
+    from speciesmap.models import read_facts
+
+    path = train(load_config(config, changes), out, resume=resume, overwrite=overwrite)
+    options.print_result(path, as_json, metrics=read_facts(path)["metrics"])
