@@ -7,6 +7,7 @@ trees and how large, how green the ground, how stony, which soil.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,33 +149,37 @@ def _surroundings(
     looks: Array,
     rng: np.random.Generator,
 ) -> None:
-    """Ground with green patches and stones, then trees from far to near."""
+    """Ground with green patches, rills and stones, then trees from far to near.
+
+    Counts follow the fields without further noise; places are random.
+    """
     elevation, moisture, canopy, soil = (float(f) for f in fields)
-    ochre = float(ground_tone(soil, looks[0]))
-    vigour = float(green_vigour(looks[1]))
-    green = float(green_share(moisture))
+    ochre, vigour = float(ground_tone(soil, looks[0])), float(green_vigour(looks[1]))
     bare = np.array([150, 143, 134.0]) * (1 - ochre) + np.array([186, 150, 104.0]) * ochre
-    draw.rectangle((0, horizon, side, side), fill=_mix(bare, bare, 0, light))
     grass = bare + (np.array([98, 136, 56.0]) - bare) * vigour
     depth = side - horizon
-    for _ in range(int(70 * green + rng.uniform(0, 4))):
-        near = rng.uniform(0, 1) ** 1.5
-        x, y, w = rng.uniform(0, side), horizon + 3 + near * depth, 5 + 26 * near
+    draw.rectangle((0, horizon, side, side), fill=_mix(bare, bare, 0, light))
+    for across, near in _spread(rng, round(80 * float(green_share(moisture)))):
+        x, y, w = across * side, horizon + 3 + near**1.5 * depth, 5 + 24 * near**1.5
         fill = _mix(grass, bare, 0.15 * rng.uniform(), light * rng.uniform(0.88, 1.05))
         draw.ellipse((x - w, y - w / 4, x + w, y + w / 4), fill=fill)
-    for _ in range(rng.poisson(2400 * float(stoniness(soil)))):
-        near = rng.uniform(0, 1) ** 1.3
-        x, y, w = rng.uniform(0, side), horizon + 3 + near * depth, 1 + 4.5 * near
-        fill = _mix(np.array([206, 202, 196.0]), bare, 0.25 * rng.uniform(), light)
+    for across, near in _spread(rng, round(26 / (1 + np.exp(-2.0 * soil)))):
+        x, y, w = across * side, horizon + 2 + near * depth, 14 + 40 * near
+        tone = _mix(bare, bare, 0, 0.72 * light)
+        draw.line((x - w, y + 0.16 * w, x + w, y - 0.16 * w), fill=tone, width=2)
+    for across, near in _spread(rng, round(2600 * float(stoniness(soil)))):
+        x, y, w = across * side, horizon + 3 + near**1.3 * depth, 1.4 + 4.5 * near
+        fill = _mix(np.array([214, 210, 204.0]), bare, 0.2 * rng.uniform(), light)
         draw.ellipse((x - w, y - w * 0.6, x + w, y + w * 0.6), fill=fill)
-    cover = float(crown_cover(canopy))
-    radius = float(crown_radius_px(elevation))
+    cover, radius = float(crown_cover(canopy)), float(crown_radius_px(elevation))
     moist = vigour / (1 + np.exp(-2.0 * moisture))
     crown = np.array([104, 104, 62.0]) * (1 - moist) + np.array([46, 88, 42.0]) * moist
-    trees = rng.poisson(1.2 + 34 * cover * (3.2 / radius))
-    for near in np.sort(rng.uniform(0, 1, trees)) ** 2:
-        size = radius * (1.4 + 4.2 * near) * rng.uniform(0.85, 1.15)
-        x, foot = rng.uniform(-4, side + 4), horizon + 2 + 0.35 * depth * near
+    # The denser the canopy and the smaller its crowns, the more trunks stand along the skyline.
+    trees = list(_spread(rng, max(1, round(-1.6 * np.log1p(-1.4 * cover) * side / (4 * radius)))))
+    for across, distance in sorted(trees, key=lambda tree: tree[1]):
+        near = distance**2.5
+        size = radius * (1.6 + 4.0 * near) * rng.uniform(0.9, 1.1)
+        x, foot = across * side, horizon + 2 + 0.35 * depth * near
         tone = light * (1 - 0.25 * near) * rng.uniform(0.9, 1.1)
         draw.ellipse((x - size, foot - 2, x + size, foot + size / 3), fill=_mix(bare, bare, 0, 0.5))
         draw.rectangle((x - size / 8, foot - size, x + size / 8, foot + 1), fill=(66, 52, 40))
@@ -182,6 +187,13 @@ def _surroundings(
         draw.ellipse((x - size, y - size, x + size, y + size), fill=_mix(crown, crown, 0, tone))
         lit = (x - 0.7 * size, y - 0.85 * size, x + 0.35 * size, y + 0.1 * size)
         draw.ellipse(lit, fill=_mix(crown, crown, 0, 1.18 * tone))
+
+
+def _spread(rng: np.random.Generator, count: int) -> Iterator[tuple[float, float]]:
+    """Give places in the unit square, evenly spread across and from far (0) to near (1)."""
+    steps = (np.arange(count) + rng.uniform(0, 1, (2, count))) / max(count, 1)
+    across, near = rng.permutation(steps[0]), steps[1]
+    yield from zip(across.tolist(), near.tolist(), strict=True)
 
 
 def _blade(leaf: Leaf, length: float, rng: np.random.Generator) -> Points:
