@@ -37,7 +37,7 @@ class AerialConfig(BackboneConfig):
 class GroundConfig(BackboneConfig):
     """The ground tower, on RGB photos with ImageNet's statistics."""
 
-    image_px: int = Field(224, ge=16)
+    image_px: int = Field(default=224, ge=16)
 
 
 class TextConfig(Strict):
@@ -52,7 +52,7 @@ class TextConfig(Strict):
 class ModelConfig(Strict):
     """The joint space and its towers."""
 
-    dim: int = Field(512, ge=8)
+    dim: int = Field(default=512, ge=8)
     aerial: AerialConfig
     ground: GroundConfig | None = None
     text: TextConfig | None = None
@@ -67,7 +67,7 @@ class DataConfig(Strict):
 
     dataset: str | None = None
     imagery: str | None = None
-    window_px: int | None = Field(None, ge=8)
+    window_px: int | None = Field(default=None, ge=8)
     background: Annotated[int, Field(ge=1)] | str = 10_000
     withheld: list[str] = []
 
@@ -75,11 +75,11 @@ class DataConfig(Strict):
 class OptimConfig(Strict):
     """AdamW with linear warm-up and cosine decay."""
 
-    epochs: int = Field(10, ge=1)
-    batch_size: int = Field(256, ge=2)
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    warmup: float = Field(0.1, ge=0, lt=1)
+    epochs: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=256, ge=2)
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    warmup: float = Field(default=0.1, ge=0, lt=1)
 
 
 class TrainerConfig(Strict):
@@ -88,13 +88,13 @@ class TrainerConfig(Strict):
     accelerator: str = "auto"
     devices: int | str = "auto"
     precision: str = "auto"
-    workers: int = Field(0, ge=0)
+    workers: int = Field(default=0, ge=0)
 
 
 class MaskedConfig(Strict):
     """Masked image modelling (He et al. 2022): share masked, and the decoder's size."""
 
-    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     decoder_dim: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
@@ -107,7 +107,7 @@ class ValidationConfig(Strict):
     left out. `prevalence` is the share of places where a taxon is present, one for all or by name.
     """
 
-    folds: int = Field(5, ge=2)
+    folds: int = Field(default=5, ge=2)
     block_m: float = Field(gt=0)
     prevalence: float | dict[str, float] | None = None
 
@@ -132,8 +132,8 @@ class FinetuneConfig(Strict):
     init: str
     seed: int = 0
     data: DataConfig
-    positive_weight: float | None = Field(None, gt=0)
-    align: float = Field(1.0, ge=0)
+    positive_weight: float | None = Field(default=None, gt=0)
+    align: float = Field(default=1.0, ge=0)
     freeze_encoder: bool = False
     validation: ValidationConfig | None = None
     optim: OptimConfig = OptimConfig()

@@ -17,7 +17,6 @@ COMMANDS = {
     "observations": "Clean species records into one table.",
     "chips": "Cut a paired photo and aerial data set.",
     "train": "Pre-train or fine-tune from a YAML configuration.",
-    "evaluate": "Measure a model on held-out places.",
     "embed": "Encode an area once into an embedding store.",
     "predict": "Map species, photos or text over an area.",
     "map": "Put maps into one interactive HTML page.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ Batch = dict[str, Tensor]
 class PairedRows(Dataset[Batch]):
     """Rows of a paired data set, fetched by the batch.
 
-    A batch has `aerial` (N, B, P, P) raw pixels, `taxon` (N,) positions in `taxa`, (N,)
+    A batch has `aerial` (N, B, P, P) raw pixels, `taxon` (N,) positions in `taxa`, `place` (N,)
     equal for rows of one spot, and `ground` (N, 3, S, S) raw RGB where photos are asked for.
 
     Args:
@@ -150,7 +151,7 @@ class Places(Dataset[Batch]):
         return {"aerial": self.aerial(positions)}
 
 
-def as_is(batch: Batch) -> Batch:
+def as_is(batch: Any) -> Any:
     """Collate what is a batch already."""
     return batch
 

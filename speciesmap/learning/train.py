@@ -409,7 +409,7 @@ def fit(
         state = work / "state" / "last.ckpt"
         if loud:
             callbacks.append(RichProgressBar(leave=True, console_kwargs={"stderr": True}))
-    stage.network.to(memory_format=torch.channels_last)
+    stage.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():

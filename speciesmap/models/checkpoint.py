@@ -94,15 +94,16 @@ def load_model(folder: Path | str) -> SpeciesModel:
         taxa = [Taxon(entry["name"], tuple(entry["lineage"])) for entry in entries]
         raw = facts["architecture"]
         known = {field.name for field in fields(Architecture)}
-        architecture = Architecture(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in raw.items()
-                if name in known
-            }
-        )
+        arguments: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in raw.items()
+            if name in known
+        }
         model = SpeciesModel(
-            architecture, taxa, facts["prevalence"], references=len(state["reference"])
+            Architecture(**arguments),
+            taxa,
+            facts["prevalence"],
+            references=len(state["reference"]),
         )
         model.load_state_dict(state)
     except FileNotFoundError as error:

@@ -30,6 +30,7 @@ class ImageTower(nn.Module):
         ModelError: timm has no such model, or does not take these arguments.
     """
 
+    backbone: Any
     mean: Tensor
     std: Tensor
 

@@ -104,7 +104,8 @@ class MaskedAutoencoder(nn.Module):
         wanted = self.patches(pixels).gather(
             1, hidden[..., None].expand(-1, -1, painted.shape[2])
         )  # (N, L - K, p * p * B)
-        return (painted.float() - wanted).square().mean()
+        loss: Tensor = (painted.float() - wanted).square().mean()
+        return loss
 
     def patches(self, pixels: Tensor) -> Tensor:
         """Cut (N, B, P, P) into standardised patches, shape (N, L, p * p * B)."""
