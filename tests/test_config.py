@@ -1,0 +1,151 @@
+"""Training configurations: what is wrong is named, with the nearest right thing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from speciesmap.config import (
+    FinetuneConfig,
+    PretrainConfig,
+    load_config,
+    shipped_config,
+)
+from speciesmap.errors import ConfigError
+
+SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def pretrain(**changes: Any) -> dict[str, Any]:
+    base = {
+        "stage": "pretrain",
+        "data": {"dataset": "chips"},
+        "model": {"aerial": {"backbone": "test_resnet"}},
+    }
+    return {**base, **changes}
+
+
+def finetune(**changes: Any) -> dict[str, Any]:
+    return {"stage": "finetune", "init": "run", "data": {"dataset": "chips"}, **changes}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    assert isinstance(load_config(path), PretrainConfig | FinetuneConfig)
+    assert shipped_config(path.name).read_bytes() == path.read_bytes()
+
+
+def test_there_are_shipped_configurations_and_others_are_refused() -> None:
+    assert len(SHIPPED) >= 2
+    with pytest.raises(ConfigError, match=r"ships no configuration 'nothing.yaml'"):
+        shipped_config("nothing.yaml")
+
+
+def test_a_mapping_is_read_and_left_as_it_is() -> None:
+    given = pretrain(optim={"epochs": 3})
+    config = load_config(given, ["optim.lr=0.5", "seed=4"])
+    assert isinstance(config, PretrainConfig)
+    assert (config.optim.epochs, config.optim.lr, config.seed) == (3, 0.5, 4)
+    assert given == pretrain(optim={"epochs": 3})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pretrain(sead=1), r"unknown key 'sead'; did you mean 'seed'\?"),
+        (pretrain(optim={"epoch": 1}), r"unknown key 'optim.epoch'; did you mean 'epochs'\?"),
+        (
+            pretrain(model={"aerial": {"backbone": "x", "pretraind": True}}),
+            r"unknown key 'model.aerial.pretraind'; did you mean 'pretrained'\?",
+        ),
+        (
+            pretrain(model={"aerial": {"backbone": "x"}, "ground": {"backbone": "x", "img_px": 1}}),
+            r"unknown key 'model.ground.img_px'; did you mean 'image_px'\?",
+        ),
+        (
+            finetune(validation={"block_m": 5, "fold": 2}),
+            r"unknown key 'validation.fold'; did you mean 'folds'\?",
+        ),
+        (pretrain(init="run"), r"unknown key 'init'"),
+        (pretrain(optim={"qqqqqqq": 1}), r"unknown key 'optim.qqqqqqq'; did you mean 'batch_size'"),
+        (finetune(stage="fine-tune"), "'stage' must be pretrain or finetune, got 'fine-tune'"),
+        ({"data": {}}, "'stage' must be pretrain or finetune, got None"),
+        ({"stage": "finetune", "data": {}}, "key 'init' is missing"),
+        (pretrain(optim={"lr": -1}), r"optim.lr = -1: input should be greater than 0"),
+        (pretrain(method="clip"), "method = 'clip'"),
+        (pretrain(data=3), "data = 3"),
+        (pretrain(data={"background": 0}), r"data.background\S* = 0"),
+        (pretrain(masked={"decoder_dim": 66}), "masked.decoder_dim = 66.*multiple of 4"),
+    ],
+)
+def test_what_is_wrong_is_named_on_one_line(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(content)
+    assert "\n" not in str(caught.value)
+
+
+def test_changes_are_yaml_and_reach_any_depth() -> None:
+    config = load_config(
+        pretrain(),
+        [
+            "model.ground={backbone: test_vit, image_px: 32}",
+            "model.aerial.kwargs.patch_size=8",
+            "data.withheld=[Quercus lobata]",
+            "data.imagery=a=b.tif",
+            "model.text.hub=",
+        ],
+    )
+    assert isinstance(config, PretrainConfig)
+    assert config.model.ground is not None
+    assert (config.model.ground.backbone, config.model.ground.image_px) == ("test_vit", 32)
+    assert config.model.aerial.kwargs == {"patch_size": 8}
+    assert config.data.withheld == ["Quercus lobata"]
+    assert config.data.imagery == "a=b.tif"
+    assert config.model.text is not None
+    assert config.model.text.hub is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optim.lr", r"--set 'optim.lr' is no assignment; write --set optim.lr=0.001"),
+        ("=3", "is no assignment"),
+        ("optim.=3", "names no key"),
+        ("optim.lr=[1", "not readable YAML"),
+        ("stage.lr=1", r"--set 'stage.lr=1': stage is 'pretrain', not a section"),
+        ("optim.learning_rate=1", "unknown key 'optim.learning_rate'"),
+        ("optim=3", "optim = 3"),
+    ],
+)
+def test_a_change_that_makes_no_sense_is_refused(change: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(pretrain(), [change])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- a\n- b\n", "is not a mapping"),
+        (b"", "is not a mapping"),
+        (b"stage: [pretrain", "is not readable YAML"),
+        (b"\xff\xfe\x00", "is not readable YAML"),
+        (b"!!python/object/apply:os.system ['true']", "is not readable YAML"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"bad.yaml {message}") as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none.yaml does not exist"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="is not readable YAML"):
+        load_config(tmp_path)
