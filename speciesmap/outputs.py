@@ -45,11 +45,11 @@ def replacing(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
-        if path.is_dir() and not path.is_symlink():
+        if (path.is_symlink() or path.exists()) and (path.is_dir() or beside.is_dir()):
             old = path.with_name(f".{path.stem}.{token}.old{path.suffix}")
             path.rename(old)
             beside.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
         else:
             beside.replace(path)
     except PermissionError as error:
@@ -57,8 +57,12 @@ def replacing(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
             f"cannot write {path}: {error.strerror}; choose a folder that you may write"
         ) from error
     finally:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
+        _remove(beside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
