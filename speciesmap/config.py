@@ -95,7 +95,7 @@ class MaskedConfig(Strict):
     """Masked image modelling (He et al. 2022): share masked, and the decoder's size."""
 
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
-    decoder_dim: int = 512
+    decoder_dim: int = Field(default=512, ge=4, multiple_of=4)
     decoder_depth: int = 8
     decoder_heads: int = 16
 
@@ -169,7 +169,14 @@ def load_config(
         key, equals, value = change.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {change!r} is no assignment; write --set optim.lr=0.001")
-        _assign(content, key.split("."), yaml.safe_load(value), change)
+        try:
+            read = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"--set {change!r} has a value that is not readable YAML; quote it, or write "
+                "--set optim.lr=0.001"
+            ) from error
+        _assign(content, key.split("."), read, change)
     try:
         return _adapter.validate_python(content)
     except ValidationError as error:
@@ -198,8 +205,14 @@ def _read_yaml(path: Path) -> Any:
 
 
 def _assign(content: dict[str, Any], keys: Sequence[str], value: Any, change: str) -> None:
-    for key in keys[:-1]:
-        content[key] = dict(content.get(key) or {})
+    for depth, key in enumerate(keys[:-1], 1):
+        section = content.get(key) or {}
+        if not isinstance(section, dict):
+            raise ConfigError(
+                f"--set {change!r}: {'.'.join(keys[:depth])} is {section!r}, not a section with "
+                "keys; set it as a whole"
+            )
+        content[key] = dict(section)
         content = content[key]
     if not keys[-1]:
         raise ConfigError(f"--set {change!r} names no key; write --set optim.lr=0.001")
