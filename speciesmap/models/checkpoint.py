@@ -110,7 +110,14 @@ def load_model(folder: Path | str) -> SpeciesModel:
         raise ModelError(
             f"{folder} lacks {Path(error.filename or WEIGHTS).name}; copy the checkpoint again"
         ) from error
-    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+    except (
+        SafetensorError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{folder} is damaged ({reason}); copy the checkpoint again") from error
     return model.eval()

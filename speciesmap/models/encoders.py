@@ -27,7 +27,7 @@ class ImageTower(nn.Module):
         kwargs: Further arguments of `timm.create_model`, for example `patch_size`.
 
     Raises:
-        ModelError: timm has no such model, or does not take these arguments.
+        ModelError: timm has no such model or weights, or does not take these arguments.
     """
 
     backbone: Any
@@ -61,6 +61,13 @@ class ImageTower(nn.Module):
             )
         except (TypeError, AssertionError, ValueError) as error:
             raise ModelError(f"timm cannot build {backbone!r} with {options}: {error}") from error
+        except Exception as error:  # the hub's client raises many kinds
+            if not pretrained:
+                raise
+            raise ModelError(
+                f"timm's weights of {backbone!r} cannot be had ({type(error).__name__}: "
+                f"{' '.join(str(error).split())}); check the network, or set pretrained: false"
+            ) from error
         self.image_px = image_px
         self.project = nn.Linear(self.backbone.num_features, dim)
         self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1))

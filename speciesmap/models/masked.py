@@ -42,7 +42,7 @@ class MaskedAutoencoder(nn.Module):
         heads: Decoder's attention heads.
 
     Raises:
-        ModelError: The backbone is not a vision transformer.
+        ModelError: The backbone is no such vision transformer.
     """
 
     positions: Tensor
@@ -57,16 +57,19 @@ class MaskedAutoencoder(nn.Module):
                 f"masked image modelling needs a vision transformer, got {type(vit).__name__}; "
                 "choose a timm model such as vit_small_patch16_224"
             )
+        rows, columns = vit.patch_embed.grid_size
+        prefix = int(vit.cls_token is not None)
+        if vit.pos_embed is None or vit.pos_embed.shape[1] != prefix + rows * columns:
+            raise ModelError(
+                "masked image modelling needs one learned position per patch and class token, and "
+                "no register tokens; choose a timm model such as vit_small_patch16_224"
+            )
         self.tower = tower
         self.mask_ratio = mask_ratio
-        rows, columns = vit.patch_embed.grid_size
         self.patch = vit.patch_embed.patch_size[0]
-        if vit.pos_embed is not None:
-            with torch.no_grad():
-                vit.pos_embed.zero_()
-                vit.pos_embed[0, vit.num_prefix_tokens :] = sincos_positions(
-                    rows, columns, vit.embed_dim
-                )
+        with torch.no_grad():
+            vit.pos_embed.zero_()
+            vit.pos_embed[0, prefix:] = sincos_positions(rows, columns, vit.embed_dim)
         self.embed = nn.Linear(vit.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(dim))
         nn.init.normal_(self.mask_token, std=0.02)

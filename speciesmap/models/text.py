@@ -57,18 +57,19 @@ class HubTextTower(nn.Module):
             `local-dir:PATH` for a folder in the hub's layout.
 
     Raises:
-        ModelError: The model cannot be had.
+        ModelError: The model or its weights cannot be had.
     """
 
     def __init__(self, dim: int, name: str) -> None:
         super().__init__()
         try:
-            model = open_clip.create_model(name)
+            model = open_clip.create_model(name, require_pretrained=True)
             self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # the hub's client raises many kinds
             raise ModelError(
-                f"text model {name!r} cannot be loaded ({type(error).__name__}: {error}); check "
-                "the name and the network, or give local-dir:PATH"
+                f"text model {name!r} cannot be loaded ({type(error).__name__}: "
+                f"{' '.join(str(error).split())}); check the name and the network, or give "
+                "local-dir:PATH"
             ) from error
         self.frozen = [model.eval().requires_grad_(False)]  # in a list: no part of the state
         with torch.no_grad():
