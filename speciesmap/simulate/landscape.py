@@ -85,8 +85,8 @@ def crown_cover(canopy: ArrayLike) -> Array:
 
 
 def crown_radius_px(elevation: ArrayLike) -> Array:
-    """Mean crown radius in pixels: large trees low down (5.5), small ones high up (1.8)."""
-    return np.asarray(1.8 * (5.5 / 1.8) ** special.ndtr(-1.2 * np.asarray(elevation)), np.float32)
+    """Mean crown radius in pixels: large trees low down (6.2), small ones high up (1.7)."""
+    return np.asarray(1.7 * (6.2 / 1.7) ** special.ndtr(-np.asarray(elevation)), np.float32)
 
 
 def green_share(moisture: ArrayLike) -> Array:
@@ -95,8 +95,13 @@ def green_share(moisture: ArrayLike) -> Array:
 
 
 def stoniness(soil: ArrayLike) -> Array:
-    """Stones per pixel of open ground, 0.0005 to 0.022, for a soil field (poor soils are low)."""
-    return np.asarray(0.0005 + 0.0215 * special.ndtr(-1.2 * np.asarray(soil)) ** 1.5, np.float32)
+    """Stones per pixel of open ground, 0.0005 to 0.018, for a soil field (poor soils are low)."""
+    return np.asarray(0.0005 + 0.0175 * special.ndtr(-1.2 * np.asarray(soil)) ** 1.5, np.float32)
+
+
+def stone_radius_px(soil: ArrayLike) -> Array:
+    """Mean radius of stones in pixels, from 1.0 on rich soils to 1.8 on poor ones."""
+    return np.asarray(1.0 + 0.8 * special.ndtr(-1.2 * np.asarray(soil)), np.float32)
 
 
 def ground_tone(soil: ArrayLike, tone: ArrayLike) -> Array:
@@ -105,8 +110,8 @@ def ground_tone(soil: ArrayLike, tone: ArrayLike) -> Array:
 
 
 def green_vigour(vigour: ArrayLike) -> Array:
-    """How green the green is, 0.6 to 1: the season's progress, which no taxon minds."""
-    return np.asarray(0.6 + 0.4 * special.ndtr(vigour), np.float32)
+    """How green the green is, 0.7 to 1: the season's progress, which no taxon minds."""
+    return np.asarray(0.7 + 0.3 * special.ndtr(vigour), np.float32)
 
 
 def spectral_noise(
@@ -196,9 +201,10 @@ def render_aerial(rng: np.random.Generator, landscape: Landscape) -> NDArray[np.
     scene *= 1 - 0.62 * np.minimum(ndimage.gaussian_filter(shadow, 0.5), 1)
     scene *= to_pixels(_hill_shade(landscape))
     scene = _TONE[:, None, None] * scene ** (1 / 1.6)
-    gain, haze = _exposure(rng, landscape.size_px)
+    gain, haze, blur = _exposure(rng, landscape.size_px)
     for band, value in enumerate(scene):
-        value[:] = ndimage.gaussian_filter(value, 0.45) * gain[band] + haze * _HAZE[band]
+        sharp, soft = (ndimage.gaussian_filter(value, sigma) for sigma in (0.4, 1.0))
+        value[:] = (sharp + (soft - sharp) * blur) * gain[band] + haze * _HAZE[band]
         value += rng.normal(0, 2.0, value.shape).astype(np.float32)
     return np.clip(np.rint(scene), 1, 255).astype(np.uint8)
 
@@ -223,11 +229,11 @@ def _ground(rng: np.random.Generator, landscape: Landscape) -> Array:
     rich = special.ndtr(1.2 * soil)
     ochre = ground_tone(soil, to_pixels(landscape.looks[0]))
     vigour = green_vigour(to_pixels(landscape.looks[1]))
-    rills = ndimage.rotate(noise(1.2, 9.0), 35, reshape=False, order=1, mode="mirror")
-    mottle = np.exp(0.07 * noise(1.0, 1.0) + 0.22 * rich * rills + 0.05 * noise(5.0, 5.0))
-    patches = noise(2.4, 2.4) + 0.35 * noise(1.0, 1.0)
+    rills = ndimage.rotate(noise(1.4, 10.0), 35, reshape=False, order=1, mode="mirror")
+    mottle = np.exp(0.05 * noise(1.0, 1.0) + 0.26 * rich * rills + 0.05 * noise(5.0, 5.0))
+    patches = noise(2.6, 2.6) + 0.35 * noise(1.0, 1.0)
     threshold = special.ndtri(np.clip(green_share(moisture), 0.01, 0.99)) * np.hypot(1, 0.35)
-    green = special.expit((threshold - patches) * 5)
+    green = special.expit((threshold - patches) * 7)
     path = special.expit((1.9 - landscape.track_m / RESOLUTION_M) * 2)
     albedo = np.exp(0.10 * to_pixels(spectral_noise(rng, size // CELL_PX, 20.0)))
     scene = np.empty((4, size, size), np.float32)
@@ -256,7 +262,7 @@ class _Discs:
     radius: Points
     phase: Points
     tone: NDArray[np.float64]
-    height: float
+    height: Points
 
 
 def _scatter(
@@ -293,11 +299,12 @@ def _scatter(
 
 def _stones(rng: np.random.Generator, landscape: Landscape) -> _Discs:
     """Boulders: small bright discs with short shadows."""
-    rows, cols, _ = _scatter(rng, landscape, stoniness(landscape.fields[3]), 0.66, 3.0)
-    radius = 0.9 + rng.gamma(2.0, 0.20, len(rows))
+    soil = landscape.fields[3]
+    rows, cols, cell = _scatter(rng, landscape, stoniness(soil), 0.66, 3.0)
+    radius = stone_radius_px(soil).ravel()[cell] * rng.lognormal(0, 0.25, len(rows))
     tone = _STONE * rng.lognormal(0, 0.10, (len(rows), 1))
     phase = rng.uniform(0, 2 * np.pi, len(rows))
-    return _Discs(rows, cols, radius, phase, tone, 0.9)
+    return _Discs(rows, cols, radius, phase, tone, np.full(len(rows), 0.9))
 
 
 def _crowns(rng: np.random.Generator, landscape: Landscape) -> _Discs:
@@ -306,44 +313,47 @@ def _crowns(rng: np.random.Generator, landscape: Landscape) -> _Discs:
     mean_radius = crown_radius_px(elevation)
     density = crown_cover(canopy) / (np.pi * mean_radius**2)
     rows, cols, cell = _scatter(rng, landscape, density, 0.76, 4.0)
-    radius = mean_radius.ravel()[cell] * rng.lognormal(0, 0.12, len(rows))
+    radius = mean_radius.ravel()[cell] * rng.lognormal(0, 0.10, len(rows))
     order = np.argsort(radius, kind="stable")
     rows, cols, cell, radius = rows[order], cols[order], cell[order], radius[order]
-    moist = special.ndtr(1.2 * moisture.ravel()[cell] + rng.normal(0, 0.35, len(rows)))
+    # Most crowns are either green or dry, and moisture decides how many are green.
+    moist = special.expit(4 * (1.1 * moisture.ravel()[cell] + rng.normal(0, 1, len(rows))))
     moist *= green_vigour(landscape.looks[1].ravel()[cell])
     tone = _DRY_CROWN + (_MOIST_CROWN - _DRY_CROWN) * moist[:, None]
     tone = tone * rng.lognormal(0, 0.10, (len(rows), 1))
     phase = rng.uniform(0, 2 * np.pi, len(rows))
-    return _Discs(rows, cols, radius, phase, tone, 1.5)
+    height = 0.9 + 1.2 * special.ndtr(-elevation.ravel()[cell])
+    return _Discs(rows, cols, radius, phase, tone, height)
 
 
-def _exposure(rng: np.random.Generator, size: int) -> tuple[Array, Array]:
-    """Nuisance of the survey: flight lines with seams, slow drift, haze.
+def _exposure(rng: np.random.Generator, size: int) -> tuple[Array, Array, Array]:
+    """Nuisance of the survey: flight lines with seams, slow drift, haze, focus.
 
     Returns:
-        Gain around 1 per band, shape (4, size, size), and haze to add, in digital numbers,
-        shape (size, size). Flight lines differ by up to 30%, bands within a line by up to 6%;
-        drift adds about 12% overall and 3% per band.
+        Gain around 1 per band, shape (4, size, size); haze to add, in digital numbers, and
+        blur, 0 to 1, shapes (size, size). Flight lines differ by up to 30%, bands within a line
+        by up to 7%; drift adds about 15% overall and 3% per band.
     """
     lines = max(2, round(size / 340))
     edges = np.linspace(0, size, lines + 1)[1:-1] + rng.uniform(-40, 40, lines - 1)
     tilt = rng.uniform(-0.06, 0.06) * np.arange(size)[:, None]
     position = np.arange(size)[None, :] + tilt
     line = np.searchsorted(edges, position)
-    gain = rng.uniform(0.74, 1.28, (lines, 1)) * rng.uniform(0.94, 1.06, (lines, 4))
+    common = rng.permutation(np.linspace(0.74, 1.28, lines))[:, None]
+    gain = common * rng.uniform(0.93, 1.07, (lines, 4))
     starts, ends = np.r_[0.0, edges], np.r_[edges, float(size)]
     across = (position - starts[line]) / (ends - starts)[line] - 0.5
     swath = 1 + rng.uniform(-0.22, 0.22, lines)[line] * across
     cells = size // CELL_PX
-    drift = 0.12 * to_pixels(spectral_noise(rng, cells, 50.0))
+    drift = 0.15 * to_pixels(spectral_noise(rng, cells, 50.0))
     exposure = np.empty((4, size, size), np.float32)
     for band in range(4):
         cast = 0.035 * to_pixels(spectral_noise(rng, cells, 40.0))
         exposure[band] = gain[line, band] * swath * np.exp(drift + cast)
-    thick = (
-        special.ndtr(to_pixels(spectral_noise(rng, cells, 40.0))) + rng.uniform(0, 1, lines)[line]
-    )
-    return exposure, np.asarray(12 * thick, np.float32)
+    thick = special.ndtr(to_pixels(spectral_noise(rng, cells, 40.0)))
+    haze = 12 * (thick + rng.uniform(0, 1, lines)[line])
+    blur = rng.permutation(np.linspace(0, 0.6, lines))[line]
+    return exposure, np.asarray(haze, np.float32), np.asarray(blur, np.float32)
 
 
 @numba.njit(cache=True)
@@ -378,7 +388,7 @@ def _paint(
     radius: Points,
     phase: Points,
     tone: NDArray[np.float64],
-    height: float,
+    height: Points,
     sun: Array,
 ) -> None:
     """Draw shaded discs in order, each over its predecessors, with their cast shadows.
@@ -392,14 +402,14 @@ def _paint(
         radius: Pixels, shape (N,).
         phase: Angle of the outline's wobble, radians, shape (N,).
         tone: Reflectance, shape (N, 4).
-        height: Shadow length in radii.
+        height: Shadow length in radii, shape (N,).
         sun: Unit vector to the sun (rows, columns, up), shape (3,).
     """
     size = scene.shape[1]
     for n in range(len(rows)):
         r, y, x = radius[n], rows[n], cols[n]
         reach = 1.2 * r + 1
-        down, right = -sun[0] * height * r, -sun[1] * height * r
+        down, right = -sun[0] * height[n] * r, -sun[1] * height[n] * r
         for row in range(
             max(0, int(y - reach + min(down, 0))), min(size, int(y + reach + max(down, 0)) + 1)
         ):

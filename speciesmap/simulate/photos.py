@@ -21,12 +21,14 @@ from speciesmap.simulate.landscape import (
     green_share,
     green_vigour,
     ground_tone,
+    stone_radius_px,
     stoniness,
 )
 from speciesmap.simulate.species import Streams, VirtualSpecies
 
 SIDE_PX = 96
 _SCALE = 2  # drawn larger, then averaged
+_VIEW_SPREAD = 0.5  # a photo looks one way and past its spot: fields differ by as many deviations
 _FORMS = ("lobed", "pinnate", "lance", "round", "palmate", "needles")
 _HUES = (
     (78, 128, 52),
@@ -34,6 +36,7 @@ _HUES = (
     (66, 122, 96),
     (58, 108, 44),
     (128, 108, 50),
+    (104, 96, 84),
     (86, 112, 112),
 )
 
@@ -89,8 +92,8 @@ def leaf_of(streams: Streams, species: VirtualSpecies, number: int) -> Leaf:
         parts=parts + (1 if sign > 0 else 0) * (2 if form in ("palmate", "needles") else 1),
         depth=depth * (1 + 0.2 * sign) * of_species.uniform(0.9, 1.1),
         colour=(float(hue[0]), float(hue[1]), float(hue[2])),
-        length=float(of_genus.uniform(0.46, 0.58)),
-        leaves=3 if form == "lance" else int(of_genus.integers(1, 3)),
+        length=float(of_genus.uniform(0.50, 0.62)),
+        leaves={"lobed": 1, "round": 1, "lance": 3}.get(form, int(of_genus.integers(1, 3))),
     )
 
 
@@ -113,7 +116,8 @@ def take_photo(rng: np.random.Generator, leaf: Leaf, fields: Array, looks: Array
     light = 1.0 - 0.25 * overcast
     horizon = int(side * rng.uniform(0.34, 0.46))
     _sky(draw, side, horizon, overcast, rng)
-    _surroundings(draw, side, horizon, light, fields, looks, rng)
+    seen = fields + rng.normal(0, _VIEW_SPREAD, len(fields)).astype(np.float32)
+    _surroundings(draw, side, horizon, light, seen, looks, rng)
     image = image.filter(ImageFilter.BoxBlur(1))
     _sprig(ImageDraw.Draw(image), side, leaf, light, rng)
     image = image.reduce(_SCALE)
@@ -168,12 +172,12 @@ def _surroundings(
         tone = _mix(bare, bare, 0, 0.72 * light)
         draw.line((x - w, y + 0.16 * w, x + w, y - 0.16 * w), fill=tone, width=2)
     for across, near in _spread(rng, round(2600 * float(stoniness(soil)))):
-        x, y, w = across * side, horizon + 3 + near**1.3 * depth, 1.4 + 4.5 * near
+        x, y = across * side, horizon + 3 + near**1.3 * depth
+        w = float(stone_radius_px(soil)) * (1 + 3 * near)
         fill = _mix(np.array([214, 210, 204.0]), bare, 0.2 * rng.uniform(), light)
         draw.ellipse((x - w, y - w * 0.6, x + w, y + w * 0.6), fill=fill)
     cover, radius = float(crown_cover(canopy)), float(crown_radius_px(elevation))
-    moist = vigour / (1 + np.exp(-2.0 * moisture))
-    crown = np.array([104, 104, 62.0]) * (1 - moist) + np.array([46, 88, 42.0]) * moist
+    dry, green = np.array([112, 104, 66.0]), np.array([46, 88, 42.0])
     # The denser the canopy and the smaller its crowns, the more trunks stand along the skyline.
     trees = list(_spread(rng, max(1, round(-1.6 * np.log1p(-1.4 * cover) * side / (4 * radius)))))
     for across, distance in sorted(trees, key=lambda tree: tree[1]):
@@ -181,6 +185,7 @@ def _surroundings(
         size = radius * (1.6 + 4.0 * near) * rng.uniform(0.9, 1.1)
         x, foot = across * side, horizon + 2 + 0.35 * depth * near
         tone = light * (1 - 0.25 * near) * rng.uniform(0.9, 1.1)
+        crown = dry + (green - dry) * vigour / (1 + np.exp(-4 * (1.1 * moisture + rng.normal())))
         draw.ellipse((x - size, foot - 2, x + size, foot + size / 3), fill=_mix(bare, bare, 0, 0.5))
         draw.rectangle((x - size / 8, foot - size, x + size / 8, foot + 1), fill=(66, 52, 40))
         y = foot - 1.5 * size

@@ -223,7 +223,7 @@ class Survey:
 def survey(
     streams: Streams, species: list[VirtualSpecies], landscape: Landscape, places: int
 ) -> Survey:
-    """Visit random places, an eighth of the default window (24 m) or more from the edge.
+    """Visit random places, 24 m or more from the edge: a 64 px window around each is whole.
 
     Every species is recorded at every place, by a Bernoulli draw from its true probability.
     """
