@@ -39,12 +39,12 @@ def test_any_spelling_of_a_known_name_is_found() -> None:
 def test_an_unknown_name_gets_help() -> None:
     with pytest.raises(QueryError, match=r"'Quercus agrifola'; did you mean 'Quercus agrifolia'\?"):
         find("Quercus agrifola", (PINE, OAK))
-    with pytest.raises(QueryError, match="it knows Pinus sabiniana, Quercus agrifolia$"):
+    with pytest.raises(QueryError, match=r"it knows Pinus sabiniana, Quercus agrifolia$"):
         find("xyzzy", (PINE, OAK))
     many = [Taxon(f"Genus{letter} species") for letter in string.ascii_lowercase]
     with pytest.raises(QueryError, match="and 21 more"):
         find("1234567890", many)
-    with pytest.raises(QueryError, match="knows no taxa.*--text"):
+    with pytest.raises(QueryError, match=r"knows no taxa.*--text"):
         find("Quercus agrifolia", ())
 
 

@@ -1,0 +1,77 @@
+"""Image towers: any timm backbone, any bands, raw pixels of any type."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from speciesmap.errors import ModelError
+from speciesmap.models.encoders import ImageTower
+
+
+def tower(
+    backbone: str = "test_resnet", bands: int = 4, side: int = 16, **more: object
+) -> ImageTower:
+    torch.manual_seed(0)
+    return ImageTower(
+        backbone,
+        side,
+        [100.0] * bands,
+        [50.0] * bands,
+        8,
+        **more,  # type: ignore[arg-type]
+    ).eval()
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "test_convnext"])
+@pytest.mark.parametrize("bands", [1, 3, 13])
+def test_any_backbone_takes_any_bands(backbone: str, bands: int) -> None:
+    encoder = tower(backbone, bands, 32)
+    assert encoder(torch.zeros(2, bands, 32, 32)).shape == (2, 8)
+
+
+def test_a_transformer_takes_a_window_it_was_not_made_for() -> None:
+    encoder = tower("test_vit", side=48, kwargs={"patch_size": 8})
+    assert encoder.backbone.patch_embed.grid_size == (6, 6)
+    assert encoder(torch.zeros(2, 4, 48, 48)).shape == (2, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.float64])
+def test_pixels_mean_the_same_in_any_number_type(dtype: torch.dtype) -> None:
+    encoder = tower()
+    windows = torch.randint(0, 128, (3, 4, 16, 16))
+    assert torch.equal(encoder(windows.to(dtype)), encoder(windows.float()))
+
+
+def test_normalisation_is_inside_and_per_band() -> None:
+    encoder = ImageTower("test_resnet", 16, [0.0, 10.0], [1.0, 2.0], 8)
+    pixels = torch.stack([torch.full((16, 16), 3.0), torch.full((16, 16), 14.0)])[None]
+    normal = encoder.normalise(pixels)
+    assert (normal[0, 0] == 3).all()
+    assert (normal[0, 1] == 2).all()
+
+
+def test_a_misspelt_backbone_names_the_nearest() -> None:
+    with pytest.raises(
+        ModelError, match=r"timm has no model 'test_resnt'; did you mean .*test_resnet"
+    ):
+        tower("test_resnt")
+    with pytest.raises(ModelError, match="resnet50"):
+        tower("\u6a61")
+
+
+def test_arguments_that_the_backbone_does_not_take_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"timm cannot build 'test_resnet' with .*patch_sze"):
+        tower(kwargs={"patch_sze": 8})
+
+
+def test_weights_that_cannot_be_had_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(name: str, pretrained: bool = False, **more: object) -> torch.nn.Module:
+        assert pretrained
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ModelError, match=r"no route to the hub.*pretrained: false") as caught:
+        tower(pretrained=True)
+    assert "\n" not in str(caught.value)
