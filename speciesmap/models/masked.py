@@ -82,7 +82,7 @@ class MaskedAutoencoder(nn.Module):
         """Reconstruction loss of one batch of raw pixels, shape (N, B, P, P)."""
         vit = self.tower.backbone
         pixels = self.tower.normalise(images)
-        tokens = vit.patch_embed(pixels)  # (N, L, E)
+        tokens = vit.patch_embed(pixels).flatten(1, -2)  # (N, L, E), also of a grid of tokens
         prefix = vit.num_prefix_tokens
         tokens = tokens + vit.pos_embed[:, prefix:]
         count, length, width = tokens.shape

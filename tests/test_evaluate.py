@@ -1,0 +1,95 @@
+"""AUC on held-out places, and probabilities from presences and background."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import expit
+from sklearn.metrics import roc_auc_score
+from tiny import TAXA
+
+from speciesmap.learning.evaluate import auc, calibrate, fold_auc, summarise
+
+NAMES = [taxon.name for taxon in TAXA]
+
+
+def test_fold_auc_is_that_of_each_fold_and_of_all() -> None:
+    rng = np.random.default_rng(0)
+    present, fold = rng.random(90) < 0.4, np.arange(90) % 3
+    score = rng.normal(size=90) + present
+    found = fold_auc(present, score, fold)
+    wanted = [roc_auc_score(present[fold == k], score[fold == k]) for k in range(3)]
+    assert found["auc_folds"] == pytest.approx(wanted)
+    assert found["auc_mean"] == pytest.approx(np.mean(wanted))
+    assert found["auc_sd"] == pytest.approx(np.std(wanted, ddof=1))
+    assert found["auc"] == pytest.approx(roc_auc_score(present, score))
+    assert found["presences"] == present.sum()
+
+
+def test_auc_is_the_share_of_pairs_in_order() -> None:
+    assert auc(np.array([True, True, False, False]), np.array([3.0, 1.0, 2.0, 0.0])) == 0.75
+    assert auc(np.array([True, True]), np.array([1.0, 2.0])) is None
+
+
+def test_a_fold_without_presences_has_no_auc_and_spoils_nothing() -> None:
+    found = fold_auc([True, False, False, False], [2.0, 1.0, 5.0, 6.0], [0, 0, 1, 1])
+    assert found["auc_folds"] == [1.0, None]
+    assert (found["auc_mean"], found["auc_sd"]) == (1.0, None)
+    nothing = fold_auc([False, False], [1.0, 2.0], [0, 1])
+    assert (nothing["auc"], nothing["auc_mean"], nothing["presences"]) == (None, None, 0)
+
+
+def folds_table(seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    taxon = np.r_[np.repeat(NAMES, 40), np.repeat("", 200)]
+    table = pd.DataFrame({"taxon": taxon, "fold": np.arange(len(taxon)) % 4})
+    for name in NAMES:
+        table[name] = rng.normal(size=len(taxon)) + (taxon == name)
+    return table
+
+
+def test_a_taxon_is_judged_against_background_and_not_against_other_taxa() -> None:
+    table = folds_table()
+    before = summarise(table, TAXA)
+    assert set(before) == set(NAMES)
+    assert before[NAMES[0]]["presences"] == 40
+    others = table["taxon"].isin(NAMES[1:])
+    table.loc[others, NAMES[0]] = 100.0
+    assert summarise(table, TAXA)[NAMES[0]] == before[NAMES[0]]
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(2.0, -1.5), (0.6, -3.0), (1.0, -1.0)])
+def test_calibration_recovers_the_truth_from_presences_and_background(
+    slope: float, intercept: float
+) -> None:
+    """Presences drawn where the taxon is, background everywhere, as a survey would find them."""
+    rng = np.random.default_rng(1)
+    landscape = rng.normal(-0.5, 1.5, 400_000)  # the model's logit at each place
+    present = rng.random(len(landscape)) < expit(slope * landscape + intercept)
+    prevalence = float(present.mean())
+    here = rng.choice(landscape[present], 5_000, replace=False)
+    away = rng.choice(landscape, 20_000, replace=False)
+    name = NAMES[0]
+    table = pd.DataFrame(
+        {"taxon": np.r_[np.repeat(name, 5_000), np.repeat("", 20_000)], name: np.r_[here, away]}
+    )
+    found = calibrate(table, TAXA[:1], prevalence)[name]
+    assert found.prevalence == prevalence
+    assert found.slope == pytest.approx(slope, rel=0.1)
+    assert found.intercept == pytest.approx(intercept, abs=0.2)
+    assert expit(found.slope * away + found.intercept).mean() == pytest.approx(prevalence, rel=1e-6)
+    truth = expit(slope * landscape + intercept)
+    error = np.abs(expit(found.slope * landscape + found.intercept) - truth)
+    assert error.mean() < 0.02
+
+
+def test_only_taxa_with_a_stated_prevalence_and_presences_are_calibrated() -> None:
+    table = folds_table()
+    assert calibrate(table, TAXA, None) == {}
+    assert set(calibrate(table, TAXA, 0.1)) == set(NAMES)
+    stated = calibrate(table, TAXA, {NAMES[1]: 0.3, "Nobody": 0.5})
+    assert set(stated) == {NAMES[1]}
+    assert stated[NAMES[1]].prevalence == 0.3
+    table = table[table["taxon"] != NAMES[2]]
+    assert set(calibrate(table, TAXA, 0.1)) == set(NAMES[:2])
