@@ -28,7 +28,7 @@ FIELDS = ("elevation", "moisture", "canopy", "soil")
 _LENGTH_PX = (240.0, 190.0, 170.0, 200.0)  # distance at which a field's correlation is about 1/e
 _CRS = "EPSG:32610"
 _LEFT_M, _TOP_M = 664_800.0, 4_268_400.0
-_TONE = np.array([335, 335, 345, 275], np.float32)  # digital number of reflectance 1, per band
+_TONE = np.array([305, 305, 315, 250], np.float32)  # digital number of reflectance 1, per band
 _HAZE = np.array([0.9, 1.0, 1.25, 0.5], np.float32)  # scattering is stronger in the blue
 _SUN = (0.64, 0.48, 0.60)  # unit vector to the sun: rows (south), columns (east), up
 
