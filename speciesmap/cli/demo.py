@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -46,7 +48,19 @@ def command(scene: str, out: Path, seed: int, overwrite: bool, as_json: bool) ->
     if as_json:
         click.echo(json.dumps(result))
         return
-    from speciesmap.present.page import print_tables
-
-    print_tables(result["scenes"])
+    for name, facts in result["scenes"].items():
+        for caption, rows in facts["metrics"].items():
+            if isinstance(rows, list):
+                _print_table(f"{name}: {caption.replace('_', ' ')}", rows)
     click.echo(result["html"])
+
+
+def _print_table(caption: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(*columns, title=caption)
+    for row in rows:
+        table.add_row(*("" if row.get(key) is None else str(row[key]) for key in columns))
+    Console(stderr=True, width=140).print(table)
