@@ -184,7 +184,7 @@ def open_sources(data: DataConfig) -> Sources:
 
     Raises:
         ConfigError: Neither a data set nor imagery is named, the window's size is nowhere said,
-            or a withheld taxon is not in the data.
+            or a withheld taxon is not in the data, or nothing is left.
     """
     imagery = open_imagery(data.imagery) if data.imagery else None
     if data.dataset:
@@ -195,6 +195,10 @@ def open_sources(data: DataConfig) -> Sources:
                 raise ConfigError(f"data.withheld names {name!r}, which {data.dataset} lacks")
         taxa = tuple(taxon for taxon in dataset.taxa if taxon.name not in data.withheld)
         wanted = dataset.facts["name"].isin([taxon.name for taxon in taxa])
+        if not wanted.any():
+            raise ConfigError(
+                f"{data.dataset} has no rows beside those of data.withheld; withhold fewer taxa"
+            )
         if imagery is not None and imagery.bands != dataset.bands:
             imagery = imagery.select(dataset.bands)
         return Sources(

@@ -50,6 +50,7 @@ from speciesmap.progress import track
 log = logging.getLogger("speciesmap")
 
 REFERENCES = 1024  # windows of the training landscape kept as the yardstick of untrained queries
+STATE = Path("state", "last.ckpt")  # where an interrupted run goes on from, in its folder
 STATISTICS = 2048  # windows that band means and deviations are measured on
 
 
@@ -98,9 +99,14 @@ def train(
 
     L.seed_everything(config.seed, verbose=False)
     started = time.perf_counter()
-    sources = open_sources(config.data)
-    procedure = pretrain if isinstance(config, PretrainConfig) else finetune
-    model, metrics = procedure(config, sources, work)  # type: ignore[arg-type]
+    try:
+        sources = open_sources(config.data)
+        procedure = pretrain if isinstance(config, PretrainConfig) else finetune
+        model, metrics = procedure(config, sources, work)  # type: ignore[arg-type]
+    except BaseException:
+        if not (work / STATE).exists():  # nothing to go on from
+            shutil.rmtree(work)
+        raise
     facts = {
         "training": config.model_dump(mode="json"),
         "metrics": metrics,
@@ -405,8 +411,9 @@ def fit(
     loud = log.isEnabledFor(logging.INFO)
     state = None
     if work is not None:
-        callbacks.append(ModelCheckpoint(work / "state", save_last=True, save_top_k=0))
-        state = work / "state" / "last.ckpt"
+        state = work / STATE
+        latest = ModelCheckpoint(state.parent, state.stem, enable_version_counter=False)
+        callbacks.append(latest)
         if loud:
             callbacks.append(RichProgressBar(leave=True, console_kwargs={"stderr": True}))
     stage.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

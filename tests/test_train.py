@@ -1,0 +1,467 @@
+"""Training: a configuration in, a checkpoint out; whole or not at all; the same seed, the same."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from numpy.typing import ArrayLike
+from tiny import BANDS, TAXA, TinyScene, tiny_model, tiny_scene
+from torch import Tensor
+
+from speciesmap.config import load_config
+from speciesmap.datasets.paired import PairedDataset
+from speciesmap.errors import ConfigError, DatasetError, ModelError, OutputError
+from speciesmap.learning.data import draw_background, open_sources
+from speciesmap.learning.modules import Crisp, Finetune
+from speciesmap.learning.train import train
+from speciesmap.models import load_model, read_facts, save_model
+from speciesmap.taxa import Taxon
+
+NAMES = [taxon.name for taxon in TAXA]
+CPU = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.fixture(autouse=True)
+def silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("speciesmap"), "level", logging.WARNING)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> TinyScene:
+    return tiny_scene(tmp_path_factory.mktemp("scene"))
+
+
+def crisp(scene: TinyScene, **changes: Any) -> dict[str, Any]:
+    base = {
+        "stage": "pretrain",
+        "data": {"dataset": str(scene.chips)},
+        "model": {
+            "dim": 16,
+            "aerial": {"backbone": "test_resnet"},
+            "ground": {"backbone": "test_resnet", "image_px": 16},
+            "text": {"width": 16, "layers": 1, "heads": 2},
+        },
+        "optim": {"epochs": 2, "batch_size": 12},
+        "trainer": CPU,
+    }
+    return {**base, **changes}
+
+
+def tune(scene: TinyScene, init: Path, **changes: Any) -> dict[str, Any]:
+    base = {
+        "stage": "finetune",
+        "init": str(init),
+        "data": {
+            "dataset": str(scene.chips),
+            "imagery": str(scene.imagery),
+            "background": 30,
+        },
+        "optim": {"epochs": 1, "batch_size": 12},
+        "trainer": CPU,
+    }
+    return {**base, **changes}
+
+
+@pytest.fixture(scope="module")
+def pretrained(scene: TinyScene, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(load_config(crisp(scene)), tmp_path_factory.mktemp("runs") / "pretrained")
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A start for fine-tuning, without the time to train one."""
+    model = tiny_model(taxa=(), bands=4)
+    object.__setattr__(model.architecture, "bands", BANDS)
+    return save_model(model, tmp_path_factory.mktemp("runs") / "untrained", {})
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return load_model(run).state_dict()
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_pretraining_makes_a_joint_space_of_the_data(scene: TinyScene, pretrained: Path) -> None:
+    model = load_model(pretrained)
+    assert model.bands == BANDS
+    assert (model.window_px, model.resolution_m, model.taxa) == (16, 1.0, ())
+    assert len(model.reference) == 36
+    assert torch.allclose(model.reference.norm(dim=1), torch.ones(36), atol=1e-2)
+    pixels = open_sources(load_config(crisp(scene)).data).dataset
+    assert pixels is not None
+    bands = pixels.aerial().astype(float)
+    assert model.architecture.mean == pytest.approx(bands.mean((0, 2, 3)), rel=1e-3)
+    assert model.architecture.std == pytest.approx(bands.std((0, 2, 3)), rel=1e-3)
+    facts = read_facts(pretrained)
+    assert facts["metrics"]["steps"] == 6
+    assert set(facts["metrics"]["losses"]) >= {"aerial_ground", "aerial_text", "ground_text"}
+    assert facts["training"]["method"] == "crisp"
+
+
+def test_a_run_holds_no_pickle_and_nothing_is_left_beside_it(pretrained: Path) -> None:
+    assert everything(pretrained.parent) == ["pretrained"]
+    kinds = {path.suffix for path in pretrained.rglob("*") if path.is_file()}
+    assert not kinds & {".ckpt", ".pt", ".pth", ".pkl", ".bin"}
+    assert {".safetensors", ".json", ".yaml"} <= kinds
+    described = yaml.safe_load((pretrained / "config.yaml").read_text())
+    assert load_config(described) == load_config(pretrained / "config.yaml")
+
+
+def test_finetuning_validates_by_folds_and_calibrates(
+    scene: TinyScene, pretrained: Path, tmp_path: Path
+) -> None:
+    stated = {NAMES[0]: 0.2, NAMES[2]: 0.4}
+    config = tune(scene, pretrained, validation={"folds": 2, "block_m": 40, "prevalence": stated})
+    run = train(load_config(config), tmp_path / "tuned")
+    model = load_model(run)
+    assert model.taxa == TAXA
+    assert model.prevalence == stated
+    assert model.fingerprint != load_model(pretrained).fingerprint
+    validation = read_facts(run)["metrics"]["validation"]
+    assert set(validation) == set(NAMES)
+    assert all(len(facts["auc_folds"]) == 2 for facts in validation.values())
+    folds = pd.read_parquet(run / "folds.parquet")
+    assert len(folds) == 36 + 30
+    assert (folds["taxon"] == "").sum() == 30
+    assert folds[NAMES].notna().all().all()
+    for _, part in folds.groupby("fold"):
+        rest = len(folds) - len(part)
+        assert 0 < part["trained"].iloc[0] <= rest
+        assert part["trained"].nunique() == 1
+
+    from speciesmap.mapping.query import taxon_query
+
+    assert taxon_query(model, NAMES[0]).quantity == "probability"
+    assert taxon_query(model, NAMES[1]).quantity == "suitability"
+
+
+def test_a_frozen_encoder_keeps_its_embeddings(
+    scene: TinyScene, untrained: Path, tmp_path: Path
+) -> None:
+    config = tune(scene, untrained, freeze_encoder=True, align=0.0)
+    before, after = load_model(untrained), load_model(train(load_config(config), tmp_path / "run"))
+    for (name, old), new in zip(
+        before.aerial.named_parameters(), after.aerial.parameters(), strict=True
+    ):
+        assert torch.equal(old, new), name
+    assert all(parameter.requires_grad for parameter in after.parameters())
+
+
+def test_the_same_seed_gives_the_same_weights(scene: TinyScene, tmp_path: Path) -> None:
+    first = weights(train(load_config(crisp(scene)), tmp_path / "first"))
+    torch.rand(7)
+    np.random.default_rng().random()
+    again = weights(train(load_config(crisp(scene)), tmp_path / "again"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    other = weights(train(load_config(crisp(scene, seed=1)), tmp_path / "other"))
+    assert not torch.equal(first["aerial.project.weight"], other["aerial.project.weight"])
+
+
+def mae(scene: TinyScene, **changes: Any) -> dict[str, Any]:
+    base = {
+        "stage": "pretrain",
+        "method": "mae",
+        "data": {"imagery": str(scene.imagery), "window_px": 16, "background": 24},
+        "model": {
+            "dim": 16,
+            "aerial": {"backbone": "test_vit", "kwargs": {"patch_size": 4}},
+        },
+        "masked": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+        "optim": {"epochs": 1, "batch_size": 12},
+        "trainer": CPU,
+    }
+    return {**base, **changes}
+
+
+def test_masked_pretraining_needs_only_imagery(scene: TinyScene, tmp_path: Path) -> None:
+    run = train(load_config(mae(scene)), tmp_path / "mae")
+    model = load_model(run)
+    assert (model.bands, model.window_px) == (BANDS, 16)
+    assert model.ground is None
+    assert model.text is None
+    assert not [name for name in model.state_dict() if "decoder" in name or "mask" in name]
+    assert len(model.reference) == 24
+    tuned = load_model(train(load_config(tune(scene, run)), tmp_path / "tuned"))
+    assert tuned.taxa == TAXA
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
+    """Let CRISP's training fail at a step; gives the steps made, as a list that grows."""
+    steps: list[int] = []
+    original = Crisp.training_step
+
+    def training_step(self: Crisp, batch: Any, index: int) -> Tensor:
+        if len(steps) == step:
+            raise Interrupted
+        steps.append(index)
+        return original(self, batch, index)
+
+    monkeypatch.setattr(Crisp, "training_step", training_step)
+    return steps
+
+
+def test_an_interrupted_run_leaves_no_checkpoint_and_goes_on_where_it_stopped(
+    scene: TinyScene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(crisp(scene, optim={"epochs": 4, "batch_size": 12}))
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        steps = interrupt_at(patch, step=7)  # three steps an epoch: in the third
+        with pytest.raises(Interrupted):
+            train(config, out)
+    assert len(steps) == 7
+    assert not out.exists()
+    assert everything(tmp_path) == [".run.training"]
+    assert everything(tmp_path / ".run.training" / "state") == ["last.ckpt"]
+    with pytest.raises(OutputError, match=r"interrupted run lies in .*--resume.*--overwrite"):
+        train(config, out)
+    with pytest.raises(ConfigError, match="had another configuration; pass --overwrite"):
+        train(load_config(crisp(scene, seed=9)), out, resume=True)
+    with monkeypatch.context() as patch:
+        steps = interrupt_at(patch, step=99)
+        assert train(config, out, resume=True) == out
+    assert len(steps) == 6, "the two epochs that were finished are not repeated"
+    assert read_facts(out)["metrics"]["steps"] == 12
+    assert everything(tmp_path) == ["run"]
+
+
+def test_overwrite_starts_an_interrupted_run_anew(
+    scene: TinyScene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(crisp(scene))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step=4)
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        steps = interrupt_at(patch, step=99)
+        train(config, tmp_path / "run", overwrite=True)
+    assert len(steps) == 6
+    assert everything(tmp_path) == ["run"]
+
+
+def test_resume_without_an_interrupted_run_is_a_start(scene: TinyScene, tmp_path: Path) -> None:
+    out = train(load_config(mae(scene)), tmp_path / "run", resume=True)
+    assert load_model(out).window_px == 16
+
+
+def test_an_output_that_exists_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").touch()
+    nothing = TinyScene(tmp_path / "none.tif", tmp_path / "none")
+    with pytest.raises(OutputError, match="exists already; pass --overwrite"):
+        train(load_config(crisp(nothing)), tmp_path / "run")
+    assert everything(tmp_path) == ["run"]
+    assert everything(tmp_path / "run") == ["mine"]
+
+
+def test_withheld_taxa_are_never_seen(
+    scene: TinyScene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: set[int] = set()
+    for name in ("aerial", "ground"):
+        original = getattr(PairedDataset, name)
+
+        def spy(self: PairedDataset, rows: ArrayLike, original: Any = original) -> Any:
+            read.update(np.asarray(rows).tolist())
+            return original(self, rows)
+
+        monkeypatch.setattr(PairedDataset, name, spy)
+    prompts: set[str] = set()
+
+    from speciesmap.models.text import TextTower
+
+    encode = TextTower.forward
+
+    def spoken(self: TextTower, words: list[str]) -> Tensor:
+        prompts.update(words)
+        return encode(self, words)
+
+    monkeypatch.setattr(TextTower, "forward", spoken)
+    data = {"dataset": str(scene.chips), "withheld": [NAMES[1]]}
+    run = train(load_config(crisp(scene, data=data)), tmp_path / "run")
+    data |= {"imagery": str(scene.imagery), "background": 20}
+    folds = {"folds": 2, "block_m": 40}
+    tuned = train(load_config(tune(scene, run, data=data, validation=folds)), tmp_path / "tuned")
+    assert [taxon.name for taxon in load_model(tuned).taxa] == [NAMES[0], NAMES[2]]
+    assert read == {row for row in range(36) if row % 3 != 1}
+    assert not [prompt for prompt in prompts if "lobata" in prompt]
+    assert [prompt for prompt in prompts if "agrifolia" in prompt]
+    assert set(pd.read_parquet(tuned / "folds.parquet")["taxon"]) == {NAMES[0], NAMES[2], ""}
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "message"),
+    [
+        (
+            lambda s, i: tune(s, i, data={"dataset": str(s.chips)}),
+            ConfigError,
+            "needs data.dataset for presences and data.imagery",
+        ),
+        (
+            lambda s, i: tune(s, i, data={"imagery": str(s.imagery), "window_px": 16}),
+            ConfigError,
+            "needs data.dataset for presences and data.imagery",
+        ),
+        (lambda s, i: tune(s, i / "none"), ModelError, "none is not a model"),
+        (lambda s, i: crisp(s, data={}), ConfigError, "neither a dataset nor imagery"),
+        (
+            lambda s, i: crisp(s, data={"imagery": str(s.imagery), "window_px": 16}),
+            ConfigError,
+            "crisp learns from pairs",
+        ),
+        (
+            lambda s, i: crisp(s, model={"aerial": {"backbone": "test_resnet"}}),
+            ConfigError,
+            "needs model.ground or model.text",
+        ),
+        (
+            lambda s, i: crisp(s, data={"dataset": str(s.chips), "withheld": ["Quercus x"]}),
+            ConfigError,
+            "data.withheld names 'Quercus x'",
+        ),
+        (
+            lambda s, i: mae(s, data={"imagery": str(s.imagery)}),
+            ConfigError,
+            "data.window_px is missing",
+        ),
+        (
+            lambda s, i: mae(s, model={"aerial": {"backbone": "test_resnet"}}),
+            ModelError,
+            "needs a vision transformer",
+        ),
+        (
+            lambda s, i: crisp(
+                s, model={"aerial": {"backbone": "test_resnet", "mean": [1.0]}, "text": {}}
+            ),
+            ConfigError,
+            r"model.aerial.mean has 1 values, the data has 4 bands \(red, green, blue, nir\)",
+        ),
+        (
+            lambda s, i: crisp(s, data={"dataset": str(s.chips), "withheld": NAMES}),
+            ConfigError,
+            "withheld",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    scene: TinyScene,
+    untrained: Path,
+    tmp_path: Path,
+    config: Any,
+    kind: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        train(load_config(config(scene, untrained)), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    assert everything(tmp_path) == [], "nothing was trained, so nothing is left to resume"
+
+
+def test_a_model_of_other_bands_is_refused(untrained: Path, tmp_path: Path) -> None:
+    colour = tiny_scene(tmp_path / "colour", rows=6, bands=BANDS[:3])
+    with pytest.raises(ModelError, match=r"with bands red, green, blue, nir; .* has 16 px and red"):
+        train(load_config(tune(colour, untrained)), tmp_path / "run")
+    with pytest.raises(ModelError, match="takes windows of 16 px"):
+        smaller = tiny_model(bands=3, taxa=())
+        save_model(smaller, tmp_path / "smaller", {})
+        train(load_config(tune(colour, tmp_path / "smaller")), tmp_path / "run")
+
+
+def test_rows_without_photos_are_refused_where_photos_are_learned_from(tmp_path: Path) -> None:
+    bare = tiny_scene(tmp_path, rows=12, photos=False)
+    with pytest.raises(DatasetError, match="has no photo; leave such rows out, or train without"):
+        train(load_config(crisp(bare)), tmp_path / "run")
+    model = {"dim": 16, "aerial": {"backbone": "test_resnet"}, "text": {"width": 16, "heads": 2}}
+    run = train(load_config(crisp(bare, model=model)), tmp_path / "run", overwrite=True)
+    assert load_model(run).ground is None
+
+
+def test_a_taxon_starts_where_its_windows_differ_from_the_background(
+    scene: TinyScene, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Tensor] = []
+    original = Finetune.__init__
+
+    def spy(self: Finetune, model: Any, *rest: Any) -> None:
+        started.append(model.head.vectors.detach().clone())
+        original(self, model, *rest)
+
+    monkeypatch.setattr(Finetune, "__init__", spy)
+    config = load_config(tune(scene, untrained))
+    train(config, tmp_path / "run")
+    base, sources = load_model(untrained), open_sources(config.data)
+    assert sources.dataset is not None
+    assert sources.imagery is not None
+    rng = np.random.default_rng(config.seed)
+    background = draw_background(sources.imagery, 16, 30, rng, base.fill)
+    with torch.inference_mode():
+        here = base.encode_aerial(torch.from_numpy(sources.dataset.aerial()))
+        away = base.encode_aerial(background.aerial(range(30))).mean(0)
+    for k in range(3):
+        wanted = here[k::3].mean(0) - away
+        assert torch.cosine_similarity(wanted, started[0][k], dim=0) > 0.95
+
+
+def shrunk(path: Path, scene: TinyScene, init: Path) -> list[str]:
+    """Assignments that make a shipped configuration small and point it to small data."""
+    content = yaml.safe_load(path.read_text())
+    data, model = content["data"], content.get("model", {})
+    changes = ["optim.epochs=1", "optim.batch_size=8", f"trainer={json.dumps(CPU)}"]
+    if data.get("dataset"):
+        changes.append(f"data.dataset={scene.chips}")
+    if data.get("imagery"):
+        changes.append(f"data.imagery={scene.imagery}")
+    if data.get("window_px"):
+        changes.append("data.window_px=16")
+    if data.get("withheld"):
+        changes.append(f"data.withheld=[{NAMES[1]}]")
+    changes.append("data.background=24")
+    if content["stage"] == "finetune":
+        changes.append(f"init={init}")
+        if content.get("validation"):
+            changes += ["validation.folds=2", "validation.block_m=40"]
+        return changes
+    changes.append("model.dim=16")
+    masked = content.get("method") == "mae"
+    backbone = (
+        "{backbone: test_vit, kwargs: {patch_size: 4}}" if masked else "{backbone: test_resnet}"
+    )
+    changes.append(f"model.aerial={backbone}")
+    if model.get("ground"):
+        changes.append("model.ground={backbone: test_resnet, image_px: 16}")
+    if model.get("text"):
+        changes.append("model.text={width: 16, layers: 1, heads: 2}")
+    if masked:
+        changes.append("masked={decoder_dim: 16, decoder_depth: 1, decoder_heads: 2}")
+    return changes
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_configuration_trains(
+    path: Path, scene: TinyScene, untrained: Path, tmp_path: Path
+) -> None:
+    config = load_config(path, shrunk(path, scene, untrained))
+    model = load_model(train(config, tmp_path / "run"))
+    with torch.inference_mode():
+        assert model.encode_aerial(torch.zeros(1, 4, 16, 16)).isfinite().all()
+    assert bool(model.taxa) == (config.stage == "finetune")
+    assert all(isinstance(taxon, Taxon) for taxon in model.taxa)
