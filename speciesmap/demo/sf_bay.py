@@ -23,6 +23,7 @@ from speciesmap.models import load_model, read_facts
 from speciesmap.observations.background import random_background
 from speciesmap.observations.read import read_observations
 from speciesmap.present.page import Scene
+from speciesmap.present.webmap import make_map
 from speciesmap.rasters.imagery import Imagery, open_imagery
 
 TAXON = "Ariolimax"
@@ -48,8 +49,8 @@ def run(out: Path, seed: int = 0) -> SceneResult:
     records = packaged("elapid", "data/ariolimax.gpkg")
     out.mkdir(parents=True, exist_ok=True)
     imagery = open_imagery(source)
-    pre = load_config(shipped_config("demo_landsat_mae.yaml"), [f"data.imagery={source}"])
-    window_px = pre.data.window_px or 32
+    pre_config = shipped_config("demo_landsat_mae.yaml")
+    window_px = load_config(pre_config).data.window_px or 32
 
     observations = read_observations(records, taxon=TAXON)
     observations["lineage"] = LINEAGE
@@ -66,7 +67,7 @@ def run(out: Path, seed: int = 0) -> SceneResult:
 
     places = [f"data.imagery={source}", f"data.background={background}", f"seed={seed}"]
     pretrained = train(
-        load_config(shipped_config("demo_landsat_mae.yaml"), places), out / "pretrained"
+        load_config(pre_config, [f"data.imagery={source}", f"seed={seed}"]), out / "pretrained"
     )
     tune = load_config(
         shipped_config("demo_landsat_finetune.yaml"),
@@ -74,6 +75,15 @@ def run(out: Path, seed: int = 0) -> SceneResult:
     )
     model = train(tune, out / "model")
     prediction = predict(model, imagery=source, out=out / "maps", store=out / "store.zarr")
+    maps = {TAXON: prediction.maps[0].path}
+    make_map(
+        list(maps.values()),
+        prediction.html,
+        observations=observations,
+        base=source,
+        title="Banana slugs around San Francisco Bay",
+        overwrite=True,
+    )
 
     folds = pd.read_parquet(model / "folds.parquet")
     table = [{"method": "speciesmap", **figures(read_facts(model)["metrics"]["validation"][TAXON])}]
@@ -88,8 +98,8 @@ def run(out: Path, seed: int = 0) -> SceneResult:
     for name, features, rival in RIVALS:
         scores = held_out_scores(features(at), present, at, fold, rival)
         table.append({"method": name, **figures(fold_auc(present, scores, fold))})
-    left_out = 1 - (folds.groupby("fold")["trained"].first() / (len(folds) * 5 / 6)).mean()
-    maps = {TAXON: prediction.maps[0].path}
+    trained = folds.groupby("fold")["trained"].first() / (len(folds) - folds["fold"].value_counts())
+    left_out = 1 - float(trained.mean())
     return SceneResult(
         imagery=Path(source),
         observations=out / "observations.parquet",
@@ -101,10 +111,11 @@ def run(out: Path, seed: int = 0) -> SceneResult:
         page=Scene(
             title="San Francisco Bay: banana slugs on Landsat 7",
             text=(
-                f"{int(present.sum())} presences of the genus Ariolimax against {BACKGROUND} random "
-                "places on land. The encoder was pre-trained on the raster's own windows by masked "
+                f"{int(present.sum())} presences of the genus Ariolimax against {BACKGROUND} "
+                "random places on land. The encoder was pre-trained on the raster's own windows by masked "
                 "image modelling, then fine-tuned. Whole blocks of 4 km were held out in turn, in "
-                f"six folds, and training windows that overlap a held-out one left out ({left_out:.0%}). "
+                "six folds, and training windows that overlap a held-out one left out "
+                f"({left_out:.0%}). "
                 "The map is relative suitability: presences alone do not tell a probability."
             ),
             map=prediction.html,

@@ -24,6 +24,7 @@ from speciesmap.mapping.query import Query, photo_query, taxon_query, text_query
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.observations.read import read_observations
 from speciesmap.present.page import Scene
+from speciesmap.present.webmap import make_map
 from speciesmap.rasters.imagery import open_imagery
 from speciesmap.simulate import Scene as Landscape
 from speciesmap.simulate import simulate
@@ -54,18 +55,14 @@ def run(out: Path, seed: int = 0) -> SceneResult:
     observations = everything.drop(index=asking).reset_index(drop=True)
     observations.to_parquet(out / "observations.parquet")
     imagery = open_imagery(landscape.aerial)
-    make_chips(
-        observations, imagery, out / "chips", window_px=WINDOW_PX, photos=landscape.photos
-    )
+    make_chips(observations, imagery, out / "chips", window_px=WINDOW_PX, photos=landscape.photos)
     shared = [
         f"seed={seed}",
         f"data.dataset={out / 'chips'}",
         f"data.withheld=[{withheld}]",
         f"data.imagery={landscape.aerial}",
     ]
-    pretrained = train(
-        load_config(shipped_config("demo_crisp.yaml"), shared), out / "pretrained"
-    )
+    pretrained = train(load_config(shipped_config("demo_crisp.yaml"), shared), out / "pretrained")
     tune = load_config(shipped_config("demo_finetune.yaml"), [*shared, f"init={pretrained}"])
     folder = train(tune, out / "model")
     model = load_model(folder)
@@ -83,6 +80,14 @@ def run(out: Path, seed: int = 0) -> SceneResult:
     maps: dict[str, dict[str, Path]] = {way: {} for way in WAYS.values()}
     for made in prediction.maps:
         maps[WAYS[made.query.kind]][made.query.label] = made.path
+    make_map(
+        [made.path for made in prediction.maps],
+        prediction.html,
+        observations=observations,
+        base=landscape.aerial,
+        title="A simulated landscape",
+        overwrite=True,
+    )
 
     sites = pd.read_csv(landscape.sites)
     rival = baseline(observations, landscape, sites, withheld, seed, model.fill)
@@ -122,7 +127,7 @@ def run(out: Path, seed: int = 0) -> SceneResult:
                 "visible. Baseline: logistic regression on band means and textures, same labels."
             ),
             map=prediction.html,
-            rasters=[path for path in maps["learned"].values()][:7],
+            rasters=list(maps["learned"].values()),
             imagery=landscape.aerial,
             figures=[
                 (f"{means['learned']:.2f}", "mean Spearman's rho to the truth, learned embedding"),
