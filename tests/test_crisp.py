@@ -6,7 +6,6 @@ import json
 import math
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +16,7 @@ from torch import Tensor
 from speciesmap.errors import ModelError
 from speciesmap.models import load_model, save_model
 from speciesmap.models.crisp import to_square
+from speciesmap.models.text import HubTextTower
 
 
 def windows(count: int = 3, bands: int = 4, seed: int = 0) -> Tensor:
@@ -119,6 +119,8 @@ def test_a_photo_covers_the_square_from_its_centre() -> None:
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in the layout of open_clip models on the hub."""
+    import open_clip  # after speciesmap.models
+
     folder = tmp_path_factory.mktemp("hub")
     config = {
         "embed_dim": 12,
@@ -140,7 +142,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_hub_text_tower_is_frozen_and_stays_out_of_checkpoints(hub: Path, tmp_path: Path) -> None:
     model = tiny_model(text={"hub": f"local-dir:{hub}"})
-    assert model.text is not None
+    assert isinstance(model.text, HubTextTower)
     prompts = ["Quercus agrifolia", "Pinus"]
     vectors = model.encode_text(prompts)
     assert_unit(vectors, 2)

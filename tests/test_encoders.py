@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
 
 from speciesmap.errors import ModelError
@@ -71,7 +70,7 @@ def test_weights_that_cannot_be_had_are_one_line(monkeypatch: pytest.MonkeyPatch
         assert pretrained
         raise ConnectionError("no route\nto the hub")
 
-    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr("speciesmap.models.encoders.timm.create_model", offline)
     with pytest.raises(ModelError, match=r"no route to the hub.*pretrained: false") as caught:
         tower(pretrained=True)
     assert "\n" not in str(caught.value)

@@ -295,7 +295,7 @@ def test_withheld_taxa_are_never_seen(
         return encode(self, words)
 
     monkeypatch.setattr(TextTower, "forward", spoken)
-    data = {"dataset": str(scene.chips), "withheld": [NAMES[1]]}
+    data: dict[str, Any] = {"dataset": str(scene.chips), "withheld": [NAMES[1]]}
     run = train(load_config(crisp(scene, data=data)), tmp_path / "run")
     data |= {"imagery": str(scene.imagery), "background": 20}
     folds = {"folds": 2, "block_m": 40}
