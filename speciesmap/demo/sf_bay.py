@@ -112,11 +112,11 @@ def run(out: Path, seed: int = 0) -> SceneResult:
             title="San Francisco Bay: banana slugs on Landsat 7",
             text=(
                 f"{int(present.sum())} presences of the genus Ariolimax against {BACKGROUND} "
-                "random places on land. The encoder was pre-trained on the raster's own windows by masked "
-                "image modelling, then fine-tuned. Whole blocks of 4 km were held out in turn, in "
-                "six folds, and training windows that overlap a held-out one left out "
-                f"({left_out:.0%}). "
-                "The map is relative suitability: presences alone do not tell a probability."
+                "random places on land. The encoder was pre-trained on the raster's own windows "
+                "by masked image modelling, then fine-tuned. Whole blocks of 4 km were held out "
+                "in turn, in six folds; training windows that overlap a held-out one were left "
+                f"out ({left_out:.0%}). The map is relative suitability: presences alone do not "
+                "tell a probability."
             ),
             map=prediction.html,
             rasters=list(maps.values()),

@@ -38,11 +38,12 @@ def aerial_view(windows: Tensor, std: Tensor, jitter: float = 0.2) -> Tensor:
     return turned * gain + jitter / 4 * shift * std  # (N, B, P, P)
 
 
-def ground_view(photos: Tensor, smallest: float = 0.2) -> Tensor:
+def ground_view(photos: Tensor, smallest: float = 0.5) -> Tensor:
     """Crop, mirror and re-light ground photos, as SimCLR and CRISP do.
 
     Random resized crop (area from `smallest` to 1, aspect 3:4 to 4:3), mirroring, brightness,
-    contrast and saturation of 0.2 with probability 0.8, greyscale with 0.2 (CRISP's prototype).
+    contrast and saturation of 0.2 with probability 0.8, greyscale with 0.2 (CRISP's prototype,
+    whose smallest crop is 0.2; half of the photo keeps its surroundings, which tell the habitat).
 
     Args:
         photos: Raw RGB values, shape (N, 3, P, P).
