@@ -124,7 +124,7 @@ def test_assume_negative_is_what_one_computes_by_hand() -> None:
 def test_assume_negative_pulls_presences_up_and_all_else_down() -> None:
     logits = torch.full((2, 3), 80.0, requires_grad=True)
     away = torch.full((4, 3), -80.0, requires_grad=True)
-    assume_negative(logits, torch.tensor([0, 1]), away, 3.0).backward()
+    assume_negative(logits, torch.tensor([0, 1]), away, 3.0).backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None
     assert away.grad is not None
     assert logits.grad.isfinite().all()
