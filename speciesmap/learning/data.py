@@ -24,7 +24,7 @@ from speciesmap.rasters.imagery import Imagery, open_imagery
 from speciesmap.rasters.windows import window_start
 from speciesmap.taxa import Taxon
 
-KEEP_PHOTOS_BELOW = 1 << 30  # bytes of decoded photos that are kept rather than decoded each epoch
+KEEP_BELOW = 1 << 30  # bytes of decoded images that are kept rather than read again each epoch
 
 Batch = dict[str, Tensor]
 
@@ -73,7 +73,7 @@ class PairedRows(Dataset[Batch]):
     @cached_property
     def _photos(self) -> Tensor | None:
         side = self.image_px or 0
-        if len(self.rows) * 3 * side**2 > KEEP_PHOTOS_BELOW:
+        if len(self.rows) * 3 * side**2 > KEEP_BELOW:
             return None
         parts = [self._read_photos(part) for part in np.array_split(self.rows, 64) if len(part)]
         return torch.cat(parts)  # (rows, 3, S, S)
@@ -130,6 +130,10 @@ class Places(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def filled(self, fill: ArrayLike) -> Places:
+        """The same places with another stand-in for invalid pixels."""
+        return Places(self.imagery, self.rows, self.cols, self.window_px, fill)
+
     def subset(self, chosen: NDArray[np.bool_]) -> Places:
         """Keep some of the places, by a mask of shape (N,)."""
         return Places(
@@ -138,13 +142,24 @@ class Places(Dataset[Batch]):
 
     def aerial(self, positions: ArrayLike) -> Tensor:
         """Read raw windows by positions in `rows`, shape (N, B, P, P)."""
+        kept = self._windows
+        chosen = np.asarray(positions)
+        return self._read(chosen) if kept is None else kept[torch.from_numpy(chosen)]
+
+    @cached_property
+    def _windows(self) -> Tensor | None:
+        size = len(self) * len(self.fill) * self.window_px**2 * self.imagery.dtype.itemsize
+        return None if size > KEEP_BELOW else self._read(np.arange(len(self)))
+
+    def _read(self, positions: NDArray[np.int64]) -> Tensor:
         side = self.window_px
-        windows = []
-        for k in np.asarray(positions):
+        bands = len(self.fill)
+        windows = np.empty((len(positions), bands, side, side), self.imagery.dtype)
+        for window, k in zip(windows, positions, strict=True):
             start = window_start(self.rows[k], self.cols[k], side)
             pixels, valid = self.imagery.read(*start, side, side)
-            windows.append(np.where(valid, pixels, self.fill.astype(pixels.dtype)))
-        return torch.from_numpy(np.stack(windows))  # (N, B, P, P)
+            window[:] = np.where(valid, pixels, self.fill.astype(pixels.dtype))
+        return torch.from_numpy(windows)  # (N, B, P, P)
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """Fetch one batch by positions in `rows`."""

@@ -157,6 +157,8 @@ def pretrain(
         assert sources.imagery is not None
         windows = draw_background(sources.imagery, sources.window_px, config.data.background, rng)
     model = build(config.model, sources, windows)
+    if isinstance(windows, Places):
+        windows = windows.filled(model.fill)
     if contrastive:
         loader = batches(windows, config.optim, config.trainer)
         steps = config.optim.epochs * len(loader)
