@@ -159,9 +159,9 @@ def pretrain(
     model = build(config.model, sources, windows)
     if isinstance(windows, Places):
         windows = windows.filled(model.fill)
+    loader = batches(windows, config.optim, config.trainer)
+    steps = config.optim.epochs * len(loader)
     if contrastive:
-        loader = batches(windows, config.optim, config.trainer)
-        steps = config.optim.epochs * len(loader)
         stage: Stage = Crisp(model, sources.taxa, config.optim, steps)
     else:
         masked = config.masked
@@ -172,8 +172,7 @@ def pretrain(
             masked.decoder_depth,
             masked.decoder_heads,
         )
-        loader = batches(windows, config.optim, config.trainer)
-        stage = Masked(network, config.optim, config.optim.epochs * len(loader))
+        stage = Masked(network, config.optim, steps)
     metrics = fit(stage, loader, config.optim, config.trainer, work)
     set_reference(model, windows, rng)
     return model, metrics
