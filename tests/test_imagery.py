@@ -47,6 +47,26 @@ def plain(path: Path, pixels: np.ndarray, **profile: object) -> Path:
     return path
 
 
+def test_values_under_places_are_those_of_their_pixels(tmp_path: Path) -> None:
+    grid = GeoBox((700, 1100), GRID.transform, GRID.crs)
+    pixels = noise(2, grid)
+    pixels[:, 100:300] = 0
+    path = plain(tmp_path / "a.tif", pixels, nodata=0)
+    imagery = open_imagery(path)
+    rng = np.random.default_rng(0)
+    rows, cols = rng.uniform(-50, 750, 3000), rng.uniform(-50, 1150, 3000)
+    x, y = imagery.xy(rows, cols)
+    on = (rows >= 0) & (rows < 700) & (cols >= 0) & (cols < 1100)
+    np.testing.assert_array_equal(imagery.contains(x, y), on)
+    expected = np.full((2, 3000), np.nan)
+    row, col = rows[on].astype(int), cols[on].astype(int)
+    expected[:, on] = np.where(pixels[:, row, col] > 0, pixels[:, row, col], np.nan)
+    np.testing.assert_array_equal(imagery.sample(x, y), expected)
+    assert imagery.sample([], []).shape == (2, 0)
+    assert not imagery.contains([np.nan, -179.0], [np.nan, 12.0]).any()
+    assert np.isnan(imagery.sample([np.nan], [40.0])).all()
+
+
 def test_any_rectangle_reads_and_outside_is_zero_and_invalid(
     tmp_path: Path,
 ) -> None:

@@ -54,7 +54,7 @@ def run(out: Path, seed: int = 0) -> SceneResult:
 
     observations = read_observations(records, taxon=TAXON)
     observations["lineage"] = LINEAGE
-    inside = on_raster(imagery, observations)
+    inside = imagery.contains(observations["longitude"], observations["latitude"])
     observations = observations[inside].reset_index(drop=True)
     observations.to_parquet(out / "observations.parquet")
     make_chips(observations, imagery, out / "chips", window_px=window_px, min_valid=0.5)
@@ -142,14 +142,6 @@ def packaged(package: str, inside: str) -> str:
             "pip install 'speciesmap[demo]'"
         )
     return str(path)
-
-
-def on_raster(imagery: Imagery, observations: gpd.GeoDataFrame) -> np.ndarray:
-    """Which observations lie on the raster, bool, shape (N,)."""
-    rows, cols = imagery.rowcol(observations["longitude"], observations["latitude"])
-    height, width = imagery.shape
-    inside: np.ndarray = (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
-    return inside
 
 
 def land_of(imagery: Imagery) -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 import geopandas as gpd
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from speciesmap.atlas import predict
@@ -154,22 +153,6 @@ def ask(
     return queries
 
 
-def sample(
-    raster: Path, longitude: NDArray[np.float64], latitude: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Values of a map's cells at places, NaN outside, shape (N,)."""
-    source = open_imagery(raster)
-    rows, cols = source.rowcol(longitude, latitude)
-    pixels, valid = source.read(0, 0, *source.shape)
-    values = np.where(valid, pixels[0], np.nan)
-    row, col = np.floor(rows).astype(int), np.floor(cols).astype(int)
-    height, width = source.shape
-    inside = (row >= 0) & (row < height) & (col >= 0) & (col < width)
-    found = np.full(len(row), np.nan)
-    found[inside] = values[row[inside], col[inside]]
-    return found
-
-
 def baseline(
     observations: gpd.GeoDataFrame,
     landscape: Landscape,
@@ -211,11 +194,11 @@ def measure(
     for taxon in landscape.taxa:
         part = sites[sites["taxon"] == taxon.name]
         at = part["lon"].to_numpy(), part["lat"].to_numpy()
-        truth = sample(landscape.truth[taxon.name], *at)
+        truth = open_imagery(landscape.truth[taxon.name]).sample(*at)[0]
         present = part["present"].to_numpy().astype(bool)
         row: dict[str, Any] = {"taxon": taxon.name}
         scores = {
-            way: sample(maps[way][taxon.name], *at)
+            way: open_imagery(maps[way][taxon.name]).sample(*at)[0]
             for way in WAYS.values()
             if taxon.name in maps[way]
         }

@@ -33,6 +33,7 @@ from speciesmap.rasters.windows import transformed
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img")
 BLOCK_CACHE_BYTES = 64 << 20  # GDAL's default, 5% of memory, makes memory grow with rasters
 OPEN_FILES = 32  # per thread; a mosaic may have thousands
+SAMPLE_PX = 512  # side of the squares that `sample` reads
 GRID_TOLERANCE_PX = 0.01  # of mosaic members against each other
 
 if "GDAL_CACHEMAX" not in os.environ:
@@ -260,6 +261,44 @@ class Imagery:
         from_grid = pyproj.Transformer.from_crs(self.geobox.crs, crs, always_xy=True)
         x, y = from_grid.transform(east, north)
         return np.asarray(x, np.float64), np.asarray(y, np.float64)
+
+    def contains(self, x: ArrayLike, y: ArrayLike, crs: Any = "EPSG:4326") -> NDArray[np.bool_]:
+        """Tell which places lie on the raster, valid or not, shape (N,); see `rowcol`."""
+        rows, cols = self.rowcol(x, y, crs)
+        height, width = self.shape
+        inside: NDArray[np.bool_] = (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
+        return inside
+
+    def sample(self, x: ArrayLike, y: ArrayLike, crs: Any = "EPSG:4326") -> NDArray[np.float64]:
+        """Read the pixels under places.
+
+        Args:
+            x: Eastings or longitudes, shape (N,).
+            y: Northings or latitudes, shape (N,).
+            crs: CRS of the places.
+
+        Returns:
+            Values as float64, shape (B, N), NaN outside the raster and where it is invalid. The
+            raster is read in squares of 512 pixels, each once, and only those that hold a place.
+
+        Raises:
+            ImageryError: The file cannot be read there.
+        """
+        rows, cols = self.rowcol(x, y, crs)
+        on = np.flatnonzero(self.contains(x, y, crs))
+        row, col = np.floor(rows[on]).astype(np.int64), np.floor(cols[on]).astype(np.int64)
+        values = np.full((len(self.bands), rows.size), np.nan)
+        _, block = np.unique(np.column_stack([row, col]) // SAMPLE_PX, axis=0, return_inverse=True)
+        order = np.argsort(block.ravel(), kind="stable")
+        for group in np.split(order, np.flatnonzero(np.diff(block.ravel()[order])) + 1):
+            if not group.size:
+                continue
+            top, left = row[group].min(), col[group].min()
+            height, width = row[group].max() - top + 1, col[group].max() - left + 1
+            pixels, valid = self.read(int(top), int(left), int(height), int(width))
+            there = row[group] - top, col[group] - left
+            values[:, on[group]] = np.where(valid[there], pixels[:, *there], np.nan)
+        return values  # (B, N)
 
 
 def open_raster(path: Path | str) -> DatasetReader:
