@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from speciesmap.atlas import predict
+from speciesmap.atlas import Prediction, predict
 from speciesmap.config import load_config, shipped_config
 from speciesmap.datasets.chips import make_chips
 from speciesmap.demo.scene import SceneResult, rounded
@@ -34,6 +35,37 @@ PHOTOS = 5  # of each taxon, kept out of training, ask for its map
 WAYS = {"taxon": "learned", "photo": "photos", "text": "name"}
 
 
+@dataclass(frozen=True)
+class Study:
+    """A simulated landscape and how its observations are used.
+
+    Attributes:
+        landscape: Its files.
+        withheld: Name of the taxon that no training sees.
+        observations: What may be trained on, and the withheld taxon's.
+        photos: Ground photos that ask for a map, by taxon; none belongs to `observations`.
+        chips: Paired data set of `observations`.
+        seed: Of everything random.
+    """
+
+    landscape: Landscape
+    withheld: str
+    observations: gpd.GeoDataFrame
+    photos: Mapping[str, list[Path]]
+    chips: Path
+    seed: int
+
+    @property
+    def data(self) -> list[str]:
+        """Assignments to the shipped configurations that name this study's data."""
+        return [
+            f"seed={self.seed}",
+            f"data.dataset={self.chips}",
+            f"data.withheld=[{self.withheld}]",
+            f"data.imagery={self.landscape.aerial}",
+        ]
+
+
 def run(out: Path, seed: int = 0) -> SceneResult:
     """Simulate, pre-train on pairs and names, fine-tune, and map every taxon in three ways.
 
@@ -47,38 +79,14 @@ def run(out: Path, seed: int = 0) -> SceneResult:
     Returns:
         Files, figures and the scene's part of the page.
     """
-    landscape = simulate(out / "scene", seed=seed)
-    withheld = landscape.taxa[1].name
-    everything = read_observations(landscape.observations)
-    asking = everything.groupby("taxon").head(PHOTOS).index
-    observations = everything.drop(index=asking).reset_index(drop=True)
+    study = prepare(out, seed)
+    landscape, withheld, observations = study.landscape, study.withheld, study.observations
     observations.to_parquet(out / "observations.parquet")
-    imagery = open_imagery(landscape.aerial)
-    make_chips(observations, imagery, out / "chips", window_px=WINDOW_PX, photos=landscape.photos)
-    shared = [
-        f"seed={seed}",
-        f"data.dataset={out / 'chips'}",
-        f"data.withheld=[{withheld}]",
-        f"data.imagery={landscape.aerial}",
-    ]
-    pretrained = train(load_config(shipped_config("demo_crisp.yaml"), shared), out / "pretrained")
-    tune = load_config(shipped_config("demo_finetune.yaml"), [*shared, f"init={pretrained}"])
+    pre_train = load_config(shipped_config("demo_crisp.yaml"), study.data)
+    pretrained = train(pre_train, out / "pretrained")
+    tune = load_config(shipped_config("demo_finetune.yaml"), [*study.data, f"init={pretrained}"])
     folder = train(tune, out / "model")
-    model = load_model(folder)
-    photos = {
-        name: [landscape.photos / file for file in rows["photo"]]
-        for name, rows in everything.loc[asking].groupby("taxon")
-    }
-    prediction = predict(
-        folder,
-        imagery=landscape.aerial,
-        store=out / "store.zarr",
-        out=out / "maps",
-        queries=ask(model, landscape.taxa, photos),
-    )
-    maps: dict[str, dict[str, Path]] = {way: {} for way in WAYS.values()}
-    for made in prediction.maps:
-        maps[WAYS[made.query.kind]][made.query.label] = made.path
+    prediction, maps = map_taxa(study, folder, out)
     make_map(
         [made.path for made in prediction.maps],
         prediction.html,
@@ -87,17 +95,10 @@ def run(out: Path, seed: int = 0) -> SceneResult:
         title="A simulated landscape",
         overwrite=True,
     )
-
-    sites = pd.read_csv(landscape.sites)
-    rival = baseline(observations, landscape, sites, withheld, seed, model.fill)
-    table = measure(landscape, sites, maps, rival, withheld)
-    control = next(row for row in table if row["taxon"] == landscape.control)
-    known = [row for row in table if row["taxon"] not in (landscape.control, withheld)]
-    means = {
-        way: float(np.mean([row[f"rho {way}"] for row in known]))
-        for way in (*WAYS.values(), "baseline")
-    }
-    unseen = next(row for row in table if row["taxon"] == withheld)
+    table = measure(study, maps, baseline(study, load_model(folder).fill))
+    means = mean_rho(table)
+    control = next(row for row in table if row["role"] == "control")
+    unseen = next(row for row in table if row["role"] == "withheld")
     return SceneResult(
         imagery=landscape.aerial,
         observations=landscape.observations,
@@ -142,6 +143,52 @@ def run(out: Path, seed: int = 0) -> SceneResult:
     )
 
 
+def prepare(out: Path, seed: int) -> Study:
+    """Simulate a landscape, keep five photos of each taxon to ask with, and cut chips.
+
+    Args:
+        out: Folder to work in.
+        seed: Of the landscape and of all training on it.
+    """
+    landscape = simulate(out / "scene", seed=seed)
+    everything = read_observations(landscape.observations)
+    asking = everything.groupby("taxon").head(PHOTOS).index
+    observations = everything.drop(index=asking).reset_index(drop=True)
+    imagery = open_imagery(landscape.aerial)
+    make_chips(observations, imagery, out / "chips", window_px=WINDOW_PX, photos=landscape.photos)
+    photos = {
+        str(name): [landscape.photos / file for file in rows["photo"]]
+        for name, rows in everything.loc[asking].groupby("taxon")
+    }
+    return Study(landscape, landscape.taxa[1].name, observations, photos, out / "chips", seed)
+
+
+def map_taxa(
+    study: Study, folder: Path, out: Path
+) -> tuple[Prediction, dict[str, dict[str, Path]]]:
+    """Map every taxon of a study in each way that a model can be asked in.
+
+    Args:
+        study: What to ask for.
+        folder: The model; taxa that it did not learn are asked for by photos and name only.
+        out: Gets `store.zarr` and `maps`.
+
+    Returns:
+        The prediction, and its maps by way and taxon.
+    """
+    prediction = predict(
+        folder,
+        imagery=study.landscape.aerial,
+        store=out / "store.zarr",
+        out=out / "maps",
+        queries=ask(load_model(folder), study.landscape.taxa, study.photos),
+    )
+    maps: dict[str, dict[str, Path]] = {way: {} for way in WAYS.values()}
+    for made in prediction.maps:
+        maps[WAYS[made.query.kind]][made.query.label] = made.path
+    return prediction, maps
+
+
 def ask(
     model: SpeciesModel, taxa: tuple[Taxon, ...], photos: Mapping[str, list[Path]]
 ) -> list[Query]:
@@ -153,24 +200,17 @@ def ask(
     return queries
 
 
-def baseline(
-    observations: gpd.GeoDataFrame,
-    landscape: Landscape,
-    sites: pd.DataFrame,
-    withheld: str,
-    seed: int,
-    fill: tuple[float, ...],
-) -> dict[str, pd.Series]:
+def baseline(study: Study, fill: tuple[float, ...]) -> dict[str, pd.Series]:
     """Log-odds of a regression on band means and textures, by taxon, indexed by lon and lat."""
-    imagery = open_imagery(landscape.aerial)
-    rng = np.random.default_rng(seed)
+    imagery = open_imagery(study.landscape.aerial)
+    rng = np.random.default_rng(study.seed)
     away = window_statistics(draw_background(imagery, WINDOW_PX, 4000, rng, fill))
-    places = sites[["lon", "lat"]].drop_duplicates()
+    places = pd.read_csv(study.landscape.sites)[["lon", "lat"]].drop_duplicates()
     there = Places(imagery, *imagery.rowcol(places["lon"], places["lat"]), WINDOW_PX, fill)
     elsewhere = window_statistics(there)
     scores = {}
-    for name, rows in observations.groupby("taxon"):
-        if name == withheld:
+    for name, rows in study.observations.groupby("taxon"):
+        if name == study.withheld:
             continue
         here = Places(
             imagery, *imagery.rowcol(rows["longitude"], rows["latitude"]), WINDOW_PX, fill
@@ -183,13 +223,11 @@ def baseline(
 
 
 def measure(
-    landscape: Landscape,
-    sites: pd.DataFrame,
-    maps: Mapping[str, Mapping[str, Path]],
-    rival: Mapping[str, pd.Series],
-    withheld: str,
+    study: Study, maps: Mapping[str, Mapping[str, Path]], rival: Mapping[str, pd.Series]
 ) -> list[dict[str, Any]]:
     """Spearman's rho to the truth and AUC of the survey, for each taxon and way of asking."""
+    landscape = study.landscape
+    sites = pd.read_csv(landscape.sites)
     table = []
     for taxon in landscape.taxa:
         part = sites[sites["taxon"] == taxon.name]
@@ -212,8 +250,15 @@ def measure(
             "control"
             if taxon.name == landscape.control
             else "withheld"
-            if taxon.name == withheld
+            if taxon.name == study.withheld
             else ""
         )
         table.append(rounded(row))
     return table
+
+
+def mean_rho(table: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean over the taxa that were trained and follow the landscape, by way of asking."""
+    known = [row for row in table if not row["role"]]
+    ways = [key for key in known[0] if key.startswith("rho ")]
+    return {way.removeprefix("rho "): float(np.mean([row[way] for row in known])) for way in ways}

@@ -270,7 +270,7 @@ def fit_taxa(
     if config.freeze_encoder:
         for tower in (model.aerial, model.ground, model.text):
             if tower is not None:
-                tower.requires_grad_(False)
+                tower.requires_grad_(False).eval()
     loader = batches(presences, config.optim, config.trainer)
     other = batches(background, config.optim, config.trainer, count=len(loader))
     both = CombinedLoader({"presences": loader, "background": other}, mode="min_size")
