@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from speciesmap.errors import ConfigError
 from speciesmap.taxa import nearest
@@ -17,6 +17,18 @@ class Strict(BaseModel):
     """A section whose unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Section = TypeVar("Section", bound=Strict)
+
+
+def divided(section: Section, heads: str, parts: int, width: str, whole: int) -> Section:
+    """Refuse attention heads that do not share their width evenly."""
+    if whole % parts:
+        raise ValueError(
+            f"{heads} = {parts} does not divide {width} = {whole}; choose one that does"
+        )
+    return section
 
 
 class BackboneConfig(Strict):
@@ -44,9 +56,13 @@ class TextConfig(Strict):
     """The text tower: a small one trained jointly, or a frozen one of the hub by name."""
 
     hub: str | None = None
-    width: int = 128
-    layers: int = 2
-    heads: int = 4
+    width: int = Field(default=128, ge=8)
+    layers: int = Field(default=2, ge=1)
+    heads: int = Field(default=4, ge=1)
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> TextConfig:
+        return divided(self, "heads", self.heads, "width", self.width)
 
 
 class ModelConfig(Strict):
@@ -73,13 +89,19 @@ class DataConfig(Strict):
 
 
 class OptimConfig(Strict):
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW with linear warm-up and cosine decay.
+
+    `batch_size` is of each device. With `chunk_size` a contrastive batch is embedded so many rows
+    at a time and each chunk's activations are computed again in the backward pass (gradient
+    caching, Gao et al. 2021), so that only the embeddings of the whole batch are in memory.
+    """
 
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=256, ge=2)
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
     warmup: float = Field(default=0.1, ge=0, lt=1)
+    chunk_size: int | None = Field(default=None, ge=1)
 
 
 class TrainerConfig(Strict):
@@ -96,8 +118,52 @@ class MaskedConfig(Strict):
 
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     decoder_dim: int = Field(default=512, ge=4, multiple_of=4)
-    decoder_depth: int = 8
-    decoder_heads: int = 16
+    decoder_depth: int = Field(default=8, ge=1)
+    decoder_heads: int = Field(default=16, ge=1)
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> MaskedConfig:
+        return divided(self, "decoder_heads", self.decoder_heads, "decoder_dim", self.decoder_dim)
+
+
+class AerialViewConfig(Strict):
+    """Photometric jitter of aerial windows; crops follow from `data.window_px`, turns are always.
+
+    `jitter` is the standard deviation of the common gain in nats.
+    """
+
+    jitter: float = Field(default=0.2, ge=0)
+
+
+class GroundViewConfig(Strict):
+    """Random views of ground photos.
+
+    `smallest` is the least share of the photo's area that a crop keeps, `hue` the largest turn of
+    the hue as a share of the circle, `blur` the share of photos that are blurred.
+    """
+
+    smallest: float = Field(default=0.5, gt=0, le=1)
+    hue: float = Field(default=0.0, ge=0, le=0.5)
+    blur: float = Field(default=0.0, ge=0, le=1)
+
+
+class ViewsConfig(Strict):
+    """Random views in training."""
+
+    aerial: AerialViewConfig = AerialViewConfig()
+    ground: GroundViewConfig = GroundViewConfig()
+
+
+class ContrastiveConfig(Strict):
+    """Which pairs of a batch attract, repel or are left out of CRISP's loss.
+
+    `same_place`: other photos of the same place are left out, or positives too; then rows of one
+    place are kept together in batches. `same_taxon`: a photo and a window of the same taxon but of
+    two places repel, or are left out.
+    """
+
+    same_place: Literal["ignored", "positive"] = "ignored"
+    same_taxon: Literal["negative", "ignored"] = "negative"
 
 
 class ValidationConfig(Strict):
@@ -121,6 +187,8 @@ class PretrainConfig(Strict):
     data: DataConfig
     model: ModelConfig
     masked: MaskedConfig = MaskedConfig()
+    contrastive: ContrastiveConfig = ContrastiveConfig()
+    views: ViewsConfig = ViewsConfig()
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = TrainerConfig()
 
@@ -136,6 +204,7 @@ class FinetuneConfig(Strict):
     align: float = Field(default=1.0, ge=0)
     freeze_encoder: bool = False
     validation: ValidationConfig | None = None
+    views: ViewsConfig = ViewsConfig()
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = TrainerConfig()
 

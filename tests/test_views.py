@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 
-from speciesmap.learning.views import aerial_view, ground_view
+from speciesmap.learning.views import aerial_view, blurred, ground_view, turned_hue
 
 
 def symmetries(window: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
@@ -83,3 +84,59 @@ def test_a_crop_is_mirrored_or_not_and_never_upside_down() -> None:
     assert 0.3 < mirrored.float().mean() < 0.7
     upright = ground_view(down)
     assert (upright[:, :, -1].mean((1, 2)) > upright[:, :, 0].mean((1, 2))).all()
+
+
+def test_a_random_crop_keeps_the_pixels_and_reaches_everywhere() -> None:
+    torch.manual_seed(0)
+    window = torch.arange(10 * 10).reshape(1, 1, 10, 10).expand(400, -1, -1, -1)
+    views = aerial_view(window, torch.ones(1, 1, 1), window_px=8, jitter=0.0)
+    assert views.shape == (400, 1, 8, 8)
+    corners = {float(view.min()) for view in views}
+    assert corners == {10.0 * top + left for top in range(3) for left in range(3)}
+    for view in views:
+        wanted = window[0, 0][:8, :8].flatten() + view.min()
+        assert torch.equal(view.flatten().sort().values, wanted.float())
+
+
+@pytest.mark.parametrize("turn", [0.05, 1 / 3, -0.2])
+def test_a_turned_hue_keeps_greys_and_brightness(turn: float) -> None:
+    matrix = turned_hue(torch.tensor([turn]))[0]
+    grey = torch.full((3,), 77.0)
+    assert torch.allclose(matrix @ grey, grey, atol=1e-4)
+    colour = torch.tensor([200.0, 40.0, 90.0])
+    assert torch.allclose((matrix @ colour).mean(), colour.mean(), atol=1e-3)
+    back = turned_hue(torch.tensor([-turn]))[0] @ matrix @ colour
+    assert torch.allclose(back, colour, atol=1e-3)
+
+
+def test_a_third_of_the_circle_exchanges_the_primaries() -> None:
+    red = turned_hue(torch.tensor([1 / 3]))[0] @ torch.tensor([1.0, 0.0, 0.0])
+    assert sorted(red.tolist()) == pytest.approx([0, 0, 1], abs=1e-5)
+
+
+def test_blurring_is_by_each_images_own_gaussian() -> None:
+    images = torch.zeros(2, 3, 33, 33)
+    images[:, :, 16, 16] = 1.0
+    spread = blurred(images, torch.tensor([1.0, 3.0]))
+    distance = torch.arange(33) - 16.0
+    for image, sigma in zip(spread, (1.0, 3.0), strict=True):
+        assert image.sum(dim=(1, 2)) == pytest.approx(np.ones(3), abs=1e-3)
+        variance = float((image[0].sum(1) * distance**2).sum())
+        assert variance == pytest.approx(sigma**2, rel=0.06)
+    assert torch.equal(blurred(images[:0], torch.ones(0)), images[:0])
+
+
+def test_hue_and_blur_are_options_that_change_photos() -> None:
+    photos = torch.rand(8, 3, 32, 32) * 255
+    views = {}
+    for name, options in {"plain": {}, "hue": {"hue": 0.1}, "blur": {"blur": 1.0}}.items():
+        torch.manual_seed(1)
+        views[name] = ground_view(photos, **options)
+        assert views[name].min() >= 0
+        assert views[name].max() <= 255
+
+    def roughness(view: torch.Tensor) -> float:
+        return float(view.diff(dim=3).abs().mean())
+
+    assert roughness(views["blur"]) < 0.9 * roughness(views["plain"])
+    assert not torch.equal(views["hue"], views["plain"])

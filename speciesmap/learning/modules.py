@@ -10,8 +10,10 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+from torch.utils.checkpoint import checkpoint
 
-from speciesmap.config import OptimConfig
+from speciesmap.config import ContrastiveConfig, OptimConfig, ViewsConfig
 from speciesmap.learning.data import Batch
 from speciesmap.learning.views import aerial_view, ground_view
 from speciesmap.models.crisp import SpeciesModel
@@ -24,6 +26,11 @@ class Stage(L.LightningModule):
     """AdamW with linear warm-up and cosine decay, by the step.
 
     Biases, norms and the scalars of heads are not decayed.
+
+    Args:
+        network: What is trained.
+        optim: Optimiser.
+        steps: Of the whole run, on one device; several share them.
     """
 
     def __init__(self, network: nn.Module, optim: OptimConfig, steps: int) -> None:
@@ -40,12 +47,13 @@ class Stage(L.LightningModule):
             {"params": [p for p in used if p.ndim <= 1], "weight_decay": 0.0},
         ]
         optimiser = torch.optim.AdamW(groups, lr=self.optim.lr)
-        warmup = max(1, round(self.optim.warmup * self.steps))
+        steps = max(1, self.steps // self.trainer.world_size)
+        warmup = max(1, round(self.optim.warmup * steps))
 
         def factor(step: int) -> float:
             if step < warmup:
                 return (step + 1) / warmup
-            done = (step - warmup) / max(1, self.steps - warmup)
+            done = (step - warmup) / max(1, steps - warmup)
             return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
@@ -76,21 +84,34 @@ class Crisp(Stage):
         taxa: What `batch["taxon"]` counts.
         optim: Optimiser.
         steps: Of the whole run.
+        contrastive: Which pairs attract and repel.
+        views: Random views.
     """
 
     network: SpeciesModel
 
     def __init__(
-        self, model: SpeciesModel, taxa: Sequence[Taxon], optim: OptimConfig, steps: int
+        self,
+        model: SpeciesModel,
+        taxa: Sequence[Taxon],
+        optim: OptimConfig,
+        steps: int,
+        contrastive: ContrastiveConfig | None = None,
+        views: ViewsConfig | None = None,
     ) -> None:
         super().__init__(model, optim, steps)
         self.prompts = Prompts(taxa)
+        self.contrastive = contrastive or ContrastiveConfig()
+        self.views = views or ViewsConfig()
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Pull the views of one place together and push those of other places apart."""
         model = self.network
-        aerial = model.encode_aerial(aerial_view(batch["aerial"], model.aerial.std))  # (N, D)
-        loss, parts = crisp_loss(model, aerial, batch, self.prompts)
+        batch = seen(model, batch, self.views)
+        aerial = in_chunks(model.encode_aerial, batch["aerial"], self.optim.chunk_size)  # (N, D)
+        loss, parts = crisp_loss(
+            model, aerial, batch, self.prompts, self.contrastive, self.optim.chunk_size
+        )
         return self.report(loss, **parts)
 
 
@@ -107,6 +128,7 @@ class Finetune(Stage):
         positive_weight: Weight of a presence; the number of taxa by default, which balances
             presences and assumed absences.
         align: Weight of the contrastive loss.
+        views: Random views.
     """
 
     network: SpeciesModel
@@ -118,10 +140,12 @@ class Finetune(Stage):
         steps: int,
         positive_weight: float | None,
         align: float,
+        views: ViewsConfig | None = None,
     ) -> None:
         super().__init__(model, optim, steps)
         self.positive_weight = positive_weight or float(len(model.taxa))
         self.align = align
+        self.views = views or ViewsConfig()
         self.prompts = Prompts(model.taxa)
 
     def training_step(self, batch: dict[str, Batch], index: int) -> Tensor:
@@ -130,15 +154,19 @@ class Finetune(Stage):
         presences, background = batch["presences"], batch["background"]
         count = len(presences["aerial"])
         windows = torch.cat([presences["aerial"], background["aerial"]])
-        embedded = model.encode_aerial(aerial_view(windows, model.aerial.std))  # (N + M, D)
+        aligns = self.align > 0 and (model.text is not None or "ground" in presences)
+        raw = {**presences, "aerial": windows} if aligns else {"aerial": windows}
+        drawn = seen(model, raw, self.views)
+        chunk_size = self.optim.chunk_size
+        embedded = in_chunks(model.encode_aerial, drawn["aerial"], chunk_size)  # (N + M, D)
         with torch.autocast(self.device.type, enabled=False):
             logits = model.head(embedded)  # (N + M, T)
             head = assume_negative(
                 logits[:count], presences["taxon"], logits[count:], self.positive_weight
             )
-        if not self.align or (model.text is None and "ground" not in presences):
+        if not aligns:
             return self.report(head)
-        aligned, parts = crisp_loss(model, embedded, presences, self.prompts)
+        aligned, parts = crisp_loss(model, embedded, drawn, self.prompts, chunk_size=chunk_size)
         return self.report(head + self.align * aligned, head=head, **parts)
 
 
@@ -182,40 +210,109 @@ class Prompts:
         return distinct.tolist(), named
 
 
+def seen(model: SpeciesModel, batch: Batch, views: ViewsConfig) -> Batch:
+    """Draw a random view of each image of a batch; the aerial ones have the model's window."""
+    window_px, std = model.window_px, model.aerial.std
+    drawn = dict(batch)
+    drawn["aerial"] = aerial_view(batch["aerial"], std, window_px, **dict(views.aerial))
+    if model.ground is not None and "ground" in batch:
+        drawn["ground"] = ground_view(batch["ground"], **dict(views.ground))
+    return drawn
+
+
+def in_chunks(encode: Callable[[Tensor], Tensor], images: Tensor, chunk_size: int | None) -> Tensor:
+    """Embed a batch in chunks whose activations are not kept but computed again to go back.
+
+    This is gradient caching (Gao et al. 2021): the loss sees the embeddings of the whole batch,
+    while memory holds the activations of one chunk. Random layers repeat their draws. The gradients
+    are those of the whole batch, except through batch norm, whose statistics are those of a chunk.
+
+    Args:
+        encode: Images to embeddings.
+        images: Shape (N, B, P, P).
+        chunk_size: Rows at a time; all at once by default.
+
+    Returns:
+        Embeddings, shape (N, D).
+    """
+    if chunk_size is None or len(images) <= chunk_size:
+        return encode(images)
+    parts = [checkpoint(encode, part, use_reentrant=False) for part in torch.split(images, chunk_size)]
+    return torch.cat(parts)  # (N, D)
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """Join the rows of all processes, N on each, through which gradients flow back to each.
+
+    Every process then computes the loss of the joined batch, and the mean of their gradients, as
+    data-parallel training takes it, is the gradient of that loss.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return rows
+    return torch.cat(all_gather(rows))  # type: ignore[no-untyped-call]  # (processes * N, ...)
+
+
+def named_alike(prompts: Callable[[Tensor], Any], taxon: Tensor) -> Any:
+    """Name the joined batch in the words of the first process, whose random cut all must share."""
+    drawn = [prompts(taxon)]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(drawn, src=0, device=taxon.device)
+    names, named = drawn[0]
+    return names, named.to(taxon.device)
+
+
 def crisp_loss(
-    model: SpeciesModel, aerial: Tensor, batch: Batch, prompts: Callable[..., Any]
+    model: SpeciesModel,
+    aerial: Tensor,
+    batch: Batch,
+    prompts: Callable[[Tensor], Any],
+    contrastive: ContrastiveConfig | None = None,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Contrastive loss over all pairs of views that a batch and a model have.
+
+    Where several processes train together, the pairs are those of their joined batch.
 
     Args:
         model: Its ground and text towers, where present, encode the batch.
         aerial: Unit embeddings of the batch's windows, shape (N, D), or of those and of
             background windows behind, which are negatives only, shape (N + M, D).
-        batch: `taxon`, `place` and perhaps `ground`.
+        batch: `taxon`, `place` and perhaps `ground`, the photos as the tower is to see them.
         prompts: Names rows by their taxon.
+        contrastive: Which pairs attract and repel.
+        chunk_size: Photos embedded at a time.
 
     Returns:
         The mean over the pairs of views, and each by name.
     """
+    contrastive = contrastive or ContrastiveConfig()
     parts: dict[str, Tensor] = {}
-    count = len(batch["taxon"])
-    device = aerial.device
+    local = len(batch["taxon"])
+    place, taxon = gathered(batch["place"]), gathered(batch["taxon"])  # (N,)
+    aerial = torch.cat([gathered(aerial[:local]), gathered(aerial[local:])])  # (N + M, D)
+    count, device = len(taxon), aerial.device
+
+    def padded(pairs: Tensor) -> Tensor:
+        return torch.nn.functional.pad(pairs, (0, 0, 0, len(aerial) - count))  # (N + M, ...)
+
     ground = None
     if model.ground is not None and "ground" in batch:
-        ground = model.encode_ground(ground_view(batch["ground"]))  # (N, D)
-        same = torch.eye(len(aerial), count, dtype=torch.bool, device=device)
-        place = batch["place"]
-        shared = torch.zeros_like(same)
-        shared[:count] = place[:, None] == place
+        ground = gathered(in_chunks(model.encode_ground, batch["ground"], chunk_size))  # (N, D)
+        positive = torch.eye(count, dtype=torch.bool, device=device)
+        ignored = place[:, None] == place
+        if contrastive.same_place == "positive":
+            positive = positive | ignored
+        if contrastive.same_taxon == "ignored":
+            ignored = ignored | (taxon[:, None] == taxon) & (taxon >= 0)
         with torch.autocast(device.type, enabled=False):
-            parts["aerial_ground"] = info_nce(aerial, ground, model.logit_scale, same, shared)
+            parts["aerial_ground"] = info_nce(
+                aerial, ground, model.logit_scale, padded(positive), padded(ignored)
+            )
     if model.text is not None:
-        names, named = prompts(batch["taxon"])
-        text = model.encode_text(names)  # (M, D)
-        padded = torch.zeros(len(aerial), len(names), dtype=torch.bool, device=device)
-        padded[:count] = named
+        names, named = named_alike(prompts, taxon)
+        text = model.encode_text(names)  # (T, D)
         with torch.autocast(device.type, enabled=False):
-            parts["aerial_text"] = info_nce(aerial, text, model.logit_scale, padded)
+            parts["aerial_text"] = info_nce(aerial, text, model.logit_scale, padded(named))
             if ground is not None:
                 parts["ground_text"] = info_nce(ground, text, model.logit_scale, named)
     return torch.stack(list(parts.values())).mean(), parts

@@ -19,6 +19,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import CombinedLoader
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, RandomSampler
 
 from speciesmap.config import (
@@ -157,12 +158,19 @@ def pretrain(
         assert sources.imagery is not None
         windows = draw_background(sources.imagery, sources.window_px, config.data.background, rng)
     model = build(config.model, sources, windows)
+    if config.optim.chunk_size and any(isinstance(m, _BatchNorm) for m in model.modules()):
+        log.warning(
+            "optim.chunk_size: batch norm takes its statistics from a chunk, not from the batch; "
+            "a backbone with layer or group norm learns the same in chunks"
+        )
     if isinstance(windows, Places):
         windows = windows.filled(model.fill)
     loader = batches(windows, config.optim, config.trainer)
     steps = config.optim.epochs * len(loader)
     if contrastive:
-        stage: Stage = Crisp(model, sources.taxa, config.optim, steps)
+        stage: Stage = Crisp(
+            model, sources.taxa, config.optim, steps, config.contrastive, config.views
+        )
     else:
         masked = config.masked
         network = MaskedAutoencoder(
@@ -275,7 +283,7 @@ def fit_taxa(
     other = batches(background, config.optim, config.trainer, count=len(loader))
     both = CombinedLoader({"presences": loader, "background": other}, mode="min_size")
     steps = config.optim.epochs * len(loader)
-    stage = Finetune(model, config.optim, steps, config.positive_weight, config.align)
+    stage = Finetune(model, config.optim, steps, config.positive_weight, config.align, config.views)
     metrics = fit(stage, both, config.optim, config.trainer, work)
     return model.requires_grad_(True).eval(), metrics
 

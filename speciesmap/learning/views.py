@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def aerial_view(windows: Tensor, std: Tensor, jitter: float = 0.2) -> Tensor:
-    """Turn, flip and re-light aerial windows; the ground seen from above has no up.
+def aerial_view(
+    windows: Tensor, std: Tensor, window_px: int | None = None, jitter: float = 0.2
+) -> Tensor:
+    """Crop, turn, flip and re-light aerial windows; the ground seen from above has no up.
 
     Each window gets one of the eight symmetries of the square, a gain of the whole window, a
-    smaller gain of each band, and an offset of each band.
+    smaller gain of each band, and an offset of each band. A crop keeps the size of a pixel on the
+    ground, which tells a tree from a shrub.
 
     Args:
-        windows: Raw pixels, shape (N, B, P, P).
+        windows: Raw pixels, shape (N, B, W, W).
         std: Of each band in raw units, shape (B, 1, 1), the unit of the offsets.
+        window_px: Side P of a random crop, at most W; none is cropped by default.
         jitter: Standard deviation of the common gain in nats; bands differ by a quarter of it
             and offsets by a quarter of it in units of `std`.
 
     Returns:
         Float32, shape (N, B, P, P).
     """
-    count, bands = windows.shape[:2]
+    count, bands, side = windows.shape[:3]
     device = windows.device
+    if window_px is not None and window_px < side:
+        corners = torch.randint(side - window_px + 1, (count, 2)).tolist()
+        windows = torch.stack(
+            [
+                window[:, top : top + window_px, left : left + window_px]
+                for window, (top, left) in zip(windows, corners, strict=True)
+            ]
+        )  # (N, B, P, P)
     turned = torch.empty_like(windows, dtype=torch.float32)
     symmetry = torch.randint(8, (count,), device=device)
     for k in range(8):
@@ -38,16 +52,21 @@ def aerial_view(windows: Tensor, std: Tensor, jitter: float = 0.2) -> Tensor:
     return turned * gain + jitter / 4 * shift * std  # (N, B, P, P)
 
 
-def ground_view(photos: Tensor, smallest: float = 0.5) -> Tensor:
+def ground_view(
+    photos: Tensor, smallest: float = 0.5, hue: float = 0.0, blur: float = 0.0
+) -> Tensor:
     """Crop, mirror and re-light ground photos, as SimCLR and CRISP do.
 
     Random resized crop (area from `smallest` to 1, aspect 3:4 to 4:3), mirroring, brightness,
     contrast and saturation of 0.2 with probability 0.8, greyscale with 0.2 (CRISP's prototype,
     whose smallest crop is 0.2; half of the photo keeps its surroundings, which tell the habitat).
+    The prototype also turns the hue by up to 0.05, with those 0.8, and blurs half of the photos.
 
     Args:
         photos: Raw RGB values, shape (N, 3, P, P).
         smallest: Least share of the photo's area that a crop keeps.
+        hue: Largest turn of the hue, as a share of the circle.
+        blur: Share of photos that are blurred, by a Gaussian of 0.1 to 2 px at 224 px.
 
     Returns:
         Float32 raw RGB values, shape (N, 3, P, P).
@@ -78,4 +97,51 @@ def ground_view(photos: Tensor, smallest: float = 0.5) -> Tensor:
     centre = view.mean((1, 2, 3), keepdim=True)
     view = (view - centre) * contrast + centre
     grey = view.mean(1, keepdim=True)
-    return ((view - grey) * saturation + grey).clamp(0, 255)  # (N, 3, P, P)
+    view = ((view - grey) * saturation + grey).clamp(0, 255)  # (N, 3, P, P)
+    if hue:
+        turn = turned_hue(lit * uniform(-hue, hue))  # (N, 3, 3)
+        view = torch.einsum("nij,njhw->nihw", turn, view).clamp(0, 255)
+    if blur:
+        chosen = (uniform(0, 1) < blur).nonzero()[:, 0]
+        sigma = uniform(0.1, 2.0)[chosen] * photos.shape[-1] / 224
+        view[chosen] = blurred(view[chosen], sigma)
+    return view
+
+
+def turned_hue(turn: Tensor) -> Tensor:
+    """Matrices that turn the hue of RGB values about the axis of greys.
+
+    Args:
+        turn: Shares of the circle, shape (N,).
+
+    Returns:
+        Shape (N, 3, 3); a grey stays as it is, and so does the mean of the three values.
+    """
+    angle = 2 * math.pi * turn
+    kept = torch.full((3, 3), 1 / 3, device=turn.device)
+    across = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=turn.device) / 3**0.5
+    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    return kept + cos * (torch.eye(3, device=turn.device) - kept) + sin * across  # (N, 3, 3)
+
+
+def blurred(images: Tensor, sigma: Tensor) -> Tensor:
+    """Blur each image by a Gaussian of its own.
+
+    Args:
+        images: Shape (N, B, P, P).
+        sigma: In pixels, shape (N,).
+
+    Returns:
+        Shape (N, B, P, P).
+    """
+    count, bands = images.shape[:2]
+    if not count:
+        return images
+    reach = min(max(1, math.ceil(3 * float(sigma.max()))), images.shape[-1] - 1)
+    offset = torch.arange(-reach, reach + 1, device=images.device)
+    kernel = torch.exp(-0.5 * (offset / sigma[:, None].clamp(min=1e-3)) ** 2)  # (N, K)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(bands, 0)[:, None]
+    flat = F.pad(images, (reach,) * 4, mode="reflect").flatten(0, 1)[None]
+    flat = F.conv2d(flat, kernel[..., None], groups=count * bands)  # (1, N * B, P, P + 2 reach)
+    flat = F.conv2d(flat, kernel[:, :, None], groups=count * bands)
+    return flat.reshape(images.shape)  # (N, B, P, P)
