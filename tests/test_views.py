@@ -127,7 +127,7 @@ def test_blurring_is_by_each_images_own_gaussian() -> None:
 
 
 def test_hue_and_blur_are_options_that_change_photos() -> None:
-    photos = torch.rand(8, 3, 32, 32) * 255
+    photos = torch.rand(8, 3, 224, 224) * 255
     views = {}
     for name, options in {"plain": {}, "hue": {"hue": 0.1}, "blur": {"blur": 1.0}}.items():
         torch.manual_seed(1)

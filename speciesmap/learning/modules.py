@@ -237,8 +237,9 @@ def in_chunks(encode: Callable[[Tensor], Tensor], images: Tensor, chunk_size: in
     """
     if chunk_size is None or len(images) <= chunk_size:
         return encode(images)
-    parts = [checkpoint(encode, part, use_reentrant=False) for part in torch.split(images, chunk_size)]
-    return torch.cat(parts)  # (N, D)
+    chunks = torch.split(images, chunk_size)
+    embedded = [checkpoint(encode, chunk, use_reentrant=False) for chunk in chunks]
+    return torch.cat(embedded)  # (N, D)
 
 
 def gathered(rows: Tensor) -> Tensor:
