@@ -183,6 +183,18 @@ def test_scores_are_logistic_in_the_cosine_and_nodata_stays() -> None:
 # ---- maps
 
 
+def test_a_query_scores_the_same_alone_and_among_others() -> None:
+    rng = np.random.default_rng(0)
+    places = F.normalize(torch.from_numpy(rng.normal(size=(32, 32, 128))), dim=2).half().numpy()
+    directions = rng.normal(size=(37, 128)).astype(np.float32)
+    queries = [
+        Query(f"q{k}", "text", v, 3.0, 0.1 * k, "suitability") for k, v in enumerate(directions)
+    ]
+    together = score(places, queries)
+    for query, values in zip(queries, together, strict=True):
+        np.testing.assert_array_equal(score(places, [query])[0], values)
+
+
 def test_the_maps_maximum_lies_on_a_planted_object(tmp_path: Path) -> None:
     pixels = np.full((3, 200, 260), 90, np.uint8)
     pixels[:, 120:124, 60:64] = 255

@@ -20,6 +20,7 @@ from speciesmap.errors import QueryError
 from speciesmap.models import SpeciesModel
 from speciesmap.taxa import find, slug
 
+TOGETHER = 16  # queries of one matrix product
 PROBIT_TO_LOGIT = 1.702  # the logistic curve nearest to the normal's (Camilli 1994)
 
 log = logging.getLogger("speciesmap")
@@ -186,7 +187,10 @@ def _open_photo(path: Path) -> Image.Image:
 
 
 def score(vectors: NDArray[Any], queries: Sequence[Query]) -> NDArray[np.float32]:
-    """Score places against all queries in one matrix product.
+    """Score places against all queries by matrix products.
+
+    A product's last bit depends on the shapes of its factors. Queries are therefore taken in
+    blocks of one size, so that a query's values do not depend on what else is asked for.
 
     Args:
         vectors: Unit embeddings, shape (..., D); NaN where nothing is known.
@@ -195,10 +199,18 @@ def score(vectors: NDArray[Any], queries: Sequence[Query]) -> NDArray[np.float32
     Returns:
         Values in [0, 1], shape (queries, ...), NaN where the embedding is.
     """
-    gains, offsets = torch.tensor([(q.gain, q.offset) for q in queries], dtype=torch.float32).T
-    directions = torch.from_numpy(np.stack([q.vector for q in queries])) * gains[:, None]  # (Q, D)
     places = torch.from_numpy(np.ascontiguousarray(vectors)).reshape(-1, vectors.shape[-1]).float()
-    values = torch.addmm(offsets[:, None], directions, places.T).sigmoid_()  # (Q, N)
+    padded = -(-len(queries) // TOGETHER) * TOGETHER
+    directions = torch.zeros(padded, places.shape[1])  # (Q, D)
+    offsets = torch.zeros(padded, 1)
+    for k, query in enumerate(queries):
+        directions[k] = torch.from_numpy(query.vector) * query.gain
+        offsets[k] = query.offset
+    values = torch.empty(padded, len(places))  # (Q, N)
+    for start in range(0, padded, TOGETHER):
+        block = slice(start, start + TOGETHER)
+        torch.addmm(offsets[block], directions[block], places.T, out=values[block])
+    values = values[: len(queries)].sigmoid_()
     return values.numpy().reshape(len(queries), *vectors.shape[:-1])
 
 
