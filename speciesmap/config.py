@@ -39,9 +39,24 @@ class BackboneConfig(Strict):
     kwargs: dict[str, Any] = {}
 
 
-class AerialConfig(BackboneConfig):
-    """The aerial tower; bands and window come from the data, statistics too unless given."""
+class FactoredConfig(Strict):
+    """Of a factored encoder: the side of its cells, and the transformer over a window's cells."""
 
+    cell_px: int = Field(default=64, ge=8)
+    width: int = Field(default=384, ge=4, multiple_of=4)
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=6, ge=1)
+
+
+class AerialConfig(BackboneConfig):
+    """The aerial tower; bands and window come from the data, statistics too unless given.
+
+    `encoder: factored` makes the backbone an encoder of cells, which overlapping windows share in
+    mapping; see `FactoredConfig`.
+    """
+
+    encoder: Literal["plain", "factored"] = "plain"
+    factored: FactoredConfig = FactoredConfig()
     mean: list[float] | None = None
     std: list[float] | None = None
 

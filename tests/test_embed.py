@@ -304,10 +304,10 @@ def test_reduced_precision_is_used_only_where_it_agrees(
             return torch.nn.functional.normalize(vectors, dim=1)
 
     path = scene(tmp_path / "a.tif")
-    monkeypatch.setattr(engine, "_computes_bfloat16", lambda device: True)
+    monkeypatch.setattr(engine, "computes_bfloat16", lambda device: True)
     assert embed(FakeModel(), path, tmp_path / "a.zarr").precision == "bfloat16"
     assert embed(Delicate(), path, tmp_path / "b.zarr").precision == "float32"
-    monkeypatch.setattr(engine, "_computes_bfloat16", lambda device: False)
+    monkeypatch.setattr(engine, "computes_bfloat16", lambda device: False)
     store = embed(FakeModel(), path, tmp_path / "c.zarr", bbox=None)
     assert store.precision == "float32"
     (store.path / "vectors/c/0/0/0").unlink()

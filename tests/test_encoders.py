@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from speciesmap.errors import ModelError
-from speciesmap.models.encoders import ImageTower
+from speciesmap.models.encoders import ImageTower, computes_bfloat16
 
 
 def tower(
@@ -74,3 +74,19 @@ def test_weights_that_cannot_be_had_are_one_line(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ModelError, match=r"no route to the hub.*pretrained: false") as caught:
         tower(pretrained=True)
     assert "\n" not in str(caught.value)
+
+
+def test_bfloat16_is_reported_where_the_processor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for capabilities, says in (
+        ({"avx512_bf16": True}, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({"avx512_f": True}, False),
+        ({}, False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c)
+        assert computes_bfloat16(cpu) is says
+    for capability, says in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert computes_bfloat16(torch.device("cuda")) is says
+    assert not computes_bfloat16(torch.device("meta"))

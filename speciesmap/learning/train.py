@@ -42,6 +42,7 @@ from speciesmap.learning.data import (
 from speciesmap.learning.evaluate import Calibration, calibrate, summarise
 from speciesmap.learning.modules import Crisp, Finetune, Masked, Stage
 from speciesmap.models import Architecture, SpeciesModel, load_model, save_model
+from speciesmap.models.encoders import ImageTower, computes_bfloat16
 from speciesmap.models.heads import TaxonHead
 from speciesmap.models.masked import MaskedAutoencoder
 from speciesmap.observations.folds import separated, spatial_blocks
@@ -173,6 +174,11 @@ def pretrain(
         )
     else:
         masked = config.masked
+        if not isinstance(model.aerial, ImageTower):
+            raise ConfigError(
+                "method mae hides patches of whole windows, which a factored encoder never sees; "
+                "choose model.aerial.encoder: plain, or method: crisp"
+            )
         network = MaskedAutoencoder(
             model.aerial,
             masked.mask_ratio,
@@ -365,7 +371,10 @@ def build(config: ModelConfig, sources: Sources, windows: PairedRows | Places) -
         resolution_m=sources.resolution_m,
         mean=tuple(mean),
         std=tuple(std),
-        aerial=config.aerial.model_dump(include={"backbone", "kwargs"}),
+        aerial=config.aerial.model_dump(
+            include={"backbone", "kwargs"}
+            | ({"factored"} if config.aerial.encoder == "factored" else set())
+        ),
         ground=config.ground.model_dump(include={"backbone", "kwargs", "image_px"})
         if config.ground
         else None,
@@ -415,7 +424,9 @@ def fit(
     Returns:
         The last losses by name, the number of steps, and the precision.
     """
-    precision = config.precision if config.precision != "auto" else best_precision()
+    precision = (
+        config.precision if config.precision != "auto" else best_precision(config.accelerator)
+    )
     callbacks: list[Callback] = []
     loud = log.isEnabledFor(logging.INFO)
     state = None
@@ -456,11 +467,11 @@ def fit(
     return {"losses": losses, "steps": trainer.global_step, "precision": precision}
 
 
-def best_precision() -> str:
-    """Choose bfloat16 where the processor multiplies it natively, else float32."""
-    if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-    return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
+def best_precision(accelerator: str) -> str:
+    """Choose bfloat16 where the processor multiplies it natively, else what Lightning has."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if computes_bfloat16(torch.device("cuda")) else "16-mixed"
+    return "bf16-mixed" if computes_bfloat16(torch.device("cpu")) else "32-true"
 
 
 @torch.inference_mode()
@@ -472,9 +483,10 @@ def embeddings(
     model.eval()
     count = min(len(windows), limit or len(windows))
     parts = [torch.empty(0, model.dim)]
+    quick = computes_bfloat16(torch.device("cpu"))
     for chosen in np.array_split(np.arange(count), max(1, count // 256)):
         if len(chosen):
-            with torch.autocast("cpu", torch.bfloat16, enabled=best_precision() == "bf16-mixed"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=quick):
                 parts.append(model.encode_aerial(windows.aerial(chosen)))  # (n, D)
     model.train(training)
     return torch.cat(parts)

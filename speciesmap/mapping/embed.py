@@ -25,6 +25,7 @@ from torch import Tensor
 from speciesmap.errors import ConfigError, ImageryError, StoreError
 from speciesmap.mapping.cut import ahead, cut_windows
 from speciesmap.models import SpeciesModel, load_model
+from speciesmap.models.encoders import computes_bfloat16
 from speciesmap.progress import track
 from speciesmap.rasters.imagery import Imagery, open_imagery
 from speciesmap.rasters.store import EmbeddingStore, Identity, open_store
@@ -305,7 +306,7 @@ class _Encoder:
         """Choose the precision by a first batch, and give its vectors."""
         self.precision = "float32"
         exact = self._encode(windows, "float32")
-        if not _computes_bfloat16(self.device):
+        if not computes_bfloat16(self.device):
             return exact
         quick = self._encode(windows, "bfloat16")
         cosine = float((exact * quick).sum(dim=1).min())
@@ -313,13 +314,3 @@ class _Encoder:
             self.precision = "bfloat16"
         log.info("encoding in %s; bfloat16 has a cosine of %.5f to float32", self.precision, cosine)
         return quick if self.precision == "bfloat16" else exact
-
-
-def _computes_bfloat16(device: torch.device) -> bool:
-    """Tell whether the processor has instructions for bfloat16, not an emulation."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from speciesmap.errors import ModelError
 from speciesmap.models.encoders import ImageTower
+from speciesmap.models.factored import FactoredTower
 from speciesmap.models.heads import TaxonHead
 from speciesmap.models.text import HubTextTower, TextTower
 from speciesmap.taxa import Taxon
@@ -42,7 +43,8 @@ class Architecture:
         resolution_m: Side of a pixel of the imagery trained on, in metres.
         mean: Of each band, in raw pixel units.
         std: Of each band, in raw pixel units.
-        aerial: `backbone` and `kwargs` of the aerial `ImageTower`.
+        aerial: `backbone` and `kwargs` of the aerial `ImageTower`; with `factored`, the further
+            arguments of a `FactoredTower`, it is one.
         ground: `backbone`, `kwargs` and `image_px` of the ground tower, if there is one.
         text: `width`, `layers` and `heads` of the text tower, or `hub`, if there is one.
     """
@@ -89,13 +91,15 @@ class SpeciesModel(nn.Module):
         self.architecture = a = architecture
         self.taxa = tuple(taxa)
         self.prevalence = dict(prevalence or {})
-        self.aerial = ImageTower(
+        tower = FactoredTower if a.aerial.get("factored") else ImageTower
+        self.aerial: FactoredTower | ImageTower = tower(
             image_px=a.window_px,
             mean=a.mean,
             std=a.std,
             dim=a.dim,
             pretrained="aerial" in pretrained,
-            **a.aerial,
+            **{name: value for name, value in a.aerial.items() if name != "factored"},
+            **a.aerial.get("factored", {}),
         )
         self.ground = (
             ImageTower(
@@ -140,6 +144,11 @@ class SpeciesModel(nn.Module):
     def fill(self) -> tuple[float, ...]:
         """What stands in for an invalid pixel, per band in raw units: the training mean."""
         return self.architecture.mean
+
+    @property
+    def factored(self) -> FactoredTower | None:
+        """The aerial tower, if it is one that can share work between windows."""
+        return self.aerial if isinstance(self.aerial, FactoredTower) else None
 
     @property
     def logit_scale(self) -> Tensor:

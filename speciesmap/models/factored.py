@@ -1,0 +1,118 @@
+"""A window encoder in two parts, of which the heavy one can be shared between windows.
+
+A cell encoder sees squares of the imagery one by one and nothing around them; a light transformer
+then looks at the cells of one window. Overlapping windows that start on the same grid have cells
+in common, and a cell's token does not depend on the window it is in: encoding each cell once and
+running only the light part per window gives what encoding every window by itself gives. The
+two-stage design follows hierarchical image pyramid transformers (Chen et al. 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from speciesmap.errors import ModelError
+from speciesmap.models.encoders import ImageTower
+from speciesmap.models.masked import sincos_positions
+
+
+class FactoredTower(nn.Module):
+    """Raw pixels of a window to a point of the joint space, by way of its cells.
+
+    Args:
+        backbone: Name of any timm model, which encodes cells.
+        image_px: Side of the window, a multiple of `cell_px`.
+        mean: Mean of each band in raw pixel units.
+        std: Standard deviation of each band in raw pixel units.
+        dim: Size of the joint space.
+        cell_px: Side of a cell.
+        width: Size of a cell's token, a multiple of `heads` and of 4.
+        layers: Transformer blocks over a window's cells.
+        heads: Attention heads of a block.
+        pretrained: Start the cell encoder from timm's weights.
+        kwargs: Further arguments of `timm.create_model`.
+
+    Attributes:
+        cells: The cell encoder.
+        side: Cells along a window's side.
+
+    Raises:
+        ModelError: The sizes do not fit each other, or timm cannot build the cell encoder.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        image_px: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        dim: int,
+        *,
+        cell_px: int,
+        width: int,
+        layers: int,
+        heads: int,
+        pretrained: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if image_px % cell_px:
+            raise ModelError(
+                f"windows of {image_px} px hold no whole number of cells of {cell_px} px; choose "
+                "a factored.cell_px that divides the window"
+            )
+        if width % heads or width % 4:
+            raise ModelError(
+                f"tokens of size {width} do not fit {heads} heads; choose a factored.width that "
+                "is a multiple of factored.heads and of 4"
+            )
+        self.cell_px = cell_px
+        self.side = image_px // cell_px
+        self.cells = ImageTower(backbone, cell_px, mean, std, width, pretrained, kwargs)
+        self.positions = nn.Parameter(sincos_positions(self.side, self.side, width))
+        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, dim)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of each band in raw pixel units, shape (B, 1, 1)."""
+        return self.cells.std
+
+    def encode_cells(self, cells: Tensor) -> Tensor:
+        """Encode raw pixels of cells, (N, B, S, S), each by itself, to tokens (N, W)."""
+        tokens: Tensor = self.cells(cells)
+        return tokens
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Look at the cells of each window together.
+
+        Args:
+            tokens: Of the cells of N windows, row by row, shape (N, side * side, W).
+
+        Returns:
+            Points of the joint space, not normalised, shape (N, D).
+        """
+        mixed = self.norm(self.blocks(tokens + self.positions))  # (N, side * side, W)
+        point: Tensor = self.project(mixed.mean(1))  # (N, D)
+        return point
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode windows by themselves.
+
+        Args:
+            images: Any number type, raw pixel values, shape (N, B, P, P).
+
+        Returns:
+            Points of the joint space, not normalised, shape (N, D).
+        """
+        count, bands = images.shape[:2]
+        side, px = self.side, self.cell_px
+        cells = images.reshape(count, bands, side, px, side, px)
+        cells = cells.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # (N * side * side, B, S, S)
+        tokens = self.encode_cells(cells).reshape(count, side * side, -1)  # (N, side * side, W)
+        return self.encode_tokens(tokens)
