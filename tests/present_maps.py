@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 from odc.geo.geobox import GeoBox
 from rasterio.transform import Affine, from_origin
 
-from speciesmap.rasters.geotiff import MapWriter
+from speciesmap.rasters.geotiff import MapWriter, write_geotiff
 
 UTM = from_origin(560000, 4150000, 40, 40)
 HOSTILE = "Alnus </script><script>window.hacked=1</script> <img src=x onerror='window.hacked=1'>"
@@ -35,6 +36,18 @@ def write_map(
     geobox = GeoBox(values.shape, transform, crs)
     with MapWriter(path, geobox, band=quantity, tags=tags) as writer:
         writer.write(0, 0, values)
+    return path
+
+
+def write_bands(
+    path: Path, bands: dict[str, Any], transform: Affine = UTM, crs: str = "EPSG:32610", **tags: str
+) -> Path:
+    """A map of several named bands."""
+    pixels = np.stack([np.asarray(values, np.float32) for values in bands.values()])
+    grid = GeoBox(pixels.shape[1:], transform, crs)
+    write_geotiff(path, pixels, grid, bands=list(bands), nodata=np.nan)
+    with rasterio.open(path, "r+") as raster:
+        raster.update_tags(**{"TAXON": "Quercus agrifolia", "QUERY": "taxon", **tags})
     return path
 
 

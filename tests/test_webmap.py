@@ -21,13 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from odc.geo.geobox import GeoBox
 from PIL import Image
-from present_maps import CONTRAST, HOSTILE, UTM, chromium, ramp, visit, write_map
+from present_maps import CONTRAST, HOSTILE, UTM, chromium, ramp, visit, write_bands, write_map
 from rasterio.transform import Affine, from_origin
 
 from speciesmap.cli.map import command
 from speciesmap.errors import ImageryError, ObservationsError, OutputError
-from speciesmap.present import webmap
-from speciesmap.present.styles import STEPS, colour_table
+from speciesmap.present import markers, webmap
+from speciesmap.present.markers import photo_origins
+from speciesmap.present.styles import MONTHS, STEPS, colour_table
 from speciesmap.present.warp import longitude_latitude, mercator
 from speciesmap.present.webmap import make_map, script_json
 from speciesmap.rasters.geotiff import write_geotiff
@@ -184,7 +185,7 @@ def test_maps_are_coarsened_until_the_page_is_small_enough(
     html = make_map(paths, tmp_path / "map.html")
     assert html.stat().st_size < 1_000_000
     assert all(min(steps.shape) > 200 for steps in pngs(html))
-    monkeypatch.setattr(webmap, "PAGE_BYTES", 455_000)
+    monkeypatch.setattr(webmap, "PAGE_BYTES", 465_000)
     with pytest.raises(OutputError, match="fewer maps"):
         make_map(paths, tmp_path / "other.html")
     assert not (tmp_path / "other.html").exists()
@@ -223,6 +224,63 @@ def test_photos_are_linked_only_with_licence_and_https(tmp_path: Path) -> None:
     assert facts(html)["observations"]["photos"] == ["https://a/1.jpg", "", "", "", "", ""]
 
 
+@pytest.mark.parametrize(
+    ("licence", "open_"),
+    [
+        ("CC-BY-NC", True),
+        ("CC_BY_4_0", True),
+        ("cc0", True),
+        ("http://creativecommons.org/licenses/by/4.0/legalcode", True),
+        ("Public Domain", True),
+        ("all rights reserved", False),
+        ("\u00a9 somebody, accept no copies", False),
+        ("", False),
+    ],
+)
+def test_only_open_licences_show_a_photo(tmp_path: Path, licence: str, open_: bool) -> None:
+    table = records(1, photo=["https://a/1.jpg"], license=[licence])
+    html = make_map(
+        [write_map(tmp_path / "a.tif", ramp())], tmp_path / "m.html", observations=table
+    )
+    assert bool(facts(html)["observations"]["photos"][0]) == open_
+
+
+def test_thumbnails_come_from_the_folder_and_from_nowhere_else(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    photo = Image.fromarray(np.full((700, 500, 3), (10, 200, 30), np.uint8))
+    photo.getexif()[274] = 6  # taken with the camera on its side
+    for path in (folder / "in.jpg", folder / "closed.jpg", tmp_path / "out.jpg"):
+        photo.save(path, exif=photo.getexif())
+    (folder / "no.jpg").write_text("no photo")
+    (folder / "link.jpg").symlink_to(tmp_path / "out.jpg")
+    table = records(
+        7,
+        photo=["in.jpg", "../out.jpg", str(tmp_path / "out.jpg"), "closed.jpg", "no.jpg",
+               "link.jpg", "gone.jpg"],
+        license=["CC-BY"] * 3 + ["all rights reserved"] + ["CC-BY"] * 3,
+    )  # fmt: skip
+    html = make_map(
+        [write_map(tmp_path / "a.tif", ramp())],
+        tmp_path / "m.html",
+        observations=table,
+        photos=folder,
+    )
+    thumbnails = facts(html)["observations"]["thumbnails"]
+    assert list(thumbnails) == ["0"]
+    data = base64.b64decode(thumbnails["0"].partition(",")[2])
+    small = Image.open(io.BytesIO(data))
+    assert small.size == (200, 143)
+    assert small.convert("RGB").getpixel((90, 70))[1] > 150  # type: ignore[index]
+
+
+@given(st.lists(st.text(max_size=30), max_size=20), st.text(max_size=20))
+def test_no_address_of_a_photo_changes_the_policy(tails: list[str], host: str) -> None:
+    photos = ["https://photos.example.org/1.jpg", *("https://" + t for t in tails), host]
+    for origin in photo_origins(photos):
+        assert re.fullmatch(r"https://[A-Za-z0-9.:-]+", origin)
+
+
 def test_very_many_observations_are_thinned_and_counted(tmp_path: Path) -> None:
     table = records(25_000, latitude=np.r_[np.nan, np.linspace(37, 38, 24_999)])
     html = make_map(
@@ -230,7 +288,7 @@ def test_very_many_observations_are_thinned_and_counted(tmp_path: Path) -> None:
     )
     seen = facts(html)["observations"]
     assert seen["total"] == 24_999
-    assert len(seen["at"]) == len(seen["date"]) == webmap.OBSERVATIONS
+    assert len(seen["at"]) == len(seen["date"]) == markers.OBSERVATIONS
 
 
 @pytest.mark.parametrize("column", ["taxon", "latitude"])
@@ -275,12 +333,6 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         make_map([tmp_path / "gone.tif"], out)
     with pytest.raises(OutputError, match="no maps"):
         make_map([], out)
-    fiji = write_map(
-        tmp_path / "fiji.tif", ramp(), crs="EPSG:32760",
-        transform=from_origin(800000, 8000000, 3000, 3000),
-    )  # fmt: skip
-    with pytest.raises(ImageryError, match="180th meridian"):
-        make_map([fiji], out)
     elsewhere = imagery(tmp_path / "far.tif", transform=from_origin(300000, 5000000, 40, 40))
     with pytest.raises(ImageryError, match=r"far\.tif shows nothing"):
         make_map([good], out, base=elsewhere)
@@ -320,6 +372,53 @@ def test_command_prints_the_path(tmp_path: Path) -> None:
     assert result.stdout.strip() == str(out)
     assert facts(out)["title"] == "Oaks"
     assert facts(out)["observations"]["total"] == 6
+
+
+def test_maps_across_the_180th_meridian_lie_in_one_piece(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((24, 30))
+    degrees_grid = from_origin(178, -16, 0.15, 0.15)
+    maps = [
+        write_map(tmp_path / "degrees.tif", values, crs="EPSG:4326", transform=degrees_grid),
+        write_map(tmp_path / "utm.tif", values, crs="EPSG:32760",
+                  transform=from_origin(800000, 8000000, 3000, 3000)),
+        write_map(tmp_path / "beyond.tif", values, crs="EPSG:4326",
+                  transform=from_origin(-178.5, -16, 0.02, 0.02)),
+    ]  # fmt: skip
+    table = records(2, longitude=[-179.5, 179.0], latitude=[-17.0, -17.0])
+    html = make_map(maps, tmp_path / "m.html", observations=table)
+    seen = facts(html)
+    assert [at[1] for at in seen["observations"]["at"]] == [180.5, 179.0]
+    assert seen["extent"][0][1] == pytest.approx(178)
+    half = np.pi * 6378137
+    for layer, steps, path in zip(seen["layers"], pngs(html), maps, strict=True):
+        left, bottom, right, top = layer["bounds_m"]
+        assert right - left < half / 20
+        assert left > 0.98 * half
+        with rasterio.open(path) as dataset:
+            transform, crs = dataset.transform, dataset.crs
+        rows, cols = np.mgrid[0:24, 0:30] + 0.5
+        lon, lat = pyproj.Transformer.from_crs(crs, 4326, always_xy=True).transform(
+            transform.a * cols + transform.c, transform.e * rows + transform.f
+        )
+        x = 6378137 * np.radians(lon % 360)
+        y = np.vectorize(mercator)(lon, lat)[1]
+        at_col = ((x - left) / (right - left) * steps.shape[1]).astype(int)
+        at_row = ((top - y) / (top - bottom) * steps.shape[0]).astype(int)
+        assert np.array_equal(steps[at_row, at_col], 1 + np.rint(values * STEPS))
+
+
+def year(values: np.ndarray) -> dict[str, np.ndarray]:
+    """A map that is highest in June."""
+    swing = 0.5 - 0.5 * np.cos((np.arange(12) + 1) / 12 * 2 * np.pi)
+    return {month: values * share for month, share in zip(MONTHS, swing, strict=True)}
+
+
+def test_page_holds_all_months_on_one_scale(tmp_path: Path) -> None:
+    path = write_bands(tmp_path / "a.tif", year(np.full((24, 30), 40.0)), QUANTITY="abundance")
+    layer = facts(make_map([path], tmp_path / "m.html"))["layers"][0]
+    assert len(layer["months"]) == 11
+    assert (layer["quantity"], layer["low"]) == ("abundance", 0)
+    assert layer["high"] == pytest.approx(40, abs=0.1)
 
 
 # ---- in Chromium, without a network
@@ -657,3 +756,114 @@ def test_many_maps_are_found_by_name_and_address(browser: Any, tmp_path: Path) -
         page.goto(html.as_uri() + "#3")
         assert page.inner_text("#sm-name") == "Genus species-03"
         assert seen.complaints == []
+
+
+@pytest.mark.chromium
+def test_outside_is_hatched_and_said(browser: Any, tmp_path: Path) -> None:
+    inside = np.where(np.arange(30) < 15, 1.0, 0.0) * np.ones((24, 1))
+    inside[:6, 20:] = np.nan
+    bands = {"suitability": np.full((24, 30), 0.5), "uncertainty": np.full((24, 30), 0.25)}
+    path = write_bands(tmp_path / "a.tif", bands | {"applicability": inside})
+    plain = write_map(tmp_path / "b.tif", np.full((24, 30), 0.5), label="Alnus rubra")
+    with visit(browser, make_map([path, plain], tmp_path / "m.html")) as seen:
+        page = seen.page
+
+        def stripes(row: float, col: float) -> float:
+            """Share of pixels around a place that are not the map's colour."""
+            x, y = (round(v) for v in screen(page, row, col))
+            pixels = shot(page)[y - 14 : y + 14, x - 14 : x + 14]
+            return float((np.abs(pixels - colour(0.5)).max(axis=2) > 30).mean())
+
+        page.evaluate("speciesmap.layers.forEach((l) => l.overlay.setOpacity(1))")
+        for zoom in (0.0, 1.25):
+            page.evaluate("(z) => speciesmap.map.setZoom(speciesmap.map.getZoom() + z,"
+                          " { animate: false })", zoom)  # fmt: skip
+            page.wait_for_timeout(150)
+            assert stripes(12, 12) == 0
+            assert 0.15 < stripes(12, 18) < 0.8
+        page.evaluate("speciesmap.fit()")
+        page.wait_for_timeout(100)
+        assert stripes(2, 27) == 0
+        read_at(page, 12.5, 17.5)
+        text = page.inner_text(".sm-values")
+        assert "uncertainty 0.25" in text
+        assert "extrapolated" in text
+        read_at(page, 12.5, 12.5)
+        assert "extrapolated" not in page.inner_text(".sm-values")
+        page.keyboard.press("Escape")
+        page.uncheck("#sm-outside")
+        page.wait_for_timeout(100)
+        assert stripes(12, 18) == 0
+        page.check("#sm-outside")
+        page.check("#sm-list input[value='1']")
+        assert page.is_hidden("#sm-outside-row")
+        page.wait_for_timeout(100)
+        assert stripes(12, 18) == 0
+        assert seen.complaints == []
+
+
+@pytest.mark.chromium
+def test_months_are_slid_played_and_read(browser: Any, tmp_path: Path) -> None:
+    maps = [
+        write_bands(tmp_path / "a.tif", year(np.full((24, 30), 0.9)), QUANTITY="suitability"),
+        write_map(tmp_path / "b.tif", np.full((24, 30), 0.5), label="Alnus rubra"),
+    ]
+    with visit(browser, make_map(maps, tmp_path / "m.html")) as seen:
+        page = seen.page
+        page.evaluate("speciesmap.layers.forEach((l) => l.overlay.setOpacity(1))")
+        assert page.inner_text("#sm-quantity") == "Suitability"
+        assert page.inner_text("#sm-month-name") == "January"
+        page.focus("#sm-month")
+        for _ in range(5):
+            page.keyboard.press("ArrowRight")
+        assert page.inner_text("#sm-month-name") == "June"
+        page.wait_for_timeout(200)
+        x, y = (round(v) for v in screen(page, 12.5, 15.5))
+        assert np.abs(shot(page)[y, x] - colour(0.9)).max() <= 2
+        assert read_at(page, 12.5, 15.5)["Quercus agrifolia"] == "0.90"
+        bars = page.locator(".sm-months div")
+        assert bars.count() == 12
+        tall = [bars.nth(k).bounding_box()["height"] for k in range(12)]
+        assert max(tall) == tall[5] > 2 * tall[1]
+        assert "December 0.00" in page.get_attribute(".sm-months", "aria-label")
+        page.click("#sm-play")
+        page.wait_for_selector("#sm-month-name:text-is('August')")
+        page.keyboard.press("Enter")
+        assert page.get_attribute("#sm-play", "aria-pressed") == "false"
+        page.check("#sm-list input[value='1']")
+        assert page.is_hidden("#sm-year")
+        assert seen.complaints == []
+
+
+@pytest.mark.chromium
+def test_photos_are_shown_when_a_record_is_opened(browser: Any, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.full((90, 60, 3), 128, np.uint8)).save(tmp_path / "photos" / "a.jpg")
+    table = records(2, photo=["a.jpg", "https://photos.example.org/b.jpg"], license="CC-BY")
+    html = make_map(
+        [write_map(tmp_path / "a.tif", ramp())],
+        tmp_path / "m.html",
+        observations=table,
+        photos=tmp_path / "photos",
+    )
+    with visit(browser, html) as seen:
+        page = seen.page
+
+        def look(i: int) -> None:
+            page.evaluate("(i) => speciesmap.map.setView(speciesmap.data.observations.at[i],"
+                          " speciesmap.map.getMaxZoom(), { animate: false })", i)  # fmt: skip
+            page.wait_for_timeout(150)
+            size = page.viewport_size
+            page.mouse.click(size["width"] / 2, size["height"] / 2)
+            page.wait_for_selector(".sm-record")
+
+        look(0)
+        assert page.evaluate("document.querySelector('.sm-photo').naturalWidth") == 60
+        assert seen.outside == []
+        page.evaluate("speciesmap.map.closePopup()")
+        page.wait_for_selector(".sm-record", state="detached")
+        look(1)
+        page.wait_for_selector(".sm-photo", state="detached")
+        assert seen.outside == ["https://photos.example.org/b.jpg"]
+        assert page.get_attribute(".sm-record a", "href") == "https://photos.example.org/b.jpg"
+        assert not [c for c in seen.complaints if "ERR_INTERNET_DISCONNECTED" not in c]

@@ -26,6 +26,12 @@ from speciesmap.cli.options import (
     metavar="FILE",
     help="Records to show as markers: GBIF, iNaturalist, Parquet, GeoPackage or CSV.",
 )
+@click.option(
+    "--photos",
+    type=PATH,
+    metavar="DIR",
+    help="Photo files of the observations, shown as thumbnails where their licence is open.",
+)
 @imagery_option
 @click.option("--title", default="", help="Heading of the page.")
 @overwrite_option
@@ -35,6 +41,7 @@ def command(
     rasters: tuple[Path, ...],
     out: Path,
     observations: Path | None,
+    photos: Path | None,
     imagery: str | None,
     title: str,
     overwrite: bool,
@@ -43,7 +50,8 @@ def command(
     """Put maps into one interactive HTML page.
 
     The page opens in any browser, also without a network, and holds all it shows: the maps,
-    reduced where they are large, the observations, and the imagery as a background.
+    reduced where they are large, the observations, and the imagery as a background. Maps of the
+    twelve months get a slider that plays; a band `applicability` is hatched where it is 0.
 
     \b
     Example:
@@ -55,5 +63,13 @@ def command(
 
     refuse_existing(out, overwrite)
     records = None if observations is None else read_observations(observations)
-    make_map(rasters, out, observations=records, base=imagery, title=title, overwrite=overwrite)
+    make_map(
+        rasters,
+        out,
+        observations=records,
+        photos=photos,
+        base=imagery,
+        title=title,
+        overwrite=overwrite,
+    )
     print_result(out, as_json)

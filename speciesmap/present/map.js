@@ -3,10 +3,13 @@ function speciesmapPage(map, parts) {
   "use strict";
   const data = JSON.parse(document.getElementById("sm-data").textContent);
   const byId = (id) => document.getElementById("sm-" + id);
-  const layers = data.layers.map((facts, i) => ({ ...facts, overlay: parts.overlays[i] }));
+  const layers = data.layers.map((facts, i) => {
+    const overlay = parts.overlays[i];
+    return { ...facts, overlay, pictures: [overlay._url, ...facts.months] };
+  });
   const panel = byId("panel");
   const narrow = window.matchMedia("(max-width: 680px)");
-  const state = { shown: 0, beside: -1, share: 0.5, tiles: null };
+  const state = { shown: 0, beside: -1, share: 0.5, tiles: null, month: 0 };
 
   function make(tag, className, text) {
     const element = document.createElement(tag);
@@ -40,8 +43,10 @@ function speciesmapPage(map, parts) {
 
   /* ---- values: a layer's PNG holds the numbers, 0 for none, 1 to 255 from low to high ---- */
 
-  function pngBytes(layer) {
-    const url = layer.url || (layer.url = layer.overlay._url);
+  const seasonal = (layer) => layer.pictures.length > 1;
+  const picture = (layer) => layer.pictures[seasonal(layer) ? state.month : 0];
+
+  function pngBytes(url) {
     return Uint8Array.from(atob(url.slice(url.indexOf(",") + 1)), (c) => c.charCodeAt(0));
   }
 
@@ -57,23 +62,43 @@ function speciesmapPage(map, parts) {
     return found;
   }
 
-  function grid(layer) {
-    if (!layer.grid) {
-      const body = chunks(pngBytes(layer)).filter((c) => c.kind === "IDAT").map((c) => c.body);
+  const grids = new Map();
+
+  function grid(url) {
+    if (!grids.has(url)) {
+      const body = chunks(pngBytes(url)).filter((c) => c.kind === "IDAT").map((c) => c.body);
       const stream = new Blob(body).stream().pipeThrough(new DecompressionStream("deflate"));
-      layer.grid = new Response(stream).arrayBuffer().then((buffer) => new Uint8Array(buffer));
+      grids.set(url, new Response(stream).arrayBuffer().then((buffer) => new Uint8Array(buffer)));
     }
-    return layer.grid;
+    return grids.get(url);
   }
 
-  async function valueAt(layer, latlng) {
+  async function stepAt(url, layer, latlng) {
     const at = L.CRS.EPSG3857.project(latlng);
     const [left, bottom, right, top] = layer.bounds_m;
-    const col = Math.floor((at.x - left) / (right - left) * layer.width);
+    const round = 2 * Math.PI * 6378137;
+    const x = at.x - left - Math.floor((at.x - left) / round) * round;
+    const col = Math.floor(x / (right - left) * layer.width);
     const row = Math.floor((top - at.y) / (top - bottom) * layer.height);
-    if (col < 0 || row < 0 || col >= layer.width || row >= layer.height) return null;
-    const step = (await grid(layer))[row * (layer.width + 1) + 1 + col];
+    if (row < 0 || col >= layer.width || row >= layer.height) return 0;
+    return (await grid(url))[row * (layer.width + 1) + 1 + col];
+  }
+
+  async function valueAt(layer, latlng, url = picture(layer)) {
+    const step = await stepAt(url, layer, latlng);
     return step ? layer.low + (step - 1) / data.steps * (layer.high - layer.low) : null;
+  }
+
+  /* All that a map says of a place: its value, and the rest only where there is one. */
+  async function tell(layer, latlng) {
+    const value = await valueAt(layer, latlng);
+    const year = seasonal(layer)
+      ? await Promise.all(layer.pictures.map((url) => valueAt(layer, latlng, url))) : [];
+    if (value === null) return { value, year: year.some((v) => v !== null) ? year : [] };
+    const outside = layer.outside && await stepAt(layer.outside, layer, latlng) > 0;
+    const step = layer.uncertainty && await stepAt(layer.uncertainty, layer, latlng);
+    const uncertainty = step ? (step - 1) / data.steps * layer.uncertainty_high : null;
+    return { value, year, outside, uncertainty };
   }
 
   function colourOf(share) {
@@ -100,19 +125,25 @@ function speciesmapPage(map, parts) {
   }
 
   function cut(layer, share) {
-    if (layer.cut === share) return;
-    layer.cut = share;
-    const bytes = pngBytes(layer);
+    const url = picture(layer);
+    const key = share > 0 ? `${share} ${state.month}` : url;
+    if (layer.cut === key) return;
+    layer.cut = key;
+    const old = layer.blob;
+    layer.blob = share > 0 ? URL.createObjectURL(hidden(url, share)) : null;
+    layer.overlay.setUrl(layer.blob || url);
+    if (old) URL.revokeObjectURL(old);
+  }
+
+  function hidden(url, share) {
+    const bytes = pngBytes(url);
     const alpha = chunks(bytes).find((c) => c.kind === "tRNS");
     const first = 1 + Math.ceil(share * data.steps - 1e-9);
     alpha.body.fill(0, 0, first).fill(255, first);
     alpha.body[0] = 0;
     const checked = bytes.subarray(alpha.at + 4, alpha.at + 8 + alpha.body.length);
     new DataView(bytes.buffer).setUint32(alpha.at + 8 + alpha.body.length, crc32(checked));
-    const old = layer.blob;
-    layer.blob = share > 0 ? URL.createObjectURL(new Blob([bytes], { type: "image/png" })) : null;
-    layer.overlay.setUrl(layer.blob || layer.url);
-    if (old) URL.revokeObjectURL(old);
+    return new Blob([bytes], { type: "image/png" });
   }
 
   /* ---- which maps are on screen ---- */
@@ -159,6 +190,7 @@ function speciesmapPage(map, parts) {
     legend();
     choices();
     divide();
+    controls();
     observations();
   }
 
@@ -166,8 +198,117 @@ function speciesmapPage(map, parts) {
     if (state.beside >= 0) layers[state.beside].overlay.remove();
     state.beside = index;
     if (index >= 0) place(layers[index], "sm-beside");
+    controls();
     divide();
   }
+
+  /* What is offered depends on the maps that are shown. */
+  function controls() {
+    const shown = [state.shown, state.beside].filter((i) => i >= 0).map((i) => layers[i]);
+    byId("year").hidden = !shown.some(seasonal);
+    if (byId("year").hidden) play(false);
+    byId("outside-row").hidden = !shown.some((layer) => layer.outside);
+    hatch();
+  }
+
+  /* ---- months ---- */
+
+  let playing = null;
+
+  function month(at) {
+    state.month = at;
+    byId("month").value = at;
+    byId("month").setAttribute("aria-valuetext", data.months[at]);
+    byId("month-name").textContent = data.months[at];
+    for (const i of [state.shown, state.beside]) {
+      if (i >= 0 && seasonal(layers[i])) cut(layers[i], byId("threshold").value / 100);
+    }
+  }
+
+  function play(on) {
+    clearInterval(playing);
+    playing = on ? setInterval(() => month((state.month + 1) % 12), 800) : null;
+    byId("play").setAttribute("aria-pressed", on);
+    byId("play").setAttribute("aria-label", on ? "Stop at this month" : "Play the months");
+  }
+
+  byId("play").addEventListener("click", () => play(!playing));
+  byId("month").addEventListener("input", (event) => {
+    play(false);
+    month(Number(event.target.value));
+  });
+
+  /* ---- hatching outside the area of applicability: lines as wide at every zoom ---- */
+
+  const canvas = make("canvas");
+  map.createPane("sm-hatch").style.zIndex = 352;
+  map.getPane("sm-hatch").style.pointerEvents = "none";
+  map.getPane("sm-hatch").append(canvas);
+
+  function stripes(context, scale) {
+    const side = 9 * scale;
+    const tile = make("canvas");
+    tile.width = tile.height = side;
+    const ink = tile.getContext("2d");
+    for (const [colour, shift] of [["#101613", 0], ["#ffffff", 0.2]]) {
+      ink.strokeStyle = colour;
+      ink.lineWidth = 0.13 * side;
+      ink.beginPath();
+      for (const k of [-1, 0, 1, 2]) {
+        ink.moveTo((k + shift) * side - side / 2, side * 1.5);
+        ink.lineTo((k + shift) * side + side * 1.5, -side / 2);
+      }
+      ink.stroke();
+    }
+    return context.createPattern(tile, "repeat");
+  }
+
+  function mask(layer) {
+    if (!layer.mask) {
+      layer.mask = make("img");
+      layer.mask.addEventListener("load", hatch);
+      layer.mask.src = layer.outside;
+    }
+    return layer.mask.complete && layer.mask.naturalWidth ? layer.mask : null;
+  }
+
+  function hatch() {
+    const shown = [[state.shown, 0, 1], [state.beside, 0, 1]].filter(([i]) => i >= 0);
+    if (shown.length > 1) [shown[0][2], shown[1][1]] = [state.share, state.share];
+    const wanted = shown.filter(([i]) => layers[i].outside && byId("outside").checked);
+    canvas.hidden = !wanted.length;
+    if (!wanted.length) return;
+    const size = map.getSize();
+    const scale = window.devicePixelRatio || 1;
+    const corner = map.containerPointToLayerPoint([0, 0]).round();
+    L.DomUtil.setPosition(canvas, corner);
+    Object.assign(canvas, { width: size.x * scale, height: size.y * scale });
+    Object.assign(canvas.style, { width: `${size.x}px`, height: `${size.y}px` });
+    const context = canvas.getContext("2d");
+    const pattern = stripes(context, scale);
+    pattern.setTransform(new DOMMatrix().translate(-corner.x * scale, -corner.y * scale));
+    for (const [i, from, to] of wanted) {
+      const image = mask(layers[i]);
+      if (!image) continue;
+      const bounds = layers[i].overlay.getBounds();
+      const nw = map.latLngToContainerPoint(bounds.getNorthWest()).multiplyBy(scale);
+      const se = map.latLngToContainerPoint(bounds.getSouthEast()).multiplyBy(scale);
+      context.save();
+      context.beginPath();
+      context.rect(from * canvas.width, 0, (to - from) * canvas.width, canvas.height);
+      context.clip();
+      context.fillStyle = pattern;
+      context.fillRect(0, 0, canvas.width, canvas.height);
+      context.globalCompositeOperation = "destination-in";
+      context.imageSmoothingEnabled = false;
+      context.drawImage(image, nw.x, nw.y, se.x - nw.x, se.y - nw.y);
+      context.restore();
+    }
+  }
+
+  byId("outside").addEventListener("change", hatch);
+  map.on("zoomstart", () => { canvas.hidden = true; });
+  map.on("move zoomend resize viewreset", hatch);
 
   const notes = {
     suitability: "Suitability is relative: higher means more like the places where it was "
@@ -290,6 +431,7 @@ function speciesmapPage(map, parts) {
   function slide(share) {
     state.share = Math.max(0.02, Math.min(0.98, share));
     divide();
+    hatch();
   }
 
   const handle = byId("handle");
@@ -321,6 +463,22 @@ function speciesmapPage(map, parts) {
     return { autoPanPaddingTopLeft: [left, 12], autoPanPaddingBottomRight: [56, 12] };
   }
 
+  function months(year, layer) {
+    const box = make("div", "sm-months");
+    box.setAttribute("role", "img");
+    box.setAttribute("aria-label", data.months.map((name, k) =>
+      `${name} ${year[k] === null ? "no value" : number(year[k], layer)}`).join(", "));
+    year.forEach((value, k) => {
+      const bar = make("div", k === state.month ? "sm-on" : "");
+      const share = value === null ? 0 : (value - layer.low) / (layer.high - layer.low);
+      bar.style.height = `${share * 100}%`;
+      bar.style.background = colourOf(share);
+      bar.title = data.months[k];
+      box.append(bar);
+    });
+    return box;
+  }
+
   async function read(latlng) {
     latlng = latlng.wrap();
     const box = make("div", "sm-read");
@@ -333,11 +491,12 @@ function speciesmapPage(map, parts) {
     if (typeof DecompressionStream === "undefined") {
       body.append(make("p", "", "This browser is too old to read values; please update it."));
     } else {
-      const values = await Promise.all(layers.map((layer) => valueAt(layer, latlng)));
+      const told = await Promise.all(layers.map((layer) => tell(layer, latlng)));
+      const values = told.map((t) => t.value);
       const share = (i) => values[i] === null ? -1
         : (values[i] - layers[i].low) / (layers[i].high - layers[i].low);
       const order = layers.map((_, i) => i).sort((a, b) => share(b) - share(a) || a - b);
-      if (values.every((value) => value === null)) {
+      if (told.every((t) => t.value === null && !t.year.length)) {
         body.append(make("p", "", "No map has a value here."));
         order.length = 0;
       }
@@ -347,9 +506,15 @@ function speciesmapPage(map, parts) {
         const extra = [];
         if (groups.length > 1) extra.push({ taxon: "species", photo: "by photos", text: "in words" }[layers[i].query] || "raster");
         if (quantities.length > 1 || layers.length === 1) extra.push(layers[i].quantity);
+        if (told[i].uncertainty !== null && told[i].uncertainty !== undefined) {
+          extra.push(`uncertainty ${number(told[i].uncertainty, layers[i])}`);
+        }
+        if (told[i].outside) extra.push("extrapolated");
+        if (seasonal(layers[i])) extra.push(data.months[state.month]);
         if (extra.length) name.append(make("small", "", extra.join(", ")));
         row.append(name, make("b", "", values[i] === null ? "no value" : number(values[i], layers[i])));
-        if (values[i] !== null) {
+        if (told[i].year.length) row.append(months(told[i].year, layers[i]));
+        else if (values[i] !== null) {
           const meter = make("div", "sm-meter");
           const fill = make("div");
           fill.style.width = `${Math.max(2, share(i) * 100)}%`;
@@ -397,6 +562,14 @@ function speciesmapPage(map, parts) {
     if (records.uncertainty_m[at] !== null) add("Position", `within ${records.uncertainty_m[at]} m`);
     box.append(facts);
     const photo = records.photos[at];
+    if (photo || records.thumbnails[at]) {
+      const image = make("img", "sm-photo");
+      image.alt = `Photo of ${records.taxa[records.taxon[at]]}`;
+      image.referrerPolicy = "no-referrer";
+      image.addEventListener("error", () => image.remove());
+      image.src = records.thumbnails[at] || photo;
+      box.append(image);
+    }
     if (photo) {
       const link = make("a", "", "Photo (needs a network)");
       Object.assign(link, { href: photo, target: "_blank", rel: "noopener noreferrer" });
@@ -501,7 +674,8 @@ function speciesmapPage(map, parts) {
   }
   byId("about").append(make("p", "", "Each colour is the value of one cell of the map's GeoTIFF, "
     + "reduced where that has more cells than fit in this page, to the nearest 1/"
-    + `${data.steps} of the range. Transparent means no value.`), about);
+    + `${data.steps} of the range. Transparent means no value. Hatching means that the imagery `
+    + "there is unlike what the model was trained on, so that the value is extrapolated."), about);
 
   /* ---- the panel, and fitting the view beside it ---- */
 
@@ -540,11 +714,12 @@ function speciesmapPage(map, parts) {
   map.on("move resize zoomend viewreset", divide);
   map.on("zoomend", crisp);
   list();
+  month(0);
   const wanted = Number(location.hash.slice(1));
   fit();
   show(layers[wanted] ? wanted : 0);
   opacity();
   sheet = narrow.matches ? panel.offsetHeight : 0;
   fit();
-  window.speciesmap = { map, data, layers, state, show, compare: besideTo, read, valueAt, fit };
+  window.speciesmap = { map, data, layers, state, show, compare: besideTo, month, read, valueAt, fit };
 }

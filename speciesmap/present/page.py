@@ -84,9 +84,8 @@ def _panels(rasters: Sequence[Path], base: Path | str | None, side_px: int) -> _
         with open_map(path) as dataset:
             legend = read_legend(dataset)
             values = warp(dataset, [1], grid, Resampling.nearest)[0]
-        maps.append(
-            (legend, Image.fromarray(_over(colour_table()[quantise(values, legend)], ground)))
-        )
+        colours = colour_table()[quantise(values, legend.low, legend.high)]
+        maps.append((legend, Image.fromarray(_over(colours, ground))))
     return _Panels(grid, imagery, maps)
 
 

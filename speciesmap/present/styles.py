@@ -5,6 +5,7 @@ The palette is defined here once; the QGIS style, the HTML map and the pictures 
 
 from __future__ import annotations
 
+import math
 import struct
 import xml.etree.ElementTree as ET
 import zlib
@@ -36,6 +37,22 @@ PALETTE: tuple[str, ...] = (
 Perceptually uniform, readable in grey and with any common colour blindness. Between two breaks
 the colour is interpolated linearly in sRGB, which is also what QGIS does.
 """
+
+MONTHS = (
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
+"""Descriptions of the twelve bands of a seasonal map."""
 
 UNIT_QUANTITIES = ("suitability", "probability")
 """Quantities that live in [0, 1] by definition, whatever a raster happens to hold."""
@@ -74,16 +91,21 @@ def read_legend(dataset: Any) -> Legend:
     """Read what an open map is: its tags, its band's name and its range.
 
     Suitability and probability always span 0 to 1, so that the colours of two maps compare.
-    Any other quantity spans its own smallest and largest value.
+    Any other quantity spans its own smallest and largest value, of all months where it has those.
 
     Args:
-        dataset: Open rasterio dataset; band 1 is the map.
+        dataset: Open rasterio dataset; band 1 is the map, or its first month. The bands of a
+            seasonal map name the months, so its quantity stands in the tag QUANTITY.
     """
     tags = dataset.tags()
-    quantity = (dataset.descriptions[0] or "value").strip().lower()
+    months = seasonal(dataset)
+    quantity = (tags.get("QUANTITY") if months else dataset.descriptions[0]) or "value"
+    quantity = quantity.strip().lower()
     low, high = 0.0, 1.0
     if quantity not in UNIT_QUANTITIES:
-        low, high = _range(dataset)
+        ranges = [band_range(dataset, band) for band in (range(1, 13) if months else (1,))]
+        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+        high = high if high > low else low + 1.0
     return Legend(
         label=tags.get("TAXON", "").strip() or Path(dataset.name).stem.replace("_", " "),
         query=tags.get("QUERY", "").strip().lower(),
@@ -94,35 +116,44 @@ def read_legend(dataset: Any) -> Legend:
     )
 
 
-def _range(dataset: Any) -> tuple[float, float]:
-    """Smallest and largest value of band 1, from its statistics or a reduced reading."""
-    statistics = dataset.tags(1)
+def seasonal(dataset: Any) -> bool:
+    """Whether an open raster's first twelve bands are the months of a year, in order."""
+    names = [(text or "").strip().lower() for text in dataset.descriptions[:12]]
+    return names == [month.lower() for month in MONTHS]
+
+
+def band_range(dataset: Any, band: int) -> tuple[float, float]:
+    """Smallest and largest value of a band, from its statistics or a reduced reading."""
+    statistics = dataset.tags(band)
     try:
         low = float(statistics["STATISTICS_MINIMUM"])
         high = float(statistics["STATISTICS_MAXIMUM"])
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError
     except (KeyError, ValueError):
         reduce = max(1.0, max(dataset.shape) / 1024)
         shape = tuple(max(1, round(side / reduce)) for side in dataset.shape)
-        pixels = dataset.read(1, out_shape=shape, masked=True).astype(np.float64)
+        pixels = dataset.read(band, out_shape=shape, masked=True).astype(np.float64)
         values = pixels.filled(np.nan)
         values = values[np.isfinite(values)]
         low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
-    return (low, high) if high > low else (low, low + 1.0)
+    return low, high
 
 
-def quantise(values: ArrayLike, legend: Legend) -> NDArray[np.uint8]:
+def quantise(values: ArrayLike, low: float, high: float) -> NDArray[np.uint8]:
     """Turn values into eight bits: 0 where there is none, 1 to 255 from low to high.
 
     Args:
         values: Any shape; not finite means no value.
-        legend: Gives the range; values outside take its ends.
+        low: Lower end of the range; values outside take its ends.
+        high: Upper end.
 
     Returns:
         Same shape; `low + (q - 1) / 254 * (high - low)` undoes it to within 1/508 of the range.
     """
     array = np.asarray(values, dtype=np.float64)
     valid = np.isfinite(array)
-    share = (np.where(valid, array, legend.low) - legend.low) / (legend.high - legend.low)
+    share = (np.where(valid, array, low) - low) / (high - low)
     steps = np.rint(np.clip(share, 0.0, 1.0) * STEPS) + 1
     return np.where(valid, steps, 0).astype(np.uint8)
 

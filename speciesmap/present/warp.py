@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,12 @@ from speciesmap.rasters.windows import transformed
 RADIUS_M = 6378137.0
 """Radius of Web Mercator's sphere, EPSG:3857."""
 
+HALF_M = math.pi * RADIUS_M
+"""Easting of the 180th meridian."""
+
+SHIFTED = "+proj=merc +a=6378137 +b=6378137 +lon_0=180 +units=m +nadgrids=@null +no_defs"
+"""Web Mercator about the 180th meridian, for maps that cross it."""
+
 MAX_LATITUDE = 85.0511
 OVERSAMPLE = 16  # grid pixels along a cell's side, where cells must be warped
 
@@ -34,6 +40,8 @@ OVERSAMPLE = 16  # grid pixels along a cell's side, where cells must be warped
 @dataclass(frozen=True)
 class Grid:
     """A north-up rectangle in EPSG:3857 with its pixels.
+
+    East of the 180th meridian eastings go on growing, as longitudes beyond 180 do in Leaflet.
 
     Attributes:
         left: West edge, in metres of the projection, as the other three.
@@ -57,6 +65,16 @@ class Grid:
     def transform(self) -> Affine:
         """From pixel to projected coordinates."""
         return from_bounds(self.left, self.bottom, self.right, self.top, self.width, self.height)
+
+    @property
+    def crs(self) -> str:
+        """The projection in which the grid is in one piece."""
+        return SHIFTED if self.right > HALF_M else "EPSG:3857"
+
+    @property
+    def easting_m(self) -> float:
+        """What to add to an easting of `crs` to get one of the grid."""
+        return HALF_M if self.right > HALF_M else 0.0
 
     @property
     def pixel_m(self) -> float:
@@ -104,8 +122,7 @@ def map_grid(dataset: DatasetReader, side_px: int) -> Grid:
         side_px: Most pixels along the longer side.
 
     Raises:
-        ImageryError: The raster does not lie in the part of the Earth that Web Mercator shows, or
-            crosses the 180th meridian.
+        ImageryError: The raster does not lie in the part of the Earth that Web Mercator shows.
     """
     t = dataset.transform
     if dataset.crs.to_epsg() == 3857 and t.b == 0 and t.d == 0 and t.a > 0 and t.e < 0:
@@ -124,6 +141,8 @@ def map_grid(dataset: DatasetReader, side_px: int) -> Grid:
 def union(rasters: Sequence[Path]) -> Grid:
     """The rectangle that holds several maps, as a grid of one pixel.
 
+    Where one crosses the 180th meridian, those that lie just beyond it are taken eastwards.
+
     Raises:
         ImageryError: A raster cannot be opened or shown, as `open_map` and `map_grid` say.
     """
@@ -131,6 +150,8 @@ def union(rasters: Sequence[Path]) -> Grid:
     for path in rasters:
         with open_map(path) as dataset:
             grids.append(map_grid(dataset, 64))
+    right = max(g.right for g in grids)
+    grids = [beside(g, right) for g in grids]
     return Grid(
         left=min(g.left for g in grids),
         bottom=min(g.bottom for g in grids),
@@ -139,6 +160,18 @@ def union(rasters: Sequence[Path]) -> Grid:
         width=1,
         height=1,
     )
+
+
+def beside(grid: Grid, right: float) -> Grid:
+    """Take a grid of the western hemisphere once around the Earth, if an extent reaches over there.
+
+    Args:
+        grid: What to place.
+        right: East edge of the extent, in metres.
+    """
+    if right <= HALF_M or grid.left >= 0:
+        return grid
+    return replace(grid, left=grid.left + 2 * HALF_M, right=grid.right + 2 * HALF_M)
 
 
 def _bounds(
@@ -161,11 +194,8 @@ def _bounds(
     south, north = max(south, -MAX_LATITUDE), min(north, MAX_LATITUDE)
     if not all(map(math.isfinite, (west, south, east, north))) or north <= south:
         raise misplaced
-    if east <= west:
-        raise ImageryError(
-            f"{name} crosses the 180th meridian, where a web map is torn; cut it there with "
-            "gdalwarp -te and show both parts"
-        )
+    if east <= west:  # it crosses the 180th meridian
+        east += 360
     return (*mercator(west, south), *mercator(east, north))
 
 
@@ -220,7 +250,7 @@ def _window(crs: Any, transform: Affine, shape: tuple[int, int], grid: Grid) -> 
     y = grid.bottom + share * (grid.top - grid.bottom)
     edge_x = np.concatenate([x, x, np.full(33, grid.left), np.full(33, grid.right)])
     edge_y = np.concatenate([np.full(33, grid.bottom), np.full(33, grid.top), y, y])
-    east, north = transform_places("EPSG:3857", crs, edge_x, edge_y)
+    east, north = transform_places(grid.crs, crs, edge_x - grid.easting_m, edge_y)
     cols, rows = transformed(~transform, east, north)
     whole = Window(0, 0, shape[1], shape[0])
     if not (np.isfinite(cols).all() and np.isfinite(rows).all()):
@@ -241,8 +271,8 @@ def _project(
         src_transform=transform,
         src_crs=crs,
         src_nodata=np.nan,
-        dst_transform=grid.transform,
-        dst_crs="EPSG:3857",
+        dst_transform=Affine.translation(-grid.easting_m, 0) * grid.transform,
+        dst_crs=grid.crs,
         dst_nodata=np.nan,
         resampling=resampling,
         tolerance=0.25 / OVERSAMPLE,
@@ -316,7 +346,8 @@ def _picture_grid(
     margin: float,
 ) -> Grid:
     """The part of imagery that lies on and around an extent, at most as fine as its pixels."""
-    bounds = _bounds(name, crs, transform, shape)
+    placed = beside(Grid(*_bounds(name, crs, transform, shape), 1, 1), extent.right)
+    bounds = (placed.left, placed.bottom, placed.right, placed.top)
     wide, high = margin * (extent.right - extent.left), margin * (extent.top - extent.bottom)
     left, bottom = max(bounds[0], extent.left - wide), max(bounds[1], extent.bottom - high)
     right, top = min(bounds[2], extent.right + wide), min(bounds[3], extent.top + high)

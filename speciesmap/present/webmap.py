@@ -13,41 +13,29 @@ import html
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import offlinefolium as folium
 from branca.element import MacroElement
-from numpy.typing import NDArray
 from offlinefolium.plugins import Fullscreen, MarkerCluster, MousePosition
 from offlinefolium.raster_layers import ImageOverlay
 from offlinefolium.template import Template
-from rasterio.enums import Resampling
 
-from speciesmap.errors import ObservationsError, OutputError
+from speciesmap.errors import OutputError
 from speciesmap.outputs import refuse_existing, replacing
-from speciesmap.present.styles import (
-    PALETTE,
-    STEPS,
-    Legend,
-    encode_png,
-    quantise,
-    read_legend,
-)
+from speciesmap.present.markers import pack_records, photo_origins
+from speciesmap.present.overlays import SIDE_PX, Overlay, make_overlays
+from speciesmap.present.styles import MONTHS, PALETTE, STEPS
 from speciesmap.present.warp import (
+    HALF_M,
     Grid,
     encode_webp,
     longitude_latitude,
-    map_grid,
-    open_map,
     read_picture,
     union,
-    warp,
 )
-from speciesmap.progress import track
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -56,26 +44,10 @@ PAGE_BYTES = 9_500_000
 """Largest page, a little under the 10 MB that a mail server or a phone still takes."""
 
 BASE_BYTES = 1_600_000
-OVERLAY_SIDE_PX = 2048
-OVERLAY_PIXELS = 48_000_000  # of all rasters together: what a phone can hold decoded
-OBSERVATIONS = 20_000
+CODE_BYTES = 460_000  # of Leaflet, its helpers and the page's own
 
 TILES = {"Topographic (Esri)": "Esri WorldTopoMap", "Aerial (Esri)": "Esri WorldImagery"}
 """Online backgrounds, by the name that the page shows; none is asked for until chosen."""
-
-
-@dataclass(frozen=True)
-class _Overlay:
-    """One raster as the page holds it."""
-
-    legend: Legend
-    file: str
-    grid: Grid
-    png: bytes
-
-    @property
-    def url(self) -> str:
-        return "data:image/png;base64," + base64.b64encode(self.png).decode()
 
 
 class _Map(folium.Map):
@@ -133,7 +105,7 @@ PAGE = Template(
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; base-uri 'none';
  form-action 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; font-src data:;
- img-src data: blob: https://server.arcgisonline.com">
+ img-src data: blob: https://server.arcgisonline.com {{ this.photo_origins }}">
 <title>{{ this.title }}</title>
 {{ this.header.render(**kwargs) }}
 <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
@@ -154,6 +126,7 @@ def make_map(
     out: Path,
     *,
     observations: GeoDataFrame | None = None,
+    photos: Path | None = None,
     base: Path | str | None = None,
     title: str = "",
     overwrite: bool = False,
@@ -161,7 +134,9 @@ def make_map(
     """Put maps into one interactive HTML page that needs no network.
 
     The page shows one map at a time or two beside a divider, lets the user find, fade and cut
-    them, and reads every map's value at a place. It stays under 10 MB: maps larger than fit are
+    them, and reads every map's value at a place. A map whose bands are the twelve months gets a
+    slider that plays; one with a band `applicability` is hatched where that is 0; a band
+    `uncertainty` is read with the value. The page stays under 10 MB: maps larger than fit are
     reduced from their overviews.
 
     Args:
@@ -169,6 +144,8 @@ def make_map(
             is the map, its description the quantity, the tag TAXON its name. Any CRS, any extent.
         out: The HTML file.
         observations: Records to show as markers; columns as `read_observations` gives them.
+        photos: Folder of the observations' photo files; small copies of those with an open
+            licence are put into the page. Photos at an address are asked for when looked at.
         base: Imagery to show under the maps, reduced: whatever `open_imagery` takes.
         title: Heading; by default what the maps are.
         overwrite: Whether `out` may be replaced.
@@ -184,12 +161,12 @@ def make_map(
     refuse_existing(Path(out), overwrite)
     if not rasters:
         raise OutputError(f"no maps for {out}; name at least one GeoTIFF")
-    records = None if observations is None else _records(observations)
+    records = None if observations is None else pack_records(observations, photos)
     extent = union(rasters)
-    picture = None if base is None else read_picture(base, extent, OVERLAY_SIDE_PX, margin=0.12)
+    picture = None if base is None else read_picture(base, extent, SIDE_PX, margin=0.12)
     webp = b"" if picture is None else encode_webp(picture.pixels, BASE_BYTES)
-    page_bytes = 450_000 + len(webp) * 4 / 3 + (len(json.dumps(records)) if records else 0)
-    overlays = _overlays(rasters, int(PAGE_BYTES - page_bytes))
+    page_bytes = CODE_BYTES + len(webp) * 4 / 3 + (len(json.dumps(records)) if records else 0)
+    overlays = make_overlays(rasters, extent, max(1, int(PAGE_BYTES - page_bytes)))
 
     south_west = _lat_first(*longitude_latitude(extent.left, extent.bottom))
     north_east = _lat_first(*longitude_latitude(extent.right, extent.top))
@@ -206,7 +183,7 @@ def make_map(
     page._id = "page"
     page.options["max_zoom"] = _max_zoom([o.grid for o in overlays], extent)
     layers = [
-        _image(o.url, o.grid, f"map_{i}", name=o.legend.label) for i, o in enumerate(overlays)
+        _image(o.urls[0], o.grid, f"map_{i}", name=o.legend.label) for i, o in enumerate(overlays)
     ]
     under = None
     if picture is not None:
@@ -214,6 +191,7 @@ def make_map(
         under = _image(url, picture.grid, "base", name="Imagery")
     cluster = None
     if records is not None:
+        records["at"] = [_lat_first(_reached(x, extent), y) for x, y in records["at"]]
         cluster = MarkerCluster(  # type: ignore[no-untyped-call]
             control=False,
             show=False,
@@ -232,11 +210,12 @@ def make_map(
     position._id = "position"
     facts = {
         "title": title,
-        "layers": [_facts(o) for o in overlays],
+        "layers": [o.facts() for o in overlays],
         "observations": records,
         "extent": [south_west, north_east],
         "palette": PALETTE,
         "steps": STEPS,
+        "months": MONTHS,
         "tiles": list(TILES),
         "attribution": "Leaflet, speciesmap",
     }
@@ -251,6 +230,7 @@ def make_map(
             page.add_child(child)
     figure: Any = page.get_root()
     figure.title = html.escape(title)
+    figure.photo_origins = " ".join(photo_origins(records["photos"]) if records else [])
     figure._template = PAGE
     text = figure.render()
     with replacing(out, overwrite=overwrite) as beside:
@@ -279,6 +259,11 @@ def _lat_first(longitude: float, latitude: float) -> list[float]:
     return [round(latitude, 8), round(longitude, 8)]
 
 
+def _reached(longitude: float, extent: Grid) -> float:
+    """Take a longitude once around the Earth, if an extent reaches it over the 180th meridian."""
+    return longitude + 360 if longitude < 0 and extent.right > HALF_M else longitude
+
+
 def _image(url: str, grid: Grid, name_id: str, name: str) -> ImageOverlay:
     corners = [
         _lat_first(*longitude_latitude(x, y))
@@ -289,46 +274,6 @@ def _image(url: str, grid: Grid, name_id: str, name: str) -> ImageOverlay:
     )
     overlay._id = name_id
     return overlay
-
-
-def _overlays(rasters: Sequence[Path], budget: int) -> list[_Overlay]:
-    """Warp all maps, as finely as their PNGs fit into a number of bytes."""
-    side = min(OVERLAY_SIDE_PX, math.isqrt(OVERLAY_PIXELS // len(rasters)))
-    while True:
-        overlays = [_overlay(path, side) for path in track(rasters, "Maps to the page")]
-        total = sum(len(o.url) for o in overlays)
-        if total <= budget:
-            return overlays
-        if side <= 64:
-            raise OutputError(
-                f"{len(rasters)} maps take {total / 1e6:.0f} MB even when reduced to {side} "
-                f"pixels, a page holds {budget / 1e6:.0f} MB; put fewer maps into a page"
-            )
-        side = max(64, int(side * min(0.85, math.sqrt(budget / total))))
-
-
-def _overlay(path: Path, side_px: int) -> _Overlay:
-    with open_map(path) as dataset:
-        legend = read_legend(dataset)
-        grid = map_grid(dataset, side_px)
-        values = warp(dataset, [1], grid, Resampling.nearest)[0]
-    return _Overlay(legend, Path(path).name, grid, encode_png(quantise(values, legend)))
-
-
-def _facts(overlay: _Overlay) -> dict[str, Any]:
-    legend, grid = overlay.legend, overlay.grid
-    return {
-        "label": legend.label,
-        "query": legend.query,
-        "quantity": legend.quantity,
-        "low": legend.low,
-        "high": legend.high,
-        "model": legend.model,
-        "file": overlay.file,
-        "bounds_m": [grid.left, grid.bottom, grid.right, grid.top],
-        "width": grid.width,
-        "height": grid.height,
-    }
 
 
 def _max_zoom(grids: Sequence[Grid], extent: Grid) -> int:
@@ -343,80 +288,8 @@ def _max_zoom(grids: Sequence[Grid], extent: Grid) -> int:
     return math.floor(min(22.0, max(deepest, whole)))
 
 
-def _title(overlays: Sequence[_Overlay]) -> str:
+def _title(overlays: Sequence[Overlay]) -> str:
     if len(overlays) == 1:
         return f"{overlays[0].legend.quantity.capitalize()} map"
     quantities = sorted({o.legend.quantity for o in overlays})
     return f"{len(overlays)} maps of {' and '.join(quantities)}"
-
-
-def _records(observations: GeoDataFrame) -> dict[str, Any]:
-    """Pack observations into columns; a very large table is thinned at random.
-
-    Raises:
-        ObservationsError: A column is missing.
-    """
-    for column in ("taxon", "longitude", "latitude"):
-        if column not in observations:
-            raise ObservationsError(
-                f"the observations have no column {column!r}; read them with "
-                "`speciesmap observations` first"
-            )
-    placed = np.isfinite(observations["longitude"].to_numpy(np.float64))
-    placed &= np.isfinite(observations["latitude"].to_numpy(np.float64))
-    table = observations[placed]
-    total = len(table)
-    if total > OBSERVATIONS:
-        keep = np.random.default_rng(0).choice(total, OBSERVATIONS, replace=False)
-        table = table.iloc[np.sort(keep)]
-    lon_lat = table[["longitude", "latitude"]].to_numpy(np.float64).round(6)
-    taxa, taxon = _coded(table, "taxon")
-    sources, source = _coded(table, "source")
-    observers, observer = _coded(table, "observer")
-    licenses, license_code = _coded(table, "license")
-    uncertainty: list[float | None] = [None] * len(table)
-    if "uncertainty_m" in table:
-        metres = table["uncertainty_m"].to_numpy(np.float64)
-        uncertainty = [float(f"{m:.4g}") if math.isfinite(m) else None for m in metres]
-    return {
-        "total": total,
-        "at": [_lat_first(float(x), float(y)) for x, y in lon_lat],
-        "taxa": taxa,
-        "taxon": taxon,
-        "sources": sources,
-        "source": source,
-        "observers": observers,
-        "observer": observer,
-        "licenses": licenses,
-        "license": license_code,
-        "date": _dates(table),
-        "uncertainty_m": uncertainty,
-        "photos": _photos(table),
-    }
-
-
-def _coded(table: GeoDataFrame, column: str) -> tuple[list[str], list[int]]:
-    """Write a column of repeated strings as its distinct values and their numbers."""
-    if column not in table:
-        return [""], [0] * len(table)
-    values, codes = np.unique(_text(table, column), return_inverse=True)
-    return [str(v) for v in values], [int(c) for c in codes]
-
-
-def _text(table: GeoDataFrame, column: str) -> NDArray[np.str_]:
-    return np.asarray(table[column].fillna("").astype(str), dtype=np.str_)
-
-
-def _dates(table: GeoDataFrame) -> list[str]:
-    if "date" not in table:
-        return [""] * len(table)
-    return ["" if str(d) == "NaT" else f"{d:%Y-%m-%d}" for d in table["date"]]
-
-
-def _photos(table: GeoDataFrame) -> list[str]:
-    """Addresses of photos whose licence is stated; files and other schemes are left out."""
-    if "photo" not in table or "license" not in table:
-        return [""] * len(table)
-    pairs = zip(_text(table, "photo"), _text(table, "license"), strict=True)
-    first = [(str(photos).split(" | ")[0].strip(), licence) for photos, licence in pairs]
-    return [photo if photo.startswith("https://") and licence else "" for photo, licence in first]
