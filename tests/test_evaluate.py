@@ -9,7 +9,7 @@ from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 from tiny import TAXA
 
-from speciesmap.learning.evaluate import auc, calibrate, fold_auc, summarise
+from speciesmap.learning.evaluate import calibrate, fold_auc, summarise
 
 NAMES = [taxon.name for taxon in TAXA]
 
@@ -25,11 +25,6 @@ def test_fold_auc_is_that_of_each_fold_and_of_all() -> None:
     assert found["auc_sd"] == pytest.approx(np.std(wanted, ddof=1))
     assert found["auc"] == pytest.approx(roc_auc_score(present, score))
     assert found["presences"] == present.sum()
-
-
-def test_auc_is_the_share_of_pairs_in_order() -> None:
-    assert auc(np.array([True, True, False, False]), np.array([3.0, 1.0, 2.0, 0.0])) == 0.75
-    assert auc(np.array([True, True]), np.array([1.0, 2.0])) is None
 
 
 def test_a_fold_without_presences_has_no_auc_and_spoils_nothing() -> None:

@@ -18,7 +18,7 @@ from speciesmap.datasets.chips import make_chips
 from speciesmap.demo.scene import SceneResult, rounded
 from speciesmap.learning.baselines import logistic, trained_scores, window_statistics
 from speciesmap.learning.data import Places, draw_background
-from speciesmap.learning.evaluate import auc
+from speciesmap.learning.metrics import auc
 from speciesmap.learning.train import train
 from speciesmap.mapping.query import Query, photo_query, taxon_query, text_query
 from speciesmap.models import SpeciesModel, load_model

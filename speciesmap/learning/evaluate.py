@@ -11,8 +11,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit
-from sklearn.metrics import roc_auc_score
 
+from speciesmap.learning.metrics import auc
 from speciesmap.taxa import Taxon
 
 
@@ -72,13 +72,6 @@ def fold_auc(present: ArrayLike, score: ArrayLike, fold: ArrayLike) -> dict[str,
         "auc_folds": by_fold,
         "presences": int(present.sum()),
     }
-
-
-def auc(present: NDArray[np.bool_], score: NDArray[np.floating[Any]]) -> float | None:
-    """AUC, or None where only one class is there."""
-    if present.all() or not present.any():
-        return None
-    return float(roc_auc_score(present, score))
 
 
 def calibrate(
