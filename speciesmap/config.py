@@ -93,7 +93,8 @@ class DataConfig(Strict):
     """Where training data comes from: a paired data set, imagery, or both.
 
     `background` is a number of places drawn at random from the imagery, or a file of points.
-    Rows of `withheld` taxa are never seen.
+    Rows of `withheld` taxa are never seen. `window_px` is the side of the model's window: without
+    a data set it must be given; of larger chips, training sees random crops and mapping the middle.
     """
 
     dataset: str | None = None

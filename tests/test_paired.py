@@ -76,7 +76,6 @@ def test_a_folder_from_the_hub_reads_as_it_is(hub: Path) -> None:
     assert np.allclose(tones, [30, 10], atol=3)
     assert [taxon.name for taxon in data.taxa] == ["Acer negundo", "Quercus agrifolia"]
     assert all(taxon.lineage == () for taxon in data.taxa), "numbers are no names"
-    assert data.labels.tolist() == [1, 0, 1, 0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 28])

@@ -19,9 +19,9 @@ from torch import Tensor
 from speciesmap.config import load_config
 from speciesmap.datasets.paired import PairedDataset
 from speciesmap.errors import ConfigError, DatasetError, ModelError, OutputError
-from speciesmap.learning.data import draw_background, open_sources
+from speciesmap.learning.data import PairedRows, draw_background, open_sources
 from speciesmap.learning.modules import Crisp, Finetune
-from speciesmap.learning.train import train
+from speciesmap.learning.train import ByPlace, train
 from speciesmap.models import load_model, read_facts, save_model
 from speciesmap.taxa import Taxon
 
@@ -238,6 +238,88 @@ def test_an_interrupted_run_leaves_no_checkpoint_and_goes_on_where_it_stopped(
     assert len(steps) == 6, "the two epochs that were finished are not repeated"
     assert read_facts(out)["metrics"]["steps"] == 12
     assert everything(tmp_path) == ["run"]
+
+
+def test_a_resumed_run_ends_with_the_very_weights_of_one_that_was_never_interrupted(
+    scene: TinyScene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(crisp(scene, optim={"epochs": 3, "batch_size": 12}))
+    whole = weights(train(config, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step=4)
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "run")
+    torch.rand(5)
+    resumed = weights(train(config, tmp_path / "run", resume=True))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_resumed_validation_repeats_no_fold(
+    scene: TinyScene, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folds = {"folds": 3, "block_m": 40}
+    config = load_config(tune(scene, untrained, validation=folds, align=0.0))
+    started: list[int] = []
+    original = Finetune.training_step
+
+    def training_step(self: Finetune, batch: Any, index: int) -> Tensor:
+        if index == 0:
+            started.append(len(started))
+        if stop_at is not None and len(started) > stop_at:
+            raise Interrupted
+        return original(self, batch, index)
+
+    monkeypatch.setattr(Finetune, "training_step", training_step)
+    stop_at: int | None = 2
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    started.clear()
+    stop_at = None
+    run = train(config, tmp_path / "run", resume=True)
+    assert len(started) == 2, "the last fold, and the final fit"
+    assert everything(tmp_path) == ["run"]
+    whole = train(config, tmp_path / "whole")
+    resumed, unbroken = (pd.read_parquet(r / "folds.parquet") for r in (run, whole))
+    pd.testing.assert_frame_equal(resumed, unbroken)
+    assert torch.equal(weights(run)["head.weight"], weights(whole)["head.weight"])
+
+
+def test_windows_smaller_than_the_chips_are_cropped_at_random_and_mapped_from_the_middle(
+    scene: TinyScene, tmp_path: Path
+) -> None:
+    data: dict[str, Any] = {"dataset": str(scene.chips), "window_px": 12}
+    run = train(load_config(crisp(scene, data=data)), tmp_path / "run")
+    assert load_model(run).window_px == 12
+    sources = open_sources(load_config(crisp(scene, data=data)).data)
+    assert sources.dataset is not None
+    rows = PairedRows(sources.dataset, [3, 1], sources.taxa, window_px=12)
+    wanted = sources.dataset.aerial([3, 1])[:, :, 2:14, 2:14]
+    assert np.array_equal(rows.aerial([0, 1]).numpy(), wanted)
+    assert rows.__getitems__([0])["aerial"].shape == (1, 4, 16, 16)
+    data |= {"imagery": str(scene.imagery), "background": 20}
+    tuned = train(load_config(tune(scene, run, data=data)), tmp_path / "tuned")
+    assert load_model(tuned).window_px == 12
+    data["window_px"] = 17
+    with pytest.raises(ConfigError, match="window_px = 17 is more than the 16 px"):
+        train(load_config(tune(scene, run, data=data)), tmp_path / "more")
+
+
+def test_rows_of_one_place_follow_each_other_where_they_are_positives() -> None:
+    place = np.array([7, 7, 2, 5, 5, 5, 9, 2])
+    torch.manual_seed(0)
+    orders = [list(ByPlace(place)) for _ in range(20)]
+    for order in orders:
+        assert sorted(order) == list(range(8))
+        kept = place[order]
+        assert len(kept) - np.count_nonzero(np.diff(kept)) == 8 - 3, "four places, three borders"
+    assert len({tuple(order) for order in orders}) > 10
+
+
+def test_positives_of_one_place_and_chunks_train(scene: TinyScene, tmp_path: Path) -> None:
+    changes = {"contrastive": {"same_place": "positive", "same_taxon": "ignored"}}
+    config = crisp(scene, optim={"epochs": 1, "batch_size": 12, "chunk_size": 5}, **changes)
+    assert read_facts(train(load_config(config), tmp_path / "run"))["metrics"]["steps"] == 3
 
 
 def test_overwrite_starts_an_interrupted_run_anew(

@@ -80,13 +80,6 @@ class PairedDataset:
         """Travel to another process as a path, never with the images."""
         return open_paired, (self.path,)
 
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """Position in `taxa` of each row's taxon, -1 where it has none, shape (N,)."""
-        position = {taxon.name: k for k, taxon in enumerate(self.taxa)}
-        labels = self.facts["name"].map(position).fillna(-1).to_numpy(dtype=np.int64)
-        return np.asarray(labels)
-
     def aerial(self, rows: ArrayLike | None = None) -> NDArray[Any]:
         """Read aerial windows.
 

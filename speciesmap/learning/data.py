@@ -32,14 +32,16 @@ Batch = dict[str, Tensor]
 class PairedRows(Dataset[Batch]):
     """Rows of a paired data set, fetched by the batch.
 
-    A batch has `aerial` (N, B, P, P) raw pixels, `taxon` (N,) positions in `taxa`, `place` (N,)
-    equal for rows of one spot, and `ground` (N, 3, S, S) raw RGB where photos are asked for.
+    A batch has `aerial` (N, B, W, W) raw pixels of the data set's whole windows, which views crop,
+    `taxon` (N,) positions in `taxa`, `place` (N,) equal for rows of one spot, and `ground`
+    (N, 3, S, S) raw RGB where photos are asked for.
 
     Args:
         dataset: Where to read.
         rows: Which rows; each of one of `taxa`.
         taxa: What `taxon` counts.
         image_px: Side of the photos; none are read if absent.
+        window_px: Side of the windows that `aerial` gives, cut from the middle; whole by default.
     """
 
     def __init__(
@@ -48,8 +50,10 @@ class PairedRows(Dataset[Batch]):
         rows: ArrayLike,
         taxa: Sequence[Taxon],
         image_px: int | None = None,
+        window_px: int | None = None,
     ) -> None:
         self.dataset = dataset
+        self.window_px = window_px or dataset.window_px
         self.rows = np.asarray(rows, dtype=np.int64)
         self.taxa = tuple(taxa)
         self.image_px = image_px
@@ -64,11 +68,12 @@ class PairedRows(Dataset[Batch]):
 
     def subset(self, chosen: NDArray[np.bool_]) -> PairedRows:
         """Keep some of the rows, by a mask of shape (N,)."""
-        return PairedRows(self.dataset, self.rows[chosen], self.taxa, self.image_px)
+        return PairedRows(self.dataset, self.rows[chosen], self.taxa, self.image_px, self.window_px)
 
     def aerial(self, positions: ArrayLike) -> Tensor:
-        """Read raw windows by positions in `rows`, shape (N, B, P, P)."""
-        return torch.from_numpy(self.dataset.aerial(self.rows[np.asarray(positions)]))
+        """Read the middle of raw windows by positions in `rows`, shape (N, B, P, P)."""
+        windows = torch.from_numpy(self.dataset.aerial(self.rows[np.asarray(positions)]))
+        return middle(windows, self.window_px)
 
     @cached_property
     def _photos(self) -> Tensor | None:
@@ -92,7 +97,7 @@ class PairedRows(Dataset[Batch]):
         """Fetch one batch by positions in `rows`."""
         rows = self.rows[list(positions)]
         batch = {
-            "aerial": self.aerial(positions),  # (N, B, P, P)
+            "aerial": torch.from_numpy(self.dataset.aerial(rows)),  # (N, B, W, W)
             "taxon": torch.from_numpy(self.labels[rows]),  # (N,)
             "place": torch.from_numpy(self.place[rows]),  # (N,)
         }
@@ -102,6 +107,12 @@ class PairedRows(Dataset[Batch]):
                 self._read_photos(rows) if kept is None else kept[list(positions)]
             )  # (N, 3, S, S)
         return batch
+
+
+def middle(windows: Tensor, window_px: int) -> Tensor:
+    """Cut the middle out of windows, (N, B, W, W) to (N, B, P, P)."""
+    start = (windows.shape[-1] - window_px) // 2
+    return windows[:, :, start : start + window_px, start : start + window_px]
 
 
 class Places(Dataset[Batch]):
@@ -180,7 +191,7 @@ class Sources:
         rows: Its usable rows.
         taxa: The taxa of those rows; none withheld.
         imagery: The imagery, if any, with the data set's bands.
-        window_px: Side of the aerial window.
+        window_px: Side of the aerial window of the model, at most that of the data set.
         bands: Names of the aerial bands.
         resolution_m: Side of an aerial pixel on the ground, in metres.
     """
@@ -216,12 +227,18 @@ def open_sources(data: DataConfig) -> Sources:
             )
         if imagery is not None and imagery.bands != dataset.bands:
             imagery = imagery.select(dataset.bands)
+        window_px = data.window_px or dataset.window_px
+        if window_px > dataset.window_px:
+            raise ConfigError(
+                f"data.window_px = {window_px} is more than the {dataset.window_px} px of "
+                f"{data.dataset}; leave it out, or cut larger chips"
+            )
         return Sources(
             dataset,
             np.flatnonzero(wanted),
             taxa,
             imagery,
-            dataset.window_px,
+            window_px,
             dataset.bands,
             dataset.resolution_m,
         )

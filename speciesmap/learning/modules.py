@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from speciesmap.config import ContrastiveConfig, OptimConfig, ViewsConfig
 from speciesmap.learning.data import Batch
-from speciesmap.learning.views import aerial_view, ground_view
+from speciesmap.learning.views import aerial_view, ground_view, random_crop
 from speciesmap.models.crisp import SpeciesModel
 from speciesmap.models.losses import assume_negative, info_nce
 from speciesmap.models.masked import MaskedAutoencoder
@@ -73,7 +73,7 @@ class Masked(Stage):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Hide patches and paint them."""
         tower = self.network.tower
-        return self.report(self.network(aerial_view(batch["aerial"], tower.std)))
+        return self.report(self.network(aerial_view(batch["aerial"], tower.std, tower.image_px)))
 
 
 class Crisp(Stage):
@@ -153,7 +153,8 @@ class Finetune(Stage):
         model = self.network
         presences, background = batch["presences"], batch["background"]
         count = len(presences["aerial"])
-        windows = torch.cat([presences["aerial"], background["aerial"]])
+        here = random_crop(presences["aerial"], model.window_px)
+        windows = torch.cat([here, background["aerial"]])
         aligns = self.align > 0 and (model.text is not None or "ground" in presences)
         raw = {**presences, "aerial": windows} if aligns else {"aerial": windows}
         drawn = seen(model, raw, self.views)

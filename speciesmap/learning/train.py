@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 import yaml
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import CombinedLoader
+from numpy.typing import NDArray
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 
 from speciesmap.config import (
     FinetuneConfig,
@@ -41,6 +44,7 @@ from speciesmap.learning.data import (
 )
 from speciesmap.learning.evaluate import Calibration, calibrate, summarise
 from speciesmap.learning.modules import Crisp, Finetune, Masked, Stage
+from speciesmap.mapping.embed import choose_device
 from speciesmap.models import Architecture, SpeciesModel, load_model, save_model
 from speciesmap.models.encoders import ImageTower, computes_bfloat16
 from speciesmap.models.heads import TaxonHead
@@ -53,6 +57,7 @@ log = logging.getLogger("speciesmap")
 
 REFERENCES = 1024  # windows of the training landscape kept as the yardstick of untrained queries
 STATE = Path("state", "last.ckpt")  # where an interrupted run goes on from, in its folder
+FOLDS = "folds"  # scores of the folds of a validation that are done
 STATISTICS = 2048  # windows that band means and deviations are measured on
 
 
@@ -81,23 +86,26 @@ def train(
         SpeciesmapError: The configuration, its data or the output do not allow it.
     """
     out = Path(out)
-    refuse_existing(out, overwrite)
+    first = process_rank() == 0  # further processes of a run only train
+    if first:
+        refuse_existing(out, overwrite)
     work = out.with_name(f".{out.name}.training")
     described = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    if work.exists() and not resume:
+    if first and work.exists() and not resume:
         if not overwrite:
             raise OutputError(
                 f"an interrupted run lies in {work}; pass --resume to go on, or --overwrite to "
                 "start anew"
             )
         shutil.rmtree(work)
-    if work.exists() and (work / "config.yaml").read_text() != described:
+    if first and work.exists() and (work / "config.yaml").read_text() != described:
         raise ConfigError(
             f"the interrupted run in {work} had another configuration; pass --overwrite to start "
             "anew, or the configuration in its config.yaml"
         )
     work.mkdir(parents=True, exist_ok=True)
-    (work / "config.yaml").write_text(described)
+    if first:
+        (work / "config.yaml").write_text(described)
 
     L.seed_everything(config.seed, verbose=False)
     started = time.perf_counter()
@@ -106,9 +114,11 @@ def train(
         procedure = pretrain if isinstance(config, PretrainConfig) else finetune
         model, metrics = procedure(config, sources, work)  # type: ignore[arg-type]
     except BaseException:
-        if not (work / STATE).exists():  # nothing to go on from
-            shutil.rmtree(work)
+        if first and not (work / STATE).exists() and not (work / FOLDS).exists():
+            shutil.rmtree(work)  # nothing to go on from
         raise
+    if not first:
+        return out
     facts = {
         "training": config.model_dump(mode="json"),
         "metrics": metrics,
@@ -123,6 +133,11 @@ def train(
                 (work / kept).rename(folder / kept)
     shutil.rmtree(work)
     return out
+
+
+def process_rank() -> int:
+    """Number of this process among those that train together, 0 for the first."""
+    return int(getattr(rank_zero_only, "rank", 0))
 
 
 def pretrain(
@@ -154,7 +169,9 @@ def pretrain(
     if sources.dataset is not None:
         ground = config.model.ground
         image_px = ground.image_px if contrastive and ground else None
-        windows = PairedRows(sources.dataset, sources.rows, sources.taxa, image_px)
+        windows = PairedRows(
+            sources.dataset, sources.rows, sources.taxa, image_px, sources.window_px
+        )
     else:
         assert sources.imagery is not None
         windows = draw_background(sources.imagery, sources.window_px, config.data.background, rng)
@@ -166,7 +183,9 @@ def pretrain(
         )
     if isinstance(windows, Places):
         windows = windows.filled(model.fill)
-    loader = batches(windows, config.optim, config.trainer)
+    loader = batches(
+        windows, config.optim, config.trainer, together=config.contrastive.same_place == "positive"
+    )
     steps = config.optim.epochs * len(loader)
     if contrastive:
         stage: Stage = Crisp(
@@ -188,7 +207,7 @@ def pretrain(
         )
         stage = Masked(network, config.optim, steps)
     metrics = fit(stage, loader, config.optim, config.trainer, work)
-    set_reference(model, windows, rng)
+    set_reference(model, windows, rng, config.trainer.accelerator)
     return model, metrics
 
 
@@ -225,20 +244,20 @@ def finetune(
             f"{', '.join(sources.bands)}; cut chips to fit, or pre-train on these"
         )
     image_px = base.ground.image_px if base.ground and sources.dataset.has_ground else None
-    presences = PairedRows(sources.dataset, sources.rows, sources.taxa, image_px)
+    presences = PairedRows(sources.dataset, sources.rows, sources.taxa, image_px, sources.window_px)
     background = draw_background(
         sources.imagery, sources.window_px, config.data.background, rng, base.fill
     )
     metrics: dict[str, Any] = {}
     calibrations: dict[str, Calibration] = {}
     if config.validation is not None:
-        folds = cross_validate(base, presences, background, config)
+        folds = cross_validate(base, presences, background, config, work)
         metrics["validation"] = summarise(folds, sources.taxa)
         if work is not None:
             folds.to_parquet(work / "folds.parquet")
         calibrations = calibrate(folds, sources.taxa, config.validation.prevalence)
     model, fitted = fit_taxa(base, presences, background, config, work)
-    set_reference(model, background, rng)
+    set_reference(model, background, rng, config.trainer.accelerator)
     model.prevalence = {name: c.prevalence for name, c in calibrations.items()}
     with torch.no_grad():
         for k, taxon in enumerate(sources.taxa):
@@ -274,9 +293,10 @@ def fit_taxa(
     model = copy.deepcopy(base)
     model.taxa = presences.taxa
     model.head = TaxonHead(len(model.taxa), model.dim)
-    here = embeddings(model, presences)  # (N, D)
+    accelerator = config.trainer.accelerator
+    here = embeddings(model, presences, accelerator=accelerator)  # (N, D)
     labels = torch.from_numpy(presences.labels[presences.rows])  # (N,)
-    away = embeddings(model, background, limit=REFERENCES).mean(0)  # (D,)
+    away = embeddings(model, background, REFERENCES, accelerator).mean(0)  # (D,)
     with torch.no_grad():
         for k in range(len(model.taxa)):
             model.head.weight[k] = F.normalize(here[labels == k].mean(0) - away, dim=0)
@@ -295,7 +315,11 @@ def fit_taxa(
 
 
 def cross_validate(
-    base: SpeciesModel, presences: PairedRows, background: Places, config: FinetuneConfig
+    base: SpeciesModel,
+    presences: PairedRows,
+    background: Places,
+    config: FinetuneConfig,
+    work: Path | None = None,
 ) -> pd.DataFrame:
     """Fine-tune with whole blocks held out in turn, and score what was held out.
 
@@ -306,6 +330,7 @@ def cross_validate(
         presences: Rows of taxa.
         background: Places of the study area; its imagery gives the grid.
         config: The stage, with `validation`.
+        work: Folder where each fold's scores are kept, so that a run that goes on repeats none.
 
     Returns:
         One row per presence and background place: longitude, latitude, taxon (empty for
@@ -332,15 +357,23 @@ def cross_validate(
         use = separated(cols, rows, folds, k, presences.dataset.window_px + 1)
         held = folds == k
         trained[held] = use.sum()
+        kept = None if work is None else work / FOLDS / f"{k}.npy"
+        if kept is not None and kept.exists():
+            logits[held] = np.load(kept)
+            continue
         model, _ = fit_taxa(
             base, presences.subset(use[:count]), background.subset(use[count:]), config
         )
+        accelerator = config.trainer.accelerator
         parts = [
-            embeddings(model, presences.subset(held[:count])),
-            embeddings(model, background.subset(held[count:])),
+            embeddings(model, presences.subset(held[:count]), accelerator=accelerator),
+            embeddings(model, background.subset(held[count:]), accelerator=accelerator),
         ]
         with torch.inference_mode():
             logits[held] = model.head(torch.cat(parts)).numpy()
+        if kept is not None and process_rank() == 0:
+            with replacing(kept, overwrite=True) as beside:
+                np.save(beside, logits[held])
     x, y = imagery.xy(rows, cols)
     names = np.r_[facts["name"].to_numpy(dtype=object), np.full(len(background), "", object)]
     table = pd.DataFrame(
@@ -392,10 +425,18 @@ def batches(
     optim: OptimConfig,
     trainer: TrainerConfig,
     count: int | None = None,
+    together: bool = False,
 ) -> DataLoader[Batch]:
-    """Shuffle into batches: an epoch, or `count` batches drawn with replacement."""
+    """Shuffle into batches: an epoch, or `count` batches drawn with replacement.
+
+    With `together`, rows of one place follow each other.
+    """
     size = min(optim.batch_size, len(windows))
-    sampler = RandomSampler(windows, replacement=True, num_samples=count * size) if count else None
+    sampler: Sampler[int] | None = None
+    if count:
+        sampler = RandomSampler(windows, replacement=True, num_samples=count * size)
+    elif together and isinstance(windows, PairedRows):
+        sampler = ByPlace(windows.place[windows.rows])
     return DataLoader(
         windows,
         batch_size=size,
@@ -407,6 +448,26 @@ def batches(
         persistent_workers=trainer.workers > 0,
         multiprocessing_context="spawn" if trainer.workers else None,
     )
+
+
+class ByPlace(Sampler[int]):
+    """Rows in an order whose places are shuffled, and so are the rows of each place.
+
+    Args:
+        place: Of each row, shape (N,).
+    """
+
+    def __init__(self, place: NDArray[np.int64]) -> None:
+        self.place = torch.from_numpy(np.unique(place, return_inverse=True)[1])
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def __iter__(self) -> Iterator[int]:
+        """Draw an order."""
+        rows = torch.randperm(len(self.place))
+        rank = torch.randperm(int(self.place.max()) + 1)
+        return iter(rows[rank[self.place[rows]].argsort(stable=True)].tolist())
 
 
 def fit(
@@ -433,12 +494,14 @@ def fit(
     if work is not None:
         state = work / STATE
         latest = ModelCheckpoint(state.parent, state.stem, enable_version_counter=False)
-        callbacks.append(latest)
+        callbacks += [latest, Randomness()]
         if loud:
             callbacks.append(RichProgressBar(leave=True, console_kwargs={"stderr": True}))
     stage.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if process_rank():  # other views than in the first process
+        torch.manual_seed(torch.initial_seed() + process_rank())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = L.Trainer(
@@ -471,31 +534,67 @@ def best_precision(accelerator: str) -> str:
     """Choose bfloat16 where the processor multiplies it natively, else what Lightning has."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "bf16-mixed" if computes_bfloat16(torch.device("cuda")) else "16-mixed"
-    return "bf16-mixed" if computes_bfloat16(torch.device("cpu")) else "32-true"
+    return "bf16-mixed" if computes_bfloat16(device) else "32-true"
 
 
 @torch.inference_mode()
 def embeddings(
-    model: SpeciesModel, windows: PairedRows | Places, limit: int | None = None
+    model: SpeciesModel,
+    windows: PairedRows | Places,
+    limit: int | None = None,
+    accelerator: str = "auto",
 ) -> torch.Tensor:
-    """Embed the first `limit` windows, or all, without augmentation, shape (N, D) float32."""
-    training = model.training
-    model.eval()
+    """Embed the first `limit` windows, or all, without augmentation.
+
+    Args:
+        model: Left where it is and as it is.
+        windows: What to embed.
+        limit: How many at most.
+        accelerator: Of `TrainerConfig`: a GPU is used where there is one, unless this is `cpu`.
+
+    Returns:
+        On the CPU, float32, shape (N, D).
+    """
+    training, home = model.training, model.log_scale.device
+    device = choose_device("cpu" if accelerator == "cpu" else None)
+    model.eval().to(device)
     count = min(len(windows), limit or len(windows))
     parts = [torch.empty(0, model.dim)]
-    quick = computes_bfloat16(torch.device("cpu"))
+    quick = computes_bfloat16(device)
     for chosen in np.array_split(np.arange(count), max(1, count // 256)):
         if len(chosen):
-            with torch.autocast("cpu", torch.bfloat16, enabled=quick):
-                parts.append(model.encode_aerial(windows.aerial(chosen)))  # (n, D)
-    model.train(training)
+            with torch.autocast(device.type, torch.bfloat16, enabled=quick):
+                parts.append(model.encode_aerial(windows.aerial(chosen).to(device)).cpu())  # (n, D)
+    model.train(training).to(home)
     return torch.cat(parts)
 
 
 def set_reference(
-    model: SpeciesModel, windows: PairedRows | Places, rng: np.random.Generator
+    model: SpeciesModel,
+    windows: PairedRows | Places,
+    rng: np.random.Generator,
+    accelerator: str = "auto",
 ) -> None:
     """Embed windows of the training landscape as the yardstick of untrained queries."""
     chosen = np.zeros(len(windows), dtype=bool)
     chosen[rng.permutation(len(windows))[:REFERENCES]] = True
-    model.reference = embeddings(model, windows.subset(chosen)).clone()
+    model.reference = embeddings(model, windows.subset(chosen), accelerator=accelerator).clone()
+
+
+class Randomness(Callback):
+    """Keeps the state of the random numbers, so that a resumed run draws what it would have.
+
+    It is that of the first process; others draw anew.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Take the states, one of the CPU and one of each GPU."""
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put the states back."""
+        if process_rank():
+            return
+        torch.set_rng_state(state_dict["cpu"])
+        if len(state_dict["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state_dict["cuda"])

@@ -28,16 +28,9 @@ def aerial_view(
     Returns:
         Float32, shape (N, B, P, P).
     """
-    count, bands, side = windows.shape[:3]
+    windows = windows if window_px is None else random_crop(windows, window_px)
+    count, bands = windows.shape[:2]
     device = windows.device
-    if window_px is not None and window_px < side:
-        corners = torch.randint(side - window_px + 1, (count, 2)).tolist()
-        windows = torch.stack(
-            [
-                window[:, top : top + window_px, left : left + window_px]
-                for window, (top, left) in zip(windows, corners, strict=True)
-            ]
-        )  # (N, B, P, P)
     turned = torch.empty_like(windows, dtype=torch.float32)
     symmetry = torch.randint(8, (count,), device=device)
     for k in range(8):
@@ -50,6 +43,19 @@ def aerial_view(
     shift = torch.randn(count, bands, 1, 1, device=device)
     gain = (jitter * common + jitter / 4 * own).exp()
     return turned * gain + jitter / 4 * shift * std  # (N, B, P, P)
+
+
+def random_crop(windows: Tensor, window_px: int) -> Tensor:
+    """Cut a square of `window_px` out of each window, (N, B, W, W) to (N, B, P, P)."""
+    side = windows.shape[-1]
+    if window_px >= side:
+        return windows
+    corners = torch.randint(side - window_px + 1, (len(windows), 2)).tolist()
+    crops = [
+        window[:, top : top + window_px, left : left + window_px]
+        for window, (top, left) in zip(windows, corners, strict=True)
+    ]
+    return torch.stack(crops)  # (N, B, P, P)
 
 
 def ground_view(
