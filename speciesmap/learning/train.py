@@ -534,7 +534,7 @@ def best_precision(accelerator: str) -> str:
     """Choose bfloat16 where the processor multiplies it natively, else what Lightning has."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "bf16-mixed" if computes_bfloat16(torch.device("cuda")) else "16-mixed"
-    return "bf16-mixed" if computes_bfloat16(device) else "32-true"
+    return "bf16-mixed" if computes_bfloat16(torch.device("cpu")) else "32-true"
 
 
 @torch.inference_mode()
