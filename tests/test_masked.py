@@ -84,15 +84,14 @@ def test_the_loss_is_over_hidden_patches_only(kwargs: dict[str, Any]) -> None:
     model = autoencoder(kwargs)
     pixels = images()
     painted: list[Tensor] = []
-    model.paint.register_forward_hook(lambda *call: painted.append(call[2]))
+    model.painter.heads[0].register_forward_hook(lambda *call: painted.append(call[2]))
     value = loss(model, pixels, 5)
     errors = []
     for image, order, guess in zip(pixels, shuffle(2, seed=5), painted[0], strict=True):
-        assert len(guess) == 12
-        for patch, pixel in zip(order[4:].tolist(), guess, strict=True):
+        for patch in order[4:].tolist():
             row, col = 8 * (patch // 4), 8 * (patch % 4)
             cut = image[:, row : row + 8, col : col + 8].flatten()
-            errors.append(((cut - cut.mean()) / cut.std() - pixel).square().mean())
+            errors.append(((cut - cut.mean()) / cut.std() - guess[patch]).square().mean())
     assert torch.allclose(value, torch.stack(errors).mean(), rtol=1e-4)
 
 
@@ -137,3 +136,38 @@ def test_other_backbones_are_refused() -> None:
     for kwargs in ({"reg_tokens": 2}, {"no_embed_class": True}, {"pos_embed": "none"}):
         with pytest.raises(ModelError, match="one learned position per patch"):
             autoencoder(kwargs)
+
+
+@both
+def test_an_image_has_one_embedding_whatever_stands_beside_it(kwargs: dict[str, Any]) -> None:
+    """Nothing is hidden or shuffled outside of training, so batch and seed do not matter."""
+    tower = autoencoder(kwargs).tower.eval()
+    pixels = images(6)
+    with torch.inference_mode():
+        wanted = tower(pixels)
+        torch.manual_seed(99)
+        assert torch.equal(tower(pixels), wanted)
+        order = torch.tensor([5, 3, 1, 0, 2, 4])
+        assert torch.equal(tower(pixels[order]), wanted[order])
+        others = torch.cat([pixels[:1], images(5) * 3])
+        assert torch.equal(tower(others)[0], wanted[0])
+        assert torch.allclose(tower(pixels[:1])[0], wanted[0], atol=1e-5)
+
+
+def test_positions_of_trained_weights_can_be_kept() -> None:
+    tower = ImageTower("test_vit", 32, [0.0] * 3, [1.0] * 3, dim=8, kwargs={"patch_size": 8})
+    before = tower.backbone.pos_embed.detach().clone()
+    MaskedAutoencoder(tower, 0.75, 16, 1, 2, keep_positions=True)
+    assert torch.equal(tower.backbone.pos_embed, before)
+    MaskedAutoencoder(tower, 0.75, 16, 1, 2)
+    assert torch.equal(tower.backbone.pos_embed[0, 1:], sincos_positions(4, 4, before.shape[2]))
+
+
+def test_pixels_may_be_painted_as_they_are() -> None:
+    """Without standardising patches, brighter hidden pixels are a harder target."""
+    torch.manual_seed(0)
+    tower = ImageTower("test_vit", 32, [0.0] * 3, [1.0] * 3, dim=8, kwargs={"patch_size": 8})
+    plain = MaskedAutoencoder(tower, 0.75, 16, 1, 2, standardise=False).eval()
+    flat = torch.full((1, 3, 32, 32), 3.0)
+    assert torch.allclose(plain.painter.patches(flat, 8), torch.tensor(3.0))
+    assert loss(plain, flat, 0) == pytest.approx(9, rel=0.5)

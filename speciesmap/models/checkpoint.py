@@ -8,8 +8,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model as save_weights
 
 from speciesmap.errors import ModelError
 from speciesmap.models.crisp import Architecture, SpeciesModel
@@ -32,10 +33,7 @@ def save_model(model: SpeciesModel, folder: Path | str, facts: Mapping[str, Any]
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
-    save_file(state, folder / WEIGHTS)
+    save_weights(model, str(folder / WEIGHTS))  # what two towers share is stored once
     config = {
         "format": FORMAT,
         "architecture": asdict(model.architecture),
@@ -89,7 +87,8 @@ def load_model(folder: Path | str) -> SpeciesModel:
     folder = Path(folder)
     facts = read_facts(folder)
     try:
-        state = load_file(folder / WEIGHTS)
+        with safe_open(folder / WEIGHTS, "pt") as stored:
+            references = stored.get_slice("reference").get_shape()[0]
         entries = json.loads((folder / TAXA).read_text(encoding="utf-8"))
         taxa = [Taxon(entry["name"], tuple(entry["lineage"])) for entry in entries]
         raw = facts["architecture"]
@@ -103,9 +102,9 @@ def load_model(folder: Path | str) -> SpeciesModel:
             Architecture(**arguments),
             taxa,
             facts["prevalence"],
-            references=len(state["reference"]),
+            references=references,
         )
-        model.load_state_dict(state)
+        load_weights(model, folder / WEIGHTS)
     except FileNotFoundError as error:
         raise ModelError(
             f"{folder} lacks {Path(error.filename or WEIGHTS).name}; copy the checkpoint again"

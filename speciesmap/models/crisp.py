@@ -20,9 +20,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from speciesmap.errors import ModelError
+from speciesmap.models.crossview import PairMatcher, joint_token
 from speciesmap.models.encoders import ImageTower
 from speciesmap.models.factored import FactoredTower
 from speciesmap.models.heads import TaxonHead
+from speciesmap.models.metadata import MetadataEncoder
 from speciesmap.models.text import HubTextTower, TextTower
 from speciesmap.taxa import Taxon
 
@@ -47,6 +49,8 @@ class Architecture:
             arguments of a `FactoredTower`, it is one.
         ground: `backbone`, `kwargs` and `image_px` of the ground tower, if there is one.
         text: `width`, `layers` and `heads` of the text tower, or `hub`, if there is one.
+        metadata: `dropout` of the layers for place and date, if there are any.
+        matcher: Whether the towers share one transformer that also scores pairs (CVM-MAE).
     """
 
     dim: int
@@ -58,6 +62,8 @@ class Architecture:
     aerial: dict[str, Any]
     ground: dict[str, Any] | None = None
     text: dict[str, Any] | None = None
+    metadata: dict[str, Any] | None = None
+    matcher: bool = False
 
 
 class SpeciesModel(nn.Module):
@@ -116,6 +122,12 @@ class SpeciesModel(nn.Module):
         if a.text:
             hub = a.text.get("hub")
             self.text = HubTextTower(a.dim, hub) if hub else TextTower(a.dim, **a.text)
+        self.metadata = MetadataEncoder(a.dim, **a.metadata) if a.metadata else None
+        self.matcher: PairMatcher | None = None
+        if a.matcher:
+            if self.ground is None:
+                raise ModelError("pairs are scored of two views, and there is no ground tower")
+            self.matcher = PairMatcher(self.aerial, self.ground, a.metadata)
         self.head = TaxonHead(len(self.taxa), a.dim)
         self.log_scale = nn.Parameter(torch.tensor(math.log(START_LOGIT_SCALE)))
         self.register_buffer("reference", torch.zeros(references, a.dim))
@@ -166,16 +178,62 @@ class SpeciesModel(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def encode_aerial(self, windows: Tensor) -> Tensor:
+    def encode_aerial(self, windows: Tensor, metadata: Tensor | None = None) -> Tensor:
         """Embed aerial windows.
 
         Args:
             windows: Raw pixel values of any number type, shape (N, B, P, P).
+            metadata: Where and when, columns as in `metadata.FIELDS`, shape (N, 4).
 
         Returns:
             Unit embeddings, float32, shape (N, D).
+
+        Raises:
+            ModelError: Metadata are given and the model has no layers for them.
         """
-        return F.normalize(self.aerial(windows).float(), dim=1)  # (N, D)
+        embedded = F.normalize(self.aerial(windows).float(), dim=1)  # (N, D)
+        return embedded if metadata is None else self.add_metadata(embedded, metadata)
+
+    def add_metadata(self, embedded: Tensor, metadata: Tensor) -> Tensor:
+        """Move aerial embeddings to where and when they are asked for.
+
+        The vector is added to the unit embedding, so stored embeddings need no second encoding.
+
+        Args:
+            embedded: Unit embeddings without metadata, shape (N, D).
+            metadata: Columns as in `metadata.FIELDS`, shape (N, 4).
+
+        Returns:
+            Unit embeddings, float32, shape (N, D).
+
+        Raises:
+            ModelError: The model has no layers for metadata.
+        """
+        if self.metadata is None:
+            raise ModelError(
+                "this model was trained without metadata, so places and dates mean nothing to it; "
+                "train one with model.metadata"
+            )
+        return F.normalize(embedded.float() + self.metadata(metadata).float(), dim=1)  # (N, D)
+
+    def match(self, photos: Tensor, windows: Tensor, metadata: Tensor | None = None) -> Tensor:
+        """Score whether photos and windows show one place, pair by pair.
+
+        Args:
+            photos: Raw RGB values, shape (N, 3, P, P).
+            windows: Raw pixel values, shape (N, B, W, W).
+            metadata: Of the windows, as for `encode_aerial`.
+
+        Returns:
+            Logits, shape (N,).
+
+        Raises:
+            ModelError: The model does not score pairs.
+        """
+        if self.matcher is None or self.ground is None:
+            raise ModelError("this model does not score pairs; train one with method: cvm_mae")
+        token = joint_token(self.aerial, self.ground, photos, windows)  # (N, E)
+        return self.matcher(token, metadata).float()  # type: ignore[no-any-return]  # (N,)
 
     def encode_ground(self, photos: Tensor | Sequence[Image.Image]) -> Tensor:
         """Embed ground photos.
