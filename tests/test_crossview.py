@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from speciesmap.errors import ModelError
 from speciesmap.models import SpeciesModel, load_model, save_model
-from speciesmap.models.crossview import CrossViewAutoencoder, joint_token
+from speciesmap.models.crossview import CrossViewAutoencoder
 from speciesmap.models.masked import sincos_positions
 
 VIT = {"backbone": "test_vit", "kwargs": {"patch_size": 4}}
@@ -144,20 +145,18 @@ def test_positions_of_both_views_start_as_sines_and_cosines() -> None:
         assert not position[0, 0].any()
 
 
-def test_a_joint_token_needs_no_batch() -> None:
+def test_a_copy_of_a_model_scores_with_its_own_towers() -> None:
     model = matcher()
-    assert model.ground is not None
-    photos, windows = views()
-    with torch.inference_mode():
-        together = joint_token(model.aerial, model.ground, photos, windows)
-        alone = joint_token(model.aerial, model.ground, photos[:1], windows[:1])
-    assert torch.allclose(together[:1], alone, atol=1e-4)
+    copied = copy.deepcopy(model)
+    assert copied.matcher is not None
+    assert copied.matcher.towers[1] is copied.aerial
+    assert copied.matcher.towers[0] is copied.ground
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ground": None}, "there is no ground tower"),
+        ({"ground": None}, "needs a ground tower"),
         ({"aerial": {"backbone": "test_resnet"}}, "needs a vision transformer"),
         (
             {"aerial": {"backbone": "test_vit", "kwargs": {"patch_size": 4, "embed_dim": 32}}},

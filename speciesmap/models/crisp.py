@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from speciesmap.errors import ModelError
-from speciesmap.models.crossview import PairMatcher, joint_token
+from speciesmap.models.crossview import PairMatcher
 from speciesmap.models.encoders import ImageTower
 from speciesmap.models.factored import FactoredTower
 from speciesmap.models.heads import TaxonHead
@@ -125,8 +125,11 @@ class SpeciesModel(nn.Module):
         self.metadata = MetadataEncoder(a.dim, **a.metadata) if a.metadata else None
         self.matcher: PairMatcher | None = None
         if a.matcher:
-            if self.ground is None:
-                raise ModelError("pairs are scored of two views, and there is no ground tower")
+            if self.ground is None or not isinstance(self.aerial, ImageTower):
+                raise ModelError(
+                    "one transformer that scores pairs needs a ground tower and an aerial tower "
+                    "that is not factored"
+                )
             self.matcher = PairMatcher(self.aerial, self.ground, a.metadata)
         self.head = TaxonHead(len(self.taxa), a.dim)
         self.log_scale = nn.Parameter(torch.tensor(math.log(START_LOGIT_SCALE)))
@@ -230,10 +233,9 @@ class SpeciesModel(nn.Module):
         Raises:
             ModelError: The model does not score pairs.
         """
-        if self.matcher is None or self.ground is None:
+        if self.matcher is None:
             raise ModelError("this model does not score pairs; train one with method: cvm_mae")
-        token = joint_token(self.aerial, self.ground, photos, windows)  # (N, E)
-        return self.matcher(token, metadata).float()  # type: ignore[no-any-return]  # (N,)
+        return self.matcher(photos, windows, metadata).float()  # type: ignore[no-any-return]
 
     def encode_ground(self, photos: Tensor | Sequence[Image.Image]) -> Tensor:
         """Embed ground photos.

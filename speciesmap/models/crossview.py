@@ -55,6 +55,9 @@ class PairMatcher(nn.Module):
         ground: Ground tower.
         metadata: Arguments of the `MetadataEncoder`, if there is one; its vector is added to the
             class token.
+
+    Raises:
+        ModelError: The towers cannot share a transformer.
     """
 
     def __init__(
@@ -62,39 +65,30 @@ class PairMatcher(nn.Module):
     ) -> None:
         super().__init__()
         tie(aerial, ground)
+        self.towers = [ground, aerial]  # in a list: their state is the model's
         width = aerial.backbone.embed_dim
         self.metadata = MetadataEncoder(width, **metadata) if metadata else None
         self.match = nn.Linear(width, 1)
 
-    def forward(self, token: Tensor, metadata: Tensor | None) -> Tensor:
-        """Logits of a match.
+    def forward(self, photos: Tensor, windows: Tensor, metadata: Tensor | None) -> Tensor:
+        """Logits of a match, pair by pair, with nothing hidden.
 
         Args:
-            token: Joint class tokens, shape (N, E).
-            metadata: Of the aerial views, as `MetadataEncoder` takes it, shape (N, 4).
+            photos: Raw pixels, shape (N, 3, P, P).
+            windows: Raw pixels, shape (N, B, W, W).
+            metadata: Of the windows, as `MetadataEncoder` takes it, shape (N, 4).
 
         Returns:
             Shape (N,).
         """
+        tokens = [
+            patch_tokens(tower.backbone, tower.normalise(images))
+            for tower, images in zip(self.towers, (photos, windows), strict=True)
+        ]
+        token = transform(self.towers[1].backbone, torch.cat(tokens, 1))[:, 0]  # (N, E)
         if metadata is not None and self.metadata is not None:
             token = token + self.metadata(metadata)
         return self.match(token)[:, 0]  # type: ignore[no-any-return]  # (N,)
-
-
-def joint_token(aerial: ImageTower, ground: ImageTower, photos: Tensor, windows: Tensor) -> Tensor:
-    """Encode pairs of tied towers with nothing hidden, class tokens of shape (N, E).
-
-    Args:
-        aerial: Aerial tower.
-        ground: Ground tower.
-        photos: Raw pixels, shape (N, 3, P, P).
-        windows: Raw pixels, shape (N, B, W, W).
-    """
-    tokens = [
-        patch_tokens(tower.backbone, tower.normalise(images))
-        for tower, images in ((ground, photos), (aerial, windows))
-    ]
-    return transform(aerial.backbone, torch.cat(tokens, 1))[:, 0]  # (N, E)
 
 
 class CrossViewAutoencoder(nn.Module):
