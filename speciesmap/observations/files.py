@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import json
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
-from xml.etree import ElementTree
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from speciesmap.errors import ObservationsError
+from speciesmap.observations.archive import archive
+from speciesmap.observations.delimited import CHUNK_ROWS, Opener, delimited
 
-CHUNK_ROWS = 50_000
-EMPTY = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "\\N")
 IMAGES = ("gl_image", "rs_image")
-PHOTO_TABLES = ("multimedia", "image")
-"""Ends of the row types of Darwin Core extensions that hold photos (GBIF's multimedia, images,
-Audubon Core's multimedia)."""
-
-Opener = Callable[[], IO[bytes]]
+PLACES = ("longitude", "latitude", "lon", "lat", "lng", "decimallongitude", "decimallatitude")
+"""Columns that a geometry stands in for."""
 
 
 def frames(path: Path) -> Iterator[pd.DataFrame]:
@@ -41,7 +36,7 @@ def frames(path: Path) -> Iterator[pd.DataFrame]:
     if path.is_dir():
         if (path / "meta.xml").exists():
             openers = {p.name: _opener(p) for p in path.iterdir() if p.is_file()}
-            yield from _archive(path, openers)
+            yield from archive(path, openers)
         else:
             yield _vector(path)
         return
@@ -53,11 +48,11 @@ def frames(path: Path) -> Iterator[pd.DataFrame]:
     if head.startswith(b"PK\x03\x04"):
         yield from _zipped(path)
     elif head.startswith(b"PAR1"):
-        yield _parquet(path)
+        yield from _parquet(path)
     elif head.startswith((b"\xff\xfe", b"\xfe\xff")) or not (
         b"\0" in head or text.startswith((b"{", b"<"))
     ):
-        yield from _delimited(_opener(path), str(path))
+        yield from delimited(_opener(path), str(path))
     else:
         yield _vector(path)
 
@@ -69,223 +64,65 @@ def _opener(path: Path) -> Opener:
 def _zipped(path: Path) -> Iterator[pd.DataFrame]:
     """Yield a Darwin Core Archive, a table as GBIF zips it, or a zipped vector file."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = [n for n in archive.namelist() if not n.endswith("/")]
+        with zipfile.ZipFile(path) as zipped:
+            names = [n for n in zipped.namelist() if not n.endswith("/")]
             if any(PurePosixPath(n).name == "meta.xml" for n in names):
                 openers: dict[str, Opener] = {}
                 for n in names:
-                    openers[PurePosixPath(n).name] = partial(archive.open, n)
-                yield from _archive(path, openers)
+                    openers[PurePosixPath(n).name] = partial(zipped.open, n)
+                yield from archive(path, openers)
                 return
             tables = [n for n in names if n.lower().endswith((".csv", ".tsv", ".txt"))]
             tables = [n for n in tables if not PurePosixPath(n).name.lower().startswith("readme")]
             if len(tables) == 1:
-                yield from _delimited(partial(archive.open, tables[0]), f"{path}/{tables[0]}")
+                yield from delimited(partial(zipped.open, tables[0]), f"{path}/{tables[0]}")
                 return
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (
+        zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError,
+        ValueError,
+    ) as error:  # fmt: skip
         raise ObservationsError(
             f"{path} is a damaged or locked zip file ({error}); download it again"
         ) from error
     yield _vector(path)
 
 
-def _delimited(opener: Opener, name: str) -> Iterator[pd.DataFrame]:
-    """Yield a text table whose first line names its columns."""
-    with opener() as file:
-        head = file.read(65536)
-    encoding = "utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    header = io.StringIO(head.decode(encoding, errors="ignore")).readline().rstrip("\r\n")
-    counts = {mark: header.count(mark) for mark in "\t;,|"}
-    delimiter = max(counts, key=lambda mark: counts[mark])
-    columns = next(csv.reader([header], delimiter=delimiter), [])
-    if len(columns) < 2 or not all(columns[:2]):
-        raise ObservationsError(
-            f"{name} begins with {header[:60]!r}, which is no line of column names; it needs "
-            "latitude, longitude and scientific_name, or the columns of GBIF or iNaturalist"
-        )
-    # GBIF's tables are separated by tabs and never quoted: a quotation mark there is a letter
-    quoted = delimiter != "\t" or '"' in header
-    yield from _chunks(opener, name, delimiter, '"' if quoted else "", encoding, columns, 1)
-
-
-def _chunks(
-    opener: Opener,
-    name: str,
-    delimiter: str,
-    quote: str,
-    encoding: str,
-    columns: Sequence[str],
-    header_lines: int,
-) -> Iterator[pd.DataFrame]:
-    rows = 0
-    try:
-        with (
-            opener() as file,
-            pd.read_csv(
-                file,
-                sep=delimiter,
-                quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE,
-                quotechar=quote or '"',
-                encoding=encoding,
-                header=None,
-                names=_distinct(columns),
-                skiprows=header_lines,
-                index_col=False,
-                dtype=str,
-                keep_default_na=False,
-                na_values=list(EMPTY),
-                chunksize=CHUNK_ROWS,
-            ) as chunks,
-        ):
-            for chunk in chunks:
-                rows += len(chunk)
-                yield chunk
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start : error.start + 1]
-        raise ObservationsError(
-            f"{name} is not {error.encoding.upper()} (byte {byte!r} after row {rows}); convert "
-            "it, for example with `iconv -f WINDOWS-1252 -t UTF-8`"
-        ) from error
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, csv.Error) as error:
-        raise ObservationsError(
-            f"{name} is damaged: {' '.join(str(error).split())}; mend that line or export it again"
-        ) from error
-
-
-def _distinct(columns: Sequence[str]) -> list[str]:
-    """Keep the first of equal names and number the rest."""
-    seen: dict[str, int] = {}
-    names = []
-    for column in (c.strip() for c in columns):
-        seen[column] = seen.get(column, 0) + 1
-        names.append(column if seen[column] == 1 else f"{column}.{seen[column] - 1}")
-    return names
-
-
-@dataclass(frozen=True)
-class _Table:
-    """One text file of a Darwin Core Archive, as its meta.xml describes it."""
-
-    name: str
-    opener: Opener
-    delimiter: str
-    quote: str
-    encoding: str
-    header_lines: int
-    identity: int
-    columns: tuple[str, ...]
-    kind: str
-
-    def chunks(self) -> Iterator[pd.DataFrame]:
-        """Yield its rows; the identifier that joins the archive's files is the column `_id`."""
-        for chunk in _chunks(
-            self.opener, self.name, self.delimiter, self.quote, self.encoding,
-            self.columns, self.header_lines,
-        ):  # fmt: skip
-            yield chunk.assign(_id=chunk.iloc[:, self.identity])
-
-
-def _archive(path: Path, openers: dict[str, Opener]) -> Iterator[pd.DataFrame]:
-    """Yield the occurrences of a Darwin Core Archive with the addresses of their photos.
-
-    The standard is TDWG's Darwin Core text guide. Identifiers of photos of one occurrence are
-    joined by `|` in `photo`; the photos' licence, where given, stands in for the record's.
-    """
-    with openers["meta.xml"]() as file:
-        described = file.read()
-    if b"<!DOCTYPE" in described or b"<!ENTITY" in described:
-        raise ObservationsError(f"{path}: meta.xml declares entities; remove its DOCTYPE")
-    try:
-        root = ElementTree.fromstring(described)
-    except ElementTree.ParseError as error:
-        raise ObservationsError(f"{path}: meta.xml is no XML ({error}); download it again") from (
-            error
-        )
-    cores = [_table(path, node, openers) for node in root if _end(node.tag) == "core"]
-    if len(cores) != 1 or cores[0].kind != "occurrence":
-        raise ObservationsError(
-            f"{path} has a core of {cores[0].kind if cores else 'nothing'}; only archives of "
-            "occurrences hold observations"
-        )
-    photos: dict[str, list[str]] = {}
-    licences: dict[str, str] = {}
-    for node in root:
-        if _end(node.tag) == "extension" and _end(node.get("rowType", "")) in PHOTO_TABLES:
-            for chunk in _table(path, node, openers).chunks():
-                _collect(chunk, photos, licences)
-    for chunk in cores[0].chunks():
-        chunk["observation_id"] = chunk["_id"]
-        if photos:
-            chunk["photo"] = [" | ".join(photos.get(i, [])) for i in chunk["_id"]]
-            given = chunk["_id"].map(licences)
-            chunk["license"] = given.where(given.notna(), chunk.get("license"))
-        yield chunk
-
-
-def _collect(chunk: pd.DataFrame, photos: dict[str, list[str]], licences: dict[str, str]) -> None:
-    """Note the still images of one chunk of a multimedia table."""
-    blank = pd.Series("", index=chunk.index)
-    address = chunk.get("accessURI", chunk.get("identifier", blank)).fillna("")
-    kind = (chunk.get("type", blank).fillna("") + chunk.get("format", blank).fillna("")).str.lower()
-    still = kind.str.contains("image") | (kind == "")
-    licence = chunk.get("license", chunk.get("rights", blank)).fillna("")
-    rows = zip(chunk["_id"][still], address[still], licence[still], strict=True)
-    for identity, place, terms in rows:
-        if place:
-            photos.setdefault(identity, []).append(place)
-            if terms:
-                licences.setdefault(identity, terms)
-
-
-def _table(path: Path, node: ElementTree.Element, openers: dict[str, Opener]) -> _Table:
-    location = next((n.text or "" for n in node.iter() if _end(n.tag) == "location"), "").strip()
-    if location not in openers:
-        raise ObservationsError(f"{path} lacks its file {location!r}; download the archive again")
-    named: dict[int, str] = {}
-    identity = 0
-    for child in node:
-        if child.get("index") is None:
-            continue
-        index = int(child.get("index", "0"))
-        if _end(child.tag) in ("id", "coreid"):
-            identity = index
-            named.setdefault(index, "_key")
-        elif _end(child.tag) == "field":
-            named[index] = child.get("term", "").rsplit("/", 1)[-1]
-    marks = {"\\t": "\t", "\\n": "\n", "\\r\\n": "\r\n"}
-    delimiter = node.get("fieldsTerminatedBy", ",")
-    return _Table(
-        name=f"{path}/{location}",
-        opener=openers[location],
-        delimiter=marks.get(delimiter, delimiter),
-        quote=node.get("fieldsEnclosedBy", '"'),
-        encoding="utf-8-sig" if node.get("encoding", "").upper() in ("", "UTF-8") else
-        node.get("encoding", ""),
-        header_lines=int(node.get("ignoreHeaderLines", "0")),
-        identity=identity,
-        columns=tuple(named.get(k, f"_{k}") for k in range(max(named, default=0) + 1)),
-        kind=_end(node.get("rowType", "")),
-    )  # fmt: skip
-
-
-def _end(name: str) -> str:
-    """Last part of a namespaced tag or address, in lower case."""
-    return name.rsplit("}", 1)[-1].rsplit("/", 1)[-1].lower()
-
-
-def _parquet(path: Path) -> pd.DataFrame:
+def _parquet(path: Path) -> Iterator[pd.DataFrame]:
+    """Yield the rows of a Parquet file in chunks; points of GeoParquet as places."""
     import geopandas as gpd
     import pyarrow as pa
     import pyarrow.parquet as pq
+    from pyproj.exceptions import CRSError
+    from shapely.errors import ShapelyError
 
+    rows = 0
     try:
-        schema = pq.read_schema(path)
-        if b"geo" in (schema.metadata or {}):
-            return _located(gpd.read_parquet(path), path)
-        return pd.read_parquet(path, columns=[n for n in schema.names if n not in IMAGES])
-    except (pa.ArrowException, OSError) as error:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            geo = json.loads((schema.metadata or {}).get(b"geo", b"null"))
+            name = geo["primary_column"] if geo else ""
+            described = geo["columns"][name] if geo else {}
+            if geo and described["encoding"] != "WKB":
+                yield _located(gpd.read_parquet(path), path, rows)
+                return
+            columns = [n for n in schema.names if n not in IMAGES]
+            for batch in file.iter_batches(CHUNK_ROWS, columns=columns):
+                part = batch.to_pandas(integer_object_nulls=True)
+                if geo:
+                    shapes = gpd.GeoSeries.from_wkb(
+                        part[name], crs=described.get("crs", "OGC:CRS84")
+                    )
+                    part = gpd.GeoDataFrame(part.assign(**{name: shapes}), geometry=name)
+                    part = _located(part, path, rows)
+                rows += len(part)
+                yield part
+    except (
+        pa.ArrowException, ShapelyError, CRSError, OSError, ValueError, TypeError, KeyError,
+        AttributeError,
+    ) as error:  # fmt: skip
         raise ObservationsError(
-            f"{path} is a damaged Parquet file ({error}); copy or write it again"
+            f"{path} is a damaged Parquet file ({' '.join(str(error).split())[:200]}); copy or "
+            "write it again"
         ) from error
 
 
@@ -299,10 +136,10 @@ def _vector(path: Path) -> pd.DataFrame:
             f"{path} is no table and no vector file that GDAL reads ({error}); give an export of "
             "GBIF or iNaturalist, a CSV, a GeoPackage or GeoParquet"
         ) from error
-    return _located(rows, path)
+    return _located(rows, path, 0)
 
 
-def _located(rows: Any, path: Path) -> pd.DataFrame:
+def _located(rows: Any, path: Path, before: int) -> pd.DataFrame:
     """Turn a table of point geometries into one with longitude and latitude."""
     import shapely
 
@@ -320,12 +157,12 @@ def _located(rows: Any, path: Path) -> pd.DataFrame:
     odd = np.flatnonzero(there & ~shapes.geom_type.isin(["Point", "MultiPoint"]))
     if odd.size:
         raise ObservationsError(
-            f"{path} row {odd[0] + 1} is a {shapes.geom_type.iloc[odd[0]]}; observations are "
+            f"{path} row {before + odd[0] + 1} is a {shapes.geom_type.iloc[odd[0]]}; observations are "
             "points: take centroids or other points first"
         )
     points = shapely.centroid(shapes.to_numpy())  # of a multipoint; a point is its own
     table = pd.DataFrame(rows.drop(columns=rows.geometry.name))
-    again = [c for c in table.columns if str(c).lower() in ("longitude", "latitude", "lon", "lat")]
+    again = [c for c in table.columns if str(c).lower() in PLACES]
     return table.drop(columns=again).assign(
         longitude=shapely.get_x(points), latitude=shapely.get_y(points)
     )

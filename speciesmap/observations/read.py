@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from speciesmap.errors import ObservationsError
 from speciesmap.observations.files import frames
@@ -34,6 +36,7 @@ COLUMNS = (
     "observer",
     "license",
     "photo",
+    "photo_license",
     "source",
     "status",
     "basis",
@@ -63,6 +66,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "geoprivacy": ("geoprivacy",),
     "taxon_geoprivacy": ("taxongeoprivacy",),
     "withheld": ("informationwithheld",),
+    "generalised": ("datageneralizations",),
     "captive": ("captive", "captivecultivated"),
     "establishment": ("establishmentmeans",),
     "degree": ("degreeofestablishment",),
@@ -70,6 +74,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "license": ("license",),
     "photo": ("photo", "imageurl", "associatedmedia", "filename"),
     "photo_id": ("photoid",),
+    "photo_license": ("photolicense",),
     "extension": ("extension",),
     "source": ("source", "datasetkey"),
     "status": ("status", "occurrencestatus"),
@@ -79,6 +84,11 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """Column names of each fact, best first, in lower case without punctuation: those of GBIF, Darwin
 Core, iNaturalist's export and open data, Nature Multi-View and this project."""
+
+YES = ("true", "t", "yes", "1", "1.0")
+NO = ("false", "f", "no", "0", "0.0", "")
+BLURRED = r"uncertainty increased|obscured|generali[sz]ed|\bgrid|blurred|rounded"
+"""What publishers write in informationWithheld and dataGeneralizations of a displaced position."""
 
 NO_POSITION = "no position"
 NO_NAME = "no name"
@@ -107,7 +117,8 @@ def read_observations(
         One row per record in EPSG:4326 with the columns of `COLUMNS`: `lineage` holds the names of
         the higher ranks, broadest first, joined by `/`; positions are in degrees; `date` is a day,
         the first of January where only a year is known; `uncertainty_m` is NaN where unknown;
-        `photo` holds file names or addresses joined by ` | `; `source` is GBIF's dataset key or
+        `photo` holds file names or addresses joined by ` | `, `photo_license` their own licences in
+        the same order where known, `license` the record's; `source` is GBIF's dataset key or
         the file's name; `status` is PRESENT or ABSENT; `basis` is Darwin Core's basisOfRecord.
         Text is "" where unknown.
 
@@ -117,35 +128,95 @@ def read_observations(
     """
     import geopandas as gpd
 
-    paths = [path] if isinstance(path, (str, Path)) else list(path)
-    dropped: dict[str, int] = {}
-    parts: list[pd.DataFrame] = []
-    for file in map(Path, paths):
-        first = 1
-        for frame in frames(file):
-            table, missed = _Rows(frame, file, first).standard(taxon)
-            parts.append(table)
-            first += len(frame)
-            for reason, count in missed.items():
-                dropped[reason] = dropped.get(reason, 0) + count
-        if first == 1:
-            raise ObservationsError(f"{file} has no rows; export the observations again")
-    if not parts:
-        raise ObservationsError("no file of observations was given; name at least one")
-    table = pd.concat(parts, ignore_index=True)
-    dropped = {reason: count for reason, count in dropped.items() if count}
+    reading = Reading(path, taxon=taxon)
+    table = pd.concat(reading, ignore_index=True)
     if table.empty:
-        counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        counts = ", ".join(f"{count} {reason}" for reason, count in reading.dropped.items())
         raise ObservationsError(
-            f"{', '.join(map(str, paths))} holds no observation: {counts}; give rows with a name "
-            "and a position"
+            f"{reading.named} holds no observation: {counts}; give rows with a name and a position"
         )
-    for reason, count in dropped.items():
+    for reason, count in reading.dropped.items():
         log.info("%d rows left out: %s", count, reason)
     points = gpd.points_from_xy(table["longitude"], table["latitude"])
     result = gpd.GeoDataFrame(table, geometry=points, crs="EPSG:4326")
-    result.attrs["dropped"] = dropped
+    result.attrs["dropped"] = reading.dropped
     return result
+
+
+class Reading:
+    """Observations of files, chunk by chunk, with what was left out so far.
+
+    Iterating gives tables with the columns of `COLUMNS`; memory holds one chunk at a time.
+
+    Args:
+        path: A file or folder, or several.
+        taxon: Scientific name for rows that carry none.
+
+    Attributes:
+        named: The files, for messages.
+        rows: How many rows were read so far.
+        dropped: How many of them were left out, by reason.
+        doi: DOIs of GBIF downloads that the files state.
+
+    Raises:
+        ObservationsError: As `read_observations`, while iterating.
+    """
+
+    def __init__(
+        self, path: str | Path | Sequence[str | Path], *, taxon: str | None = None
+    ) -> None:
+        self._paths = [Path(path)] if isinstance(path, (str, Path)) else [Path(p) for p in path]
+        self._taxon = taxon
+        if not self._paths:
+            raise ObservationsError("no file of observations was given; name at least one")
+        self.named = ", ".join(map(str, self._paths))
+        self.rows = 0
+        self.dropped: dict[str, int] = {}
+        self.doi: list[str] = []
+
+    def __iter__(self) -> Iterator[pd.DataFrame]:
+        for file in self._paths:
+            first = 1
+            for frame in frames(file):
+                table, missed = _Rows(frame, file, first).standard(self._taxon)
+                first += len(frame)
+                self.rows += len(frame)
+                for reason, count in missed.items():
+                    if count:
+                        self.dropped[reason] = self.dropped.get(reason, 0) + count
+                self.doi = list(dict.fromkeys([*self.doi, *frame.attrs.get("doi", [])]))
+                yield table
+            if first == 1:
+                raise ObservationsError(f"{file} has no rows; export the observations again")
+
+
+def read_places(
+    path: str | Path, *, uncertainty_max_m: float = math.inf
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Read the places of a table whatever was seen there, for use as background.
+
+    Args:
+        path: A file or folder of any form that `read_observations` knows; it need not name taxa.
+            Of a table with a column `presence` the rows with 0 count.
+        uncertainty_max_m: Rows known to be less certain are left out, and so are obscured ones.
+
+    Returns:
+        Longitudes and latitudes in degrees, shape (N,).
+
+    Raises:
+        ObservationsError: The file cannot be read, or none of its rows is such a place.
+    """
+    parts, first = [np.empty((0, 2))], 1
+    for frame in frames(Path(path)):
+        parts.append(_Rows(frame, Path(path), first).places(uncertainty_max_m))
+        first += len(frame)
+    places = np.concatenate(parts)
+    if not len(places):
+        raise ObservationsError(
+            f"{path} has no place to use as background among {first - 1} rows; give rows with a "
+            "position that is not obscured, and with 0 in the column presence where there is one"
+        )
+    return places[:, 0], places[:, 1]
 
 
 class _Rows:
@@ -177,15 +248,11 @@ class _Rows:
         return answer
 
     def true(self, fact: str) -> pd.Series:
-        return self.text(fact).str.lower().isin(["true", "t", "yes", "1"])
+        return self.text(fact).str.lower().isin(YES)
 
     def standard(self, taxon: str | None) -> tuple[pd.DataFrame, dict[str, int]]:
         """Give the rows in the columns of `COLUMNS`, and the counts of those left out."""
-        for fact in ("longitude", "latitude"):
-            if not self.has(fact):
-                raise ObservationsError(
-                    f"{self.path} has no column for {fact} among {self._named()}; name one `{fact}`"
-                )
+        self._need_position()
         if taxon is None and not (self.has("taxon") or self.has("species")):
             raise ObservationsError(
                 f"{self.path} names no taxa among {self._named()}; say what was observed with "
@@ -193,7 +260,7 @@ class _Rows:
             )
         present = pd.Series(True, index=self.frame.index)
         if self.has("presence"):
-            present = self.true("presence")
+            present = self._presence()
         longitude, latitude, commas = self._position(present)
         names, rank = self._names(taxon)
         placed = longitude.notna() & latitude.notna()
@@ -204,8 +271,6 @@ class _Rows:
             NO_NAME: int((present & placed & (names == "")).sum()),
         }
         uncertainty = self._numbers("uncertainty_m", commas, present)
-        private = ["obscured", "private"]
-        withheld = self.text("withheld").str.lower()
         own = pd.Series(
             [f"{self.path.stem}-{self.first + k}" for k in range(len(self.frame))], dtype=object
         )
@@ -225,22 +290,59 @@ class _Rows:
                 "date": self._dates(),
                 "uncertainty_m": uncertainty.where(uncertainty > 0),
                 "quality_grade": self.text("quality_grade").str.lower(),
-                "obscured": self.true("obscured")
-                | self.text("geoprivacy").str.lower().isin(private)
-                | self.text("taxon_geoprivacy").str.lower().isin(private)
-                | withheld.str.contains("uncertainty increased|obscured|generali[sz]ed"),
+                "obscured": self._obscured(),
                 "captive": self.true("captive")
                 | self.text("establishment").str.lower().isin(["managed", "introduced"])
                 | self.text("degree").str.lower().isin(["captive", "cultivated", "released"]),
                 "observer": self.text("observer"),
                 "license": self.text("license"),
                 "photo": photo.where((photo != "") | (photo_id == ""), photo_id + "." + suffix),
+                "photo_license": self.text("photo_license"),
                 "source": source.where(source != "", self.path.name),
                 "status": status.where(status != "", "PRESENT"),
-                "basis": self.text("basis").str.upper(),
+                "basis": self.text("basis")
+                .str.replace(r"(?<=[a-z])(?=[A-Z])", "_", regex=True)
+                .str.upper(),
             }
         )
         return table[keep], dropped
+
+    def places(self, uncertainty_max_m: float) -> NDArray[np.float64]:
+        """Longitude and latitude of the rows that may be background, shape (n, 2)."""
+        self._need_position()
+        wanted = pd.Series(True, index=self.frame.index)
+        if self.has("presence"):
+            wanted = ~self._presence()
+        longitude, latitude, commas = self._position(wanted)
+        uncertain = self._numbers("uncertainty_m", commas, wanted) > uncertainty_max_m
+        wanted &= longitude.notna() & latitude.notna() & ~self._obscured() & ~uncertain
+        return np.column_stack([longitude[wanted], latitude[wanted]])
+
+    def _need_position(self) -> None:
+        for fact in ("longitude", "latitude"):
+            if not self.has(fact):
+                raise ObservationsError(
+                    f"{self.path} has no column for {fact} among {self._named()}; name one `{fact}`"
+                )
+
+    def _presence(self) -> pd.Series:
+        """Whether a row is a presence; a table of presences and background says so by 1 and 0."""
+        words = self.text("presence").str.lower()
+        known = words.isin([*YES, *NO])
+        if not known.all():
+            wrong = np.flatnonzero(~known)
+            raise self._wrong(wrong, words, "presence is neither 1 nor 0", "write 1 or 0")
+        return words.isin(YES)
+
+    def _obscured(self) -> pd.Series:
+        private = ["obscured", "private"]
+        said = (self.text("withheld") + " " + self.text("generalised")).str.lower()
+        return (
+            self.true("obscured")
+            | self.text("geoprivacy").str.lower().isin(private)
+            | self.text("taxon_geoprivacy").str.lower().isin(private)
+            | said.str.contains(BLURRED)
+        )
 
     def _named(self) -> str:
         names = [str(c) for c in self.frame.columns]
