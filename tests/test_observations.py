@@ -246,7 +246,7 @@ def test_darwin_core_archive_joins_photos_by_identifier(tmp_path: Path, zipped: 
         "meta.xml": META,
         "occurrence.txt": "gbifID\tlat\tlon\tname\tw\ts\n"
         "11\t37.1\t-122.1\tArbutus menziesii Pursh\t\t\n"
-        "12\t37.2\t-122.2\tArbutus menziesii Pursh\tCoordinate uncertainty increased to 2 km\tabsent\n"
+        "12\t37.2\t-122.2\tArbutus menziesii Pursh\tCoordinates are obscured\tabsent\n"
         "13\t37.3\t-122.3\tArbutus menziesii Pursh\t\t\n",
         "multimedia.txt": "gbifID,type,identifier,license\n"
         '13,StillImage,"https://host/a,b.jpg",CC0\n'

@@ -157,8 +157,8 @@ def _located(rows: Any, path: Path, before: int) -> pd.DataFrame:
     odd = np.flatnonzero(there & ~shapes.geom_type.isin(["Point", "MultiPoint"]))
     if odd.size:
         raise ObservationsError(
-            f"{path} row {before + odd[0] + 1} is a {shapes.geom_type.iloc[odd[0]]}; observations are "
-            "points: take centroids or other points first"
+            f"{path} row {before + odd[0] + 1} is a {shapes.geom_type.iloc[odd[0]]}; "
+            "observations are points: take centroids or other points first"
         )
     points = shapely.centroid(shapes.to_numpy())  # of a multipoint; a point is its own
     table = pd.DataFrame(rows.drop(columns=rows.geometry.name))
