@@ -81,6 +81,7 @@ def observe(imagery: Imagery, rows: list[float], cols: list[float], **columns: o
         "observer": "u1",
         "license": "CC0",
         "photo": [f"{k}.jpg" for k in range(count)],
+        "photo_license": "",
         "source": "test",
         "status": "PRESENT",
         "basis": "",
@@ -196,6 +197,21 @@ def test_whatever_is_left_out_is_counted_and_named(tmp_path: Path, photos: Path)
     assert "1.jpg" in named["obs1"]["detail"]
     assert json.loads((tmp_path / "set" / "report.json").read_text())["rows"] == 2
     assert sorted(open_paired(tmp_path / "set").facts["observation_uuid"]) == ["obs0", "obs8"]
+
+
+def test_each_photo_carries_its_own_licence_else_the_records(
+    imagery: Imagery, tmp_path: Path, photos: Path
+) -> None:
+    table = observe(
+        imagery, [60, 61], [60, 61], photo=["9.jpg | 1.jpg | 2.jpg", "3.jpg"],
+        photo_license=["CC0 |  | CC-BY", ""], license="all rights reserved",
+    )  # fmt: skip
+    (photos / "9.jpg").unlink()
+    make_chips(table, imagery, tmp_path / "set", window_px=WINDOW, photos=photos)
+    facts = open_paired(tmp_path / "set").facts
+    found = sorted(zip(facts["observation_uuid"], facts["license"], strict=True))
+    reserved = "all rights reserved"
+    assert found == [("obs0", "CC-BY"), ("obs0", reserved), ("obs1", reserved)]
 
 
 def test_nothing_left_is_an_error_that_tells_why_and_leaves_no_output(

@@ -172,10 +172,11 @@ def make_chips(
             identity = part["observation_uuid"]
             part["rs_classification"] = ~identity.isin(seen) & ~identity.duplicated()
             part["gl_photo_id"] = np.arange(writer.rows, writer.rows + len(part))
+            part["license"] = [terms for of_row in encoded for _, terms in of_row]
             writer.write(
                 part,
                 np.stack([windows[k] for k in repeats]),
-                [photo for of_row in encoded for photo in of_row],
+                [photo for of_row in encoded for photo, _ in of_row],
             )
             seen.update(identity)
             used.update(part["taxon_id"])
@@ -383,27 +384,32 @@ def _encode(
     photo_px: int,
     pool: ThreadPoolExecutor,
     left_out: _Left,
-) -> list[list[dict[str, Any] | None]]:
-    """Encoded photos of each row; [None] where photos are not wanted, [] where none can be read."""
+) -> list[list[tuple[dict[str, Any] | None, str]]]:
+    """Encoded photos of each row with the licence of each: its own, else the record's.
+
+    One without a photo where photos are not wanted, an empty list where none can be read.
+    """
     if finder is None:
-        return [[None] for _ in rows]
-    encoded: list[list[dict[str, Any] | None]] = [[] for _ in rows]
-    jobs: list[tuple[int, str, Path]] = []
+        return [[(None, observations["license"].iloc[row])] for row in rows]
+    encoded: list[list[tuple[dict[str, Any] | None, str]]] = [[] for _ in rows]
+    jobs: list[tuple[int, str, Path, str]] = []
     for k, row in enumerate(rows):
         observation = observations.iloc[row]
-        for name, file in finder.find(
-            str(observation["photo"]), str(observation["observation_id"])
-        ):
+        found = finder.find(str(observation["photo"]), str(observation["observation_id"]))
+        terms = [part.strip() for part in str(observation["photo_license"]).split("|")]
+        terms += [""] * (len(found) - len(terms))
+        for (name, file), own in zip(found, terms, strict=False):
             if file is None:
                 left_out.add(row, NO_PHOTO, name)
             else:
-                jobs.append((k, name, file))
+                jobs.append((k, name, file, own or str(observation["license"])))
     results: Iterator[bytes | str] = pool.map(lambda job: encode_photo(job[2], photo_px), jobs)
-    for (k, name, _), result in zip(jobs, results, strict=True):
+    for (k, name, _, terms_of_photo), result in zip(jobs, results, strict=True):
         if isinstance(result, str):
             left_out.add(rows[k], BAD_PHOTO, f"{name}: {result}")
         else:
-            encoded[k].append({"bytes": result, "path": PurePosixPath(name).name})
+            photo = {"bytes": result, "path": PurePosixPath(name).name}
+            encoded[k].append((photo, terms_of_photo))
     return encoded
 
 
