@@ -219,23 +219,11 @@ def test_where_quads_overlap_valid_pixels_win_over_nodata(tmp_path: Path) -> Non
     assert (pixels == whole).all()
 
 
-@pytest.mark.parametrize(
-    ("grid", "bands", "says"),
-    [
-        (GeoBox(GRID.shape, GRID.transform, "EPSG:32611"), ["a"], "gdalwarp -t_srs"),
-        (GeoBox(GRID.shape, GRID.transform * Affine.scale(2), GRID.crs), ["a"], "gdalwarp -tr"),
-        (GRID.translate_pix(0.3, 0), ["a"], "gdalwarp -tr"),
-        (GRID, ["b"], "same bands in every file"),
-    ],
-)
-def test_a_mosaic_of_unlike_rasters_is_refused(
-    tmp_path: Path, grid: GeoBox, bands: list[str], says: str
-) -> None:
+def test_a_mosaic_of_other_bands_is_refused(tmp_path: Path) -> None:
     write_geotiff(tmp_path / "0.tif", noise(1), GRID, bands=["a"])
-    write_geotiff(tmp_path / "1.tif", noise(1), grid, bands=bands)
-    with pytest.raises(ImageryError, match=says) as caught:
+    write_geotiff(tmp_path / "1.tif", noise(1), GRID, bands=["b"])
+    with pytest.raises(ImageryError, match=r"1\.tif has the bands blue of uint8.*same bands in every"):
         open_imagery(tmp_path)
-    assert "1.tif" in str(caught.value)
 
 
 def test_the_fingerprint_follows_content_grid_and_bands_not_names(tmp_path: Path) -> None:
@@ -283,8 +271,6 @@ def test_what_cannot_be_read_is_refused_by_name_with_a_remedy(tmp_path: Path) ->
     (tmp_path / "empty").mkdir()
     with pytest.raises(ImageryError, match="empty holds no rasters"):
         open_imagery(tmp_path / "empty")
-    with pytest.raises(ImageryError, match="is an address"):
-        open_imagery("https://example.org/a.tif")
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.97])

@@ -91,7 +91,7 @@ def test_rasters_are_opened_at_one_door_and_written_at_another(path: Path) -> No
             mode = node.args[1] if len(node.args) > 1 else None
             mode = next((k.value for k in node.keywords if k.arg == "mode"), mode)
             reading = mode is None or (isinstance(mode, ast.Constant) and mode.value == "r")
-            door = "rasters/imagery.py" if reading else "rasters/geotiff.py"
+            door = "rasters/files.py" if reading else "rasters/geotiff.py"
             assert relative == door, f"{relative}:{node.lineno} opens a raster; only {door} may"
         last = name.rpartition(".")[2]
         if last in {"open_rasterio", "MemoryFile"} or name == "gdal.Open":

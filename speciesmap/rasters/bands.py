@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 from rasterio.enums import ColorInterp
@@ -35,15 +36,21 @@ def canonical(name: str) -> str:
     return SYNONYMS.get(key, key)
 
 
-def band_names(raster: DatasetReader, path: str) -> tuple[str, ...]:
-    """Name bands by description, else by colour, else by number."""
+def band_names(raster: DatasetReader, path: str, *, remote: bool = False) -> tuple[str, ...]:
+    """Name bands by description, else by colour, else by number.
+
+    Args:
+        raster: Open for reading.
+        path: What to call it.
+        remote: Look at an overview where pixels must be seen, which reads little of it.
+    """
     names: list[str] = []
     for index, (text, color) in enumerate(
         zip(raster.descriptions, raster.colorinterp, strict=True), 1
     ):
         described = canonical(text or "")
         if color == ColorInterp.alpha and described not in COLORS:
-            names.append("nir" if _mislabelled_alpha(raster, path) else "alpha")
+            names.append("nir" if _mislabelled_alpha(raster, path, remote) else "alpha")
         elif described:
             names.append(described)
         else:
@@ -52,7 +59,7 @@ def band_names(raster: DatasetReader, path: str) -> tuple[str, ...]:
     return tuple(n if seen[n] == 1 or n == "alpha" else f"band_{i}" for i, n in enumerate(names, 1))
 
 
-def _mislabelled_alpha(raster: DatasetReader, path: str) -> bool:
+def _mislabelled_alpha(raster: DatasetReader, path: str, remote: bool) -> bool:
     """Tell whether the fourth band, marked alpha, is near infrared, as in many copies of NAIP.
 
     Writers mark the fourth band of a red, green, blue file as alpha by default. A mask is almost
@@ -64,17 +71,27 @@ def _mislabelled_alpha(raster: DatasetReader, path: str) -> bool:
         return False
     opaque = np.iinfo(raster.dtypes[3]).max
     partly = visible = 0
-    for share in (0.25, 0.5, 0.75):
-        row, col = int(raster.height * share), int(raster.width * share)
-        window = Window(col, row, min(64, raster.width - col), min(64, raster.height - row))
+    for window, shape in _places(raster, whole=remote and bool(raster.overviews(4))):
         try:
-            alpha = raster.read(4, window=window)
+            alpha = raster.read(4, window=window, out_shape=shape)
         except (RasterioError, OSError) as error:
             raise ImageryError(
-                f"{path} cannot be read at row {row}, column {col} "
+                f"{path} cannot be read at row {window.row_off}, column {window.col_off} "
                 f"({error.__cause__ or error}); the file is damaged or truncated: copy or download "
                 "it again"
             ) from error
         visible += int((alpha > 0).sum())
         partly += int(((alpha > 0) & (alpha < opaque)).sum())
     return partly > 0.5 * visible
+
+
+def _places(raster: DatasetReader, *, whole: bool) -> Iterator[tuple[Window, tuple[int, int]]]:
+    """Windows to look at with the shapes to read them in: the whole in little, or three places."""
+    height, width = raster.shape
+    if whole:
+        yield Window(0, 0, width, height), (min(64, height), min(64, width))
+        return
+    for share in (0.25, 0.5, 0.75):
+        row, col = int(height * share), int(width * share)
+        shape = min(64, height - row), min(64, width - col)
+        yield Window(col, row, shape[1], shape[0]), shape

@@ -2,94 +2,100 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
+import logging
 import math
-import os
-import threading
-import warnings
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyproj
-import rasterio
 from numpy.typing import ArrayLike, NDArray
 from odc.geo.geobox import GeoBox
-from rasterio.enums import ColorInterp, MaskFlags
-from rasterio.env import set_gdal_config
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
-from rasterio.io import DatasetReader
+from rasterio.enums import Resampling
+from rasterio.errors import RasterioError
+from rasterio.warp import reproject
 from rasterio.windows import Window
 
-from speciesmap.errors import ImageryError
-from speciesmap.rasters.bands import band_names, canonical
+from speciesmap.errors import AreaError, ConfigError, ImageryError
+from speciesmap.rasters.bands import canonical
+from speciesmap.rasters.files import Files, is_remote, public, reason, retrying
+from speciesmap.rasters.files import open_raster as open_raster
+from speciesmap.rasters.grid import choose_grid, ground_m, in_words, offset, on_grid, to_pixels
+from speciesmap.rasters.scenes import SUFFIXES as SUFFIXES
+from speciesmap.rasters.scenes import (
+    RasterFile,
+    Scene,
+    describe_file,
+    describe_files,
+    list_files,
+    pixel_type,
+    refuse_unlike,
+)
 from speciesmap.rasters.windows import transformed
 
-SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img")
-BLOCK_CACHE_BYTES = 64 << 20  # GDAL's default, 5% of memory, makes memory grow with rasters
-OPEN_FILES = 32  # per thread; a mosaic may have thousands
 SAMPLE_PX = 512  # side of the squares that `sample` reads
-GRID_TOLERANCE_PX = 0.01  # of mosaic members against each other
+KERNEL_PX = 3  # source pixels around a warped one; a bilinear kernel reaches one, scaled
+WARPED_BYTES = 64 << 20  # of source pixels held at once while a window is warped
+OPAQUE = 255
+SHRUNK = 0.9  # of a source pixel's side on the grid; above it nothing is averaged
+ROUNDING = 1e-3  # keeps ties, common where grids are half a pixel apart, from hanging on one bit
 
-if "GDAL_CACHEMAX" not in os.environ:
-    set_gdal_config("GDAL_CACHEMAX", BLOCK_CACHE_BYTES)  # GDAL reads it once, at the first block
+log = logging.getLogger("speciesmap")
 
 
-class _Handles:
-    """Open rasters, a few per thread: GDAL's handles are not safe to share between threads.
+class Opening(TypedDict, total=False):
+    """What says which scenes are read and on which grid; see `open_imagery`."""
 
-    They do not travel: a pickled copy starts with none, so that a spawned process opens its own.
-    """
-
-    def __init__(self) -> None:
-        self._local = threading.local()
-
-    def get(self, path: str) -> DatasetReader:
-        """Return this thread's handle on a raster."""
-        opened: OrderedDict[str, DatasetReader] | None = getattr(self._local, "opened", None)
-        if opened is None:
-            opened = self._local.opened = OrderedDict()
-        if path not in opened:
-            opened[path] = open_raster(path)
-            if len(opened) > OPEN_FILES:
-                opened.popitem(last=False)[1].close()
-        opened.move_to_end(path)
-        return opened[path]
-
-    def __reduce__(self) -> tuple[type[_Handles], tuple[()]]:
-        return _Handles, ()
+    crs: Any
+    resolution_m: float | None
+    like: Path | str | None
+    datetime: str | None
+    query: Sequence[str]
+    first: str
 
 
 @dataclass(frozen=True)
-class _Member:
-    """One file of the imagery and its place on the common grid, in pixels."""
+class _Placed:
+    """One file on the imagery's grid, in its pixels; `warped` where its own do not coincide."""
 
-    path: str
+    file: RasterFile
     row: int
     col: int
     height: int
     width: int
-    masked: bool  # whether the file can have invalid pixels at all
-    mislabelled_alpha: bool  # its "alpha" band is data and must not mask
+    warped: bool
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A scene on the imagery's grid, and the rectangle that all its files fill."""
+
+    name: str
+    date: str
+    files: tuple[_Placed, ...]
+    row: int
+    col: int
+    height: int
+    width: int
 
 
 @dataclass(frozen=True)
 class Imagery:
-    """A raster, or several on one grid, that is read by pixel windows.
+    """A raster, or several scenes on one grid, that is read by pixel windows.
 
     Safe to read from several threads and to pickle into other processes.
 
     Attributes:
-        source: What the user named.
+        source: What the user named, without what may be a credential.
         bands: Names of the bands that `read` gives, in order.
         geobox: Grid: shape, transform and CRS.
         dtype: Type of the pixels.
         resolution_m: Geometric mean of the sides of the central pixel on the ground, metres.
+        detail_m: The same of the coarsest scene before any was warped.
     """
 
     source: str
@@ -97,10 +103,13 @@ class Imagery:
     geobox: GeoBox
     dtype: np.dtype[Any]
     resolution_m: float
+    detail_m: float
     _indexes: tuple[int, ...] = field(repr=False)
     _file_bands: tuple[str, ...] = field(repr=False)
+    _scaling: tuple[tuple[float, float], ...] = field(repr=False)
     _members: tuple[_Member, ...] = field(repr=False)
-    _handles: _Handles = field(default_factory=_Handles, repr=False, compare=False)
+    _files: Files = field(default_factory=Files, repr=False, compare=False)
+    _gains: tuple[tuple[float, float], ...] | None = field(default=None, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -108,21 +117,46 @@ class Imagery:
         height, width = self.geobox.shape
         return int(height), int(width)
 
+    @property
+    def scenes(self) -> int:
+        """How many scenes it is made of."""
+        return len(self._members)
+
+    @property
+    def remote(self) -> bool:
+        """Whether any of it is read over a network."""
+        return any(is_remote(p.file.path) for m in self._members for p in m.files)
+
+    @property
+    def scaling(self) -> tuple[tuple[float, float], ...]:
+        """Of each band the scale and offset that make its values physical."""
+        return tuple(self._scaling[i - 1] for i in self._indexes)
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the grid, the bands, the files' sizes and a sample of the pixels.
 
-        Times and paths are left out: a copy of the imagery has the same fingerprint.
+        Times and paths are left out: a copy of the imagery has the same fingerprint. Of files on
+        http servers the ETag, or date, stands for the pixels.
         """
         digest = hashlib.sha256()
         digest.update(repr((self.shape, tuple(self.geobox.transform), self.bands)).encode())
         digest.update(repr((str(self.geobox.crs), str(self.dtype), self._indexes)).encode())
+        if self._gains is not None:
+            digest.update(repr(self._gains).encode())
+        local = []
         for m in self._members:
-            file = Path(m.path)
-            place = (m.row, m.col, m.height, m.width, file.stat().st_size if file.exists() else -1)
-            digest.update(repr(place).encode())
-        chosen = self._members[:: math.ceil(len(self._members) / 64)]
-        per_axis = max(1, math.isqrt(64 // len(chosen)))
+            for p, _, _ in self._used(m):
+                path = p.file.path
+                file = Path(path)
+                known: Any = file.stat().st_size if not is_remote(path) and file.exists() else -1
+                if is_remote(path):
+                    known = self._files.version(path, p.file.signer)
+                else:
+                    local.append(m)
+                digest.update(repr((p.row, p.col, p.height, p.width, known)).encode())
+        chosen = local[:: math.ceil(len(local) / 64) or 1]
+        per_axis = max(1, math.isqrt(64 // max(1, len(chosen))))
         for m in chosen:
             for down in np.linspace(0, 1, per_axis + 2)[1:-1]:
                 for across in np.linspace(0, 1, per_axis + 2)[1:-1]:
@@ -130,6 +164,50 @@ class Imagery:
                     for array in self.read(row - 16, col - 16, 32, 32):
                         digest.update(array.tobytes())
         return digest.hexdigest()
+
+    def crop(self, row: int, col: int, height: int, width: int) -> Imagery:
+        """Give the imagery a smaller grid; pixels around it can still be read.
+
+        Args:
+            row: First row of the new grid, in this one.
+            col: First column.
+            height: In pixels.
+            width: In pixels.
+        """
+        transform = self.geobox.transform * self.geobox.transform.translation(col, row)
+        moved = tuple(
+            replace(
+                m,
+                row=m.row - row,
+                col=m.col - col,
+                files=tuple(replace(p, row=p.row - row, col=p.col - col) for p in m.files),
+            )
+            for m in self._members
+        )
+        return replace(
+            self, geobox=GeoBox((height, width), transform, self.geobox.crs), _members=moved
+        )
+
+    def rescaled(self, gains: Sequence[tuple[float, float]]) -> Imagery:
+        """Give the same imagery with values multiplied and shifted, as float32.
+
+        Args:
+            gains: Of each band a factor and what is added afterwards.
+        """
+        return replace(self, dtype=np.dtype(np.float32), _gains=tuple(gains))
+
+    def provenance(self, row: int, col: int, height: int, width: int) -> list[tuple[str, str, str]]:
+        """Scenes that show a rectangle, the one that counts most first.
+
+        Returns:
+            Of each its name, its date where that is known, and the assets it is read from.
+        """
+        shown = []
+        for m in self._members:
+            if _shared(m, row, col, height, width) is not None:
+                assets = [p.file.asset for p, _, _ in self._used(m) if p.file.asset]
+                shown.append((m.name, m.date, "+".join(assets)))
+        return shown
 
     def select(self, bands: Sequence[str]) -> Imagery:
         """Give the same imagery with bands chosen, ordered and, where asked, named.
@@ -166,6 +244,8 @@ class Imagery:
             )
         if (tuple(names), tuple(indexes)) == (self.bands, self._indexes):
             return self
+        if self._gains is not None:
+            raise ImageryError(f"{self.source}: choose bands before their values are scaled")
         return replace(self, bands=tuple(names), _indexes=tuple(indexes))
 
     def _name_of(self, index: int) -> str:
@@ -194,45 +274,173 @@ class Imagery:
         Raises:
             ImageryError: The file cannot be read there.
         """
-        pixels = np.zeros((len(self.bands), height, width), self.dtype)
+        kind = self.dtype if self._gains is None else _raw_type(self._members[0])
+        pixels = np.zeros((len(self.bands), height, width), kind)
         valid = np.zeros((height, width), np.bool_)
         for m in self._members:
-            top, bottom = max(row, m.row), min(row + height, m.row + m.height)
-            left, right = max(col, m.col), min(col + width, m.col + m.width)
-            if top >= bottom or left >= right:
+            shared = _shared(m, row, col, height, width)
+            if shared is None:
                 continue
+            top, left, bottom, right = shared
             place = (slice(top - row, bottom - row), slice(left - col, right - col))
             if len(self._members) > 1 and valid[place].all():
                 continue
-            window = Window(left - m.col, top - m.row, right - left, bottom - top)
-            part, usable = self._read_member(m, window)
+            part, usable = self._read_member(m, *shared)
             if usable.all() and not valid[place].any():
                 pixels[:, *place] = part
             else:
                 fresh = ~valid[place] if len(self._members) == 1 else usable & ~valid[place]
                 np.copyto(pixels[:, *place], part, where=fresh)
             valid[place] |= usable
+        if self._gains is not None:
+            gain, shift = np.array(self._gains, np.float32).T[:, :, None, None]
+            pixels = pixels.astype(np.float32) * gain + shift
         return pixels, valid
 
-    def _read_member(self, m: _Member, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    def _used(self, m: _Member) -> list[tuple[_Placed, list[int], list[int]]]:
+        """Files of a scene that have chosen bands, with their numbers there and in the result."""
+        used, before = [], 0
+        for p in m.files:
+            count = len(p.file.bands)
+            here = [k for k, i in enumerate(self._indexes) if before < i <= before + count]
+            if here:
+                used.append((p, [self._indexes[k] - before for k in here], here))
+            before += count
+        return used
+
+    def _read_member(
+        self, m: _Member, top: int, left: int, bottom: int, right: int
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        shape = (bottom - top, right - left)
+        used = self._used(m)
+        if len(used) == 1:
+            p, indexes, here = used[0]
+            part, usable = self._read_file(p, indexes, here, top, left, bottom, right)
+            return part, usable
+        pixels = np.zeros((len(self.bands), *shape), _raw_type(m))
+        valid = np.ones(shape, np.bool_)
+        for p, indexes, here in used:
+            part, usable = self._read_file(p, indexes, here, top, left, bottom, right)
+            pixels[here] = part
+            valid &= usable
+        return pixels, valid
+
+    def _read_file(
+        self,
+        p: _Placed,
+        indexes: list[int],
+        here: list[int],
+        top: int,
+        left: int,
+        bottom: int,
+        right: int,
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Read a rectangle of the grid from one file, warped where it must be."""
+        if not p.warped:
+            window = Window(left - p.col, top - p.row, right - left, bottom - top)
+            part, usable = self._read_window(p.file, indexes, window)
+        else:
+            part, usable = self._warp(p.file, indexes, top, left, bottom, right)
+        for k, index in enumerate(indexes):
+            scale, shift = p.file.scaling[index - 1]
+            to_scale, to_shift = self._scaling[self._indexes[here[k]] - 1]
+            if (scale, shift) != (to_scale, to_shift):
+                values = (part[k].astype(np.float64) * scale + shift - to_shift) / to_scale
+                if part.dtype.kind in "iu":
+                    limits = np.iinfo(part.dtype)
+                    values = np.clip(np.rint(values), limits.min, limits.max)
+                part[k] = values
+        return part, usable
+
+    def _read_window(
+        self, file: RasterFile, indexes: list[int], window: Window
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Read a file's own pixels, tried again where it is on a server."""
+
+        def attempt() -> tuple[NDArray[Any], NDArray[np.bool_]]:
+            try:
+                opened = self._files.get(file.path, file.signer, "alpha" not in self._file_bands)
+                raster = opened.raster
+                part = raster.read(indexes, window=window)
+                usable = np.ones(part.shape[1:], np.bool_)
+                if opened.masked and not opened.mislabelled_alpha:
+                    usable = raster.dataset_mask(window=window) != 0
+                elif opened.masked:
+                    usable = (part != raster.nodata).any(axis=0)
+            except (RasterioError, OSError):
+                self._files.drop(file.path)
+                raise
+            return part, usable
+
         try:
-            raster = self._handles.get(m.path)
-            part = raster.read(list(self._indexes), window=window)
-            usable = np.ones(part.shape[1:], np.bool_)
-            if m.masked and not m.mislabelled_alpha:
-                usable = raster.dataset_mask(window=window) != 0
-            elif m.masked:
-                usable = (part != raster.nodata).any(axis=0)
+            part, usable = retrying(attempt, file.path)
         except (RasterioError, OSError) as error:
             raise ImageryError(
-                f"{m.path} cannot be read at rows {window.row_off} to "
+                f"{public(file.path)} cannot be read at rows {window.row_off} to "
                 f"{window.row_off + window.height}, columns {window.col_off} to "
-                f"{window.col_off + window.width} ({_reason(error)}); the file is damaged or "
+                f"{window.col_off + window.width} ({reason(error)}); the file is damaged or "
                 "truncated: copy or download it again"
             ) from error
+        self._files.refuse_changed(file.path, file.signer)
         if part.dtype.kind == "f":
             usable &= np.isfinite(part).all(axis=0)
         return part, usable
+
+    def _warp(
+        self, file: RasterFile, indexes: list[int], top: int, left: int, bottom: int, right: int
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Warp a rectangle of the grid out of a file: bilinear, averaged where pixels shrink.
+
+        GDAL interpolates places along a row where the projection is not linear, to an eighth of a
+        pixel at worst, so that a pixel may depend a little on the rectangle that it is read with.
+        """
+        shape = (bottom - top, right - left)
+        pixels = np.zeros((len(indexes), *shape), np.dtype(file.dtype))
+        valid = np.zeros(shape, np.bool_)
+        window, shrink = _source_window(self.geobox, file.geobox, top, left, bottom, right)
+        if window is None:
+            return pixels, valid
+        bytes_there = window.height * window.width * len(indexes) * pixels.itemsize
+        if bytes_there > WARPED_BYTES and max(shape) > SAMPLE_PX:
+            down = shape[0] >= shape[1]
+            middle = (top + bottom) // 2 if down else (left + right) // 2
+            halves = (
+                [(top, left, middle, right), (middle, left, bottom, right)]
+                if down
+                else [(top, left, bottom, middle), (top, middle, bottom, right)]
+            )
+            for half in halves:
+                place = (slice(half[0] - top, half[2] - top), slice(half[1] - left, half[3] - left))
+                pixels[:, *place], valid[place] = self._warp(file, indexes, *half)
+            return pixels, valid
+        part, usable = self._read_window(file, indexes, window)
+        if not usable.any():
+            return pixels, valid
+        kind = np.float64 if part.dtype.itemsize > 2 else np.float32
+        clean = np.where(usable, part, 0)
+        source = np.concatenate([clean, (usable * OPAQUE)[None]]).astype(kind)  # (B + 1, h, w)
+        warped = np.zeros((len(source), *shape), kind)
+        corner = file.geobox.transform.translation(window.col_off, window.row_off)
+        reproject(
+            source,
+            warped,
+            src_transform=file.geobox.transform * corner,
+            src_crs=str(file.geobox.crs),
+            dst_transform=self.geobox.transform * self.geobox.transform.translation(left, top),
+            dst_crs=str(self.geobox.crs),
+            src_alpha=len(source),
+            dst_alpha=len(source),
+            resampling=Resampling.bilinear,
+            XSCALE=shrink[1],
+            YSCALE=shrink[0],
+            SRC_ALPHA_MAX=OPAQUE,
+            DST_ALPHA_MAX=OPAQUE,
+        )
+        valid = warped[-1] >= OPAQUE / 2 - ROUNDING
+        values = np.where(valid, warped[:-1], 0)
+        if pixels.dtype.kind in "iu":
+            values = np.floor(values + (0.5 + ROUNDING))
+        return values.astype(pixels.dtype), valid
 
     def rowcol(
         self, x: ArrayLike, y: ArrayLike, crs: Any = "EPSG:4326"
@@ -301,168 +509,174 @@ class Imagery:
         return values  # (B, N)
 
 
-def open_raster(path: Path | str) -> DatasetReader:
-    """Open any raster for reading.
+def open_imagery(
+    src: str | Path,
+    bands: Sequence[str] | None = None,
+    *,
+    bbox: Sequence[float] | None = None,
+    bbox_crs: Any = "EPSG:4326",
+    crs: Any = None,
+    resolution_m: float | None = None,
+    like: Path | str | None = None,
+    datetime: str | None = None,
+    query: Sequence[str] = (),
+    first: str = "newest",
+    wanted: Sequence[str] = (),
+    preferred_m: float | None = None,
+) -> Imagery:
+    """Open imagery: a raster or many, here or on servers, on one grid.
 
-    Raises:
-        ImageryError: It does not exist, is no raster, or its header is damaged.
-    """
-    try:
-        return rasterio.open(path)
-    except (RasterioError, OSError) as error:
-        if not Path(path).exists():
-            raise ImageryError(f"{path} does not exist; check the name") from error
-        raise ImageryError(
-            f"{path} cannot be opened as a raster ({_reason(error)}); it is damaged, truncated or "
-            "of a format that GDAL does not read"
-        ) from error
-
-
-def open_imagery(src: str | Path, bands: Sequence[str] | None = None) -> Imagery:
-    """Open imagery: a raster, a folder of rasters or a glob, all on one grid.
+    A raster has its own grid, and so have scenes whose pixels coincide; nothing is warped and
+    pixels are those of the files. Other scenes are warped as they are read, bilinearly, onto the
+    grid that `speciesmap.rasters.grid.choose_grid` chooses. Where scenes overlap, the first valid
+    pixel counts: of the newest scene, or the least cloudy, then by name.
 
     Args:
-        src: A GeoTIFF, VRT or other raster; a folder of them; or a pattern such as `naip/*.tif`.
+        src: A GeoTIFF, VRT or other raster; a folder of them; a pattern such as `naip/*.tif`; a
+            tile index of gdaltindex; the address of a raster, `https://...` or `s3://...`; or a
+            STAC collection, `stac+https://host/path#collection`.
         bands: Which bands to read, in order, as `Imagery.select` takes them; by default all that
-            are not a mask. Bands have names: from their descriptions, else from their colour
-            interpretation, else `band_1` and so on.
+            are not a mask. Bands have names: in STAC from their metadata, else from their
+            descriptions, else from their colour interpretation, else `band_1` and so on.
+        bbox: Area of interest: west, south, east, north. STAC is searched there, and unlike scenes
+            get a grid of that area; otherwise it is not looked at.
+        bbox_crs: CRS of `bbox`.
+        crs: CRS of the grid.
+        resolution_m: Side of the grid's pixels on the ground, metres.
+        like: A raster whose grid is taken.
+        datetime: For STAC: a date, month or year, or two of them with a slash between.
+        query: For STAC: conditions on properties, such as `eo:cloud_cover<10`.
+        first: Which scene counts where several overlap: `newest` or `least-cloudy`.
+        wanted: For STAC: what is looked for among the assets where `bands` does not say.
+        preferred_m: Size of pixels for unlike scenes where `resolution_m` does not say.
 
     Raises:
-        ImageryError: There is nothing to read, the raster has no place on Earth, files of a mosaic
-            do not share one grid and the same bands, or a band is unknown.
+        ImageryError: There is nothing to read, a raster has no place on Earth, scenes do not have
+            the same bands, or a band is unknown.
+        AreaError: The area is malformed, needs another CRS than UTM, or has no scenes.
+        ConfigError: An argument makes no sense, or contradicts another.
+        DependencyError: A package that the source needs is not installed.
     """
-    source = str(src)
-    members: list[_Member] = []
-    first: Imagery | None = None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # `_describe` refuses such files
-        for path in _files(source):
-            with open_raster(path) as raster:
-                if first is None:
-                    first = _describe(raster, path, source)
-                members.append(_place(raster, path, first))
-    assert first is not None
-    imagery = replace(_enclose(first, members), _handles=_Handles())
+    given = str(src)
+    source = public(given)
+    if given.startswith("stac+"):
+        from speciesmap.rasters.stac import find_scenes
+
+        named = [b.partition("=")[2] or b for b in bands or wanted]
+        found = find_scenes(given, bbox, bbox_crs, datetime=datetime, query=query, bands=named)
+    elif datetime is not None or query:
+        raise ConfigError(f"--datetime and --query choose items of STAC; {source} has none")
+    else:
+        files = describe_files(list_files(given))
+        found = [Scene(public(f.path).replace("\\", "/").rpartition("/")[2], (f,)) for f in files]
+    scenes = _ordered(found, first)
+    refuse_unlike(scenes, source)
+    finest = [min((f.geobox for f in scene.files), key=ground_m) for scene in scenes]
+    if like is not None:
+        if crs is not None or resolution_m is not None:
+            raise ConfigError("--like gives CRS and resolution; leave out --crs and --resolution-m")
+        grid = describe_file(str(like)).geobox
+    else:
+        grid = choose_grid(
+            finest,
+            bbox=bbox,
+            bbox_crs=bbox_crs,
+            crs=crs,
+            resolution_m=resolution_m,
+            preferred_m=preferred_m,
+        )
+    names = scenes[0].bands
+    indexes = tuple(i for i, name in enumerate(names, 1) if name != "alpha")
+    members = [member for scene in scenes if (member := _place(scene, grid)) is not None]
+    if all(_shared(member, 0, 0, *grid.shape) is None for member in members):
+        raise AreaError(f"{source} has nothing on the grid asked for ({in_words(grid)})")
+    imagery = Imagery(
+        source=source,
+        bands=tuple(names[i - 1] for i in indexes),
+        geobox=grid,
+        dtype=np.dtype(pixel_type(scenes[0])),
+        resolution_m=ground_m(grid),
+        detail_m=max(ground_m(geobox) for geobox in finest),
+        _indexes=indexes,
+        _file_bands=names,
+        _scaling=scenes[0].scaling,
+        _members=tuple(members),
+    )
+    warped = any(p.warped for m in members for p in m.files)
+    (log.info if len(members) > 1 or warped else log.debug)(
+        "grid: %s; %d scenes%s", in_words(grid), len(members), ", warped" if warped else ""
+    )
     return imagery if bands is None else imagery.select(bands)
 
 
-def _files(source: str) -> list[str]:
-    if "://" in source:
-        raise ImageryError(f"{source} is an address; download the imagery and give its path")
-    path = Path(source)
-    if path.is_dir():
-        found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-        if not found:
-            raise ImageryError(f"{source} holds no rasters ({', '.join(SUFFIXES)}); check the name")
-        return found
-    if not path.exists() and glob.has_magic(source):
-        found = sorted(glob.glob(source))  # noqa: PTH207  (the pattern may be absolute)
-        if not found:
-            raise ImageryError(f"no file matches {source}; check the pattern")
-        return found
-    return [source]
+def _ordered(scenes: Sequence[Scene], first: str) -> list[Scene]:
+    """Scenes in the order in which they count."""
+    if first not in ("newest", "least-cloudy"):
+        raise ConfigError(f"scenes cannot be ordered by {first!r}; say newest or least-cloudy")
+    dated = any(scene.date for scene in scenes)
+    named = sorted(scenes, key=lambda s: s.name) if dated else list(scenes)
+    ordered = sorted(named, key=lambda s: s.date, reverse=True)
+    if first == "newest":
+        return ordered
+    return sorted(ordered, key=lambda s: (math.isnan(s.clouds), s.clouds))
 
 
-def _describe(raster: DatasetReader, path: str, source: str) -> Imagery:
-    """Read names and grid of the first file."""
-    if raster.crs is None:
-        raise ImageryError(
-            f"{path} has no coordinate reference system; if you know it, set it with "
-            f"gdal_edit.py -a_srs EPSG:32610 {path}"
-        )
-    if raster.transform.is_identity or raster.transform.determinant == 0:
-        raise ImageryError(
-            f"{path} has no usable transform from pixels to {raster.crs}; set its corners with "
-            f"gdal_edit.py -a_ullr WEST NORTH EAST SOUTH {path}, or warp it by its control points"
-        )
-    if raster.count == 0 or len(set(raster.dtypes)) > 1 or raster.dtypes[0].startswith("c"):
-        raise ImageryError(
-            f"{path} has bands of types {', '.join(raster.dtypes) or 'none'}; all must have the "
-            "same real type: convert it with gdal_translate -ot"
-        )
-    names = band_names(raster, path)
-    indexes = tuple(i for i, name in enumerate(names, 1) if name != "alpha")
-    geobox = GeoBox(raster.shape, raster.transform, raster.crs)
-    return Imagery(
-        source=source,
-        bands=tuple(names[i - 1] for i in indexes),
-        geobox=geobox,
-        dtype=np.dtype(raster.dtypes[0]),
-        resolution_m=_resolution_m(geobox),
-        _indexes=indexes,
-        _file_bands=names,
-        _members=(),
-    )
+def _place(scene: Scene, grid: GeoBox) -> _Member | None:
+    """Find a scene's place on the grid, if it has one."""
+    placed = []
+    for file in scene.files:
+        at = offset(grid, file.geobox)
+        if at is not None:
+            height, width = file.geobox.shape
+            placed.append(_Placed(file, *at, height, width, warped=False))
+            continue
+        whole = on_grid(file.geobox, grid, (0, 0, *file.geobox.shape))
+        if whole is None:
+            return None
+        top, left, bottom, right = whole
+        placed.append(_Placed(file, top, left, bottom - top, right - left, warped=True))
+    row, col = max(p.row for p in placed), max(p.col for p in placed)
+    height = min(p.row + p.height for p in placed) - row
+    width = min(p.col + p.width for p in placed) - col
+    if height <= 0 or width <= 0:
+        return None
+    return _Member(scene.name, scene.date, tuple(placed), row, col, height, width)
 
 
-def _place(raster: DatasetReader, path: str, first: Imagery) -> _Member:
-    """Find a file's place on the first file's grid, and look whether its end is there."""
-    try:
-        raster.read(1, window=Window(raster.width - 1, raster.height - 1, 1, 1))
-    except (RasterioError, OSError) as error:
-        raise ImageryError(
-            f"{path} is truncated or damaged: its last pixel, row {raster.height - 1}, column "
-            f"{raster.width - 1}, cannot be read ({_reason(error)}); copy or download it again"
-        ) from error
-    grid = first.geobox
-    names = band_names(raster, path)
-    if raster.crs is None or grid.crs != raster.crs:
-        raise ImageryError(
-            f"{path} has the CRS {raster.crs}, {first.source} begins with {grid.crs}; warp them to "
-            "one CRS with gdalwarp -t_srs first"
-        )
-    to_grid = ~grid.transform * raster.transform
-    row, col = round(to_grid.f), round(to_grid.c)
-    across, down = np.array([0, raster.width, 0]), np.array([0, 0, raster.height])
-    cols, rows = transformed(to_grid, across, down)
-    strays = np.abs([cols - across - col, rows - down - row]).max()
-    if strays > GRID_TOLERANCE_PX:
-        raise ImageryError(
-            f"{path} does not lie on the pixel grid of the first file of {first.source} (pixels "
-            f"of {raster.res} against {first.geobox.resolution}, offset {to_grid.f:.2f} rows, "
-            f"{to_grid.c:.2f} columns); warp them to one grid with gdalwarp -tr -tap first"
-        )
-    if names != first._file_bands or raster.dtypes[0] != str(first.dtype):
-        raise ImageryError(
-            f"{path} has the bands {', '.join(names)} of {raster.dtypes[0]}, the first file of "
-            f"{first.source} {', '.join(first._file_bands)} of {first.dtype}; a mosaic needs the "
-            "same bands in every file"
-        )
-    mislabelled = "alpha" not in names and ColorInterp.alpha in raster.colorinterp
-    if mislabelled:
-        masked = raster.nodata is not None
-    else:
-        masked = any(MaskFlags.all_valid not in flags for flags in raster.mask_flag_enums)
-    return _Member(path, row, col, raster.height, raster.width, masked, mislabelled)
+def _raw_type(m: _Member) -> np.dtype[Any]:
+    return np.dtype(np.result_type(*(p.file.dtype for p in m.files)))
 
 
-def _enclose(first: Imagery, members: Sequence[_Member]) -> Imagery:
-    """Move the members onto the smallest grid that holds them all."""
-    top, left = min(m.row for m in members), min(m.col for m in members)
-    height = max(m.row + m.height for m in members) - top
-    width = max(m.col + m.width for m in members) - left
-    grid = first.geobox.transform * first.geobox.transform.translation(left, top)
-    geobox = GeoBox((height, width), grid, first.geobox.crs)
-    moved = tuple(replace(m, row=m.row - top, col=m.col - left) for m in members)
-    return replace(first, geobox=geobox, resolution_m=_resolution_m(geobox), _members=moved)
+def _shared(
+    m: _Member, row: int, col: int, height: int, width: int
+) -> tuple[int, int, int, int] | None:
+    """Top, left, bottom and right of what a scene and a rectangle share."""
+    top, bottom = max(row, m.row), min(row + height, m.row + m.height)
+    left, right = max(col, m.col), min(col + width, m.col + m.width)
+    return (top, left, bottom, right) if top < bottom and left < right else None
 
 
-def _reason(error: BaseException) -> str:
-    """GDAL's own words: rasterio's wrap them in "see previous exception"."""
-    return str(error.__cause__ or error)
+def _source_window(
+    grid: GeoBox, source: GeoBox, top: int, left: int, bottom: int, right: int
+) -> tuple[Window | None, tuple[float, float]]:
+    """Pixels of a file that a rectangle of the grid is warped from.
 
-
-def _resolution_m(geobox: GeoBox) -> float:
-    """Measure the central pixel on the ellipsoid: geometric mean of its sides, in metres."""
-    col, row = geobox.shape[1] / 2, geobox.shape[0] / 2
-    cols, rows = np.array([col, col + 1, col]), np.array([row, row, row + 1])
-    x, y = transformed(geobox.transform, cols, rows)
-    to_lonlat = pyproj.Transformer.from_crs(geobox.crs, "EPSG:4326", always_xy=True)
-    lon, lat = to_lonlat.transform(x, y)
-    if not np.isfinite([lon, lat]).all():
-        raise ImageryError(
-            f"the centre of the imagery, {x[0]:.6g} {y[0]:.6g}, has no longitude and latitude in "
-            f"{geobox.crs}; its CRS or transform is wrong: set the right one with gdal_edit.py"
-        )
-    _, _, sides = pyproj.Geod(ellps="WGS84").inv(lon[[0, 0]], lat[[0, 0]], lon[1:], lat[1:])
-    return math.sqrt(float(sides[0]) * float(sides[1]))
+    Returns:
+        The window, if there is one, and how many pixels of the grid a pixel of the file makes,
+        down and across, at most 1: the same for all rectangles.
+    """
+    height, width = source.shape
+    middle = np.array([height / 2, width / 2])
+    rows, cols = np.array([middle[0] + np.array([0, 1, 0]), middle[1] + np.array([0, 0, 1])])
+    down, across = to_pixels(source, grid, rows, cols)
+    sides = np.hypot(np.diff(down[[0, 1, 0, 2]])[::2], np.diff(across[[0, 1, 0, 2]])[::2])
+    shrink = (1.0, 1.0) if sides.min() > SHRUNK else (min(1.0, sides[0]), min(1.0, sides[1]))
+    there = on_grid(grid, source, (top, left, bottom, right))
+    if there is None:
+        return None, shrink
+    margins = [math.ceil(KERNEL_PX / scale) for scale in shrink]
+    first_row, last_row = max(0, there[0] - margins[0]), min(height, there[2] + margins[0])
+    first_col, last_col = max(0, there[1] - margins[1]), min(width, there[3] + margins[1])
+    if first_row >= last_row or first_col >= last_col:
+        return None, shrink
+    return Window(first_col, first_row, last_col - first_col, last_row - first_row), shrink

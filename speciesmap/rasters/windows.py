@@ -102,7 +102,7 @@ def cells_in(bbox: Sequence[float], cells: GeoBox, crs: Any = "EPSG:4326") -> tu
     Raises:
         AreaError: The box is malformed, has latitude first, misses the imagery, or holds no cell.
     """
-    x, y = _outline(*overlap(bbox, cells, crs))
+    x, y = outline(*overlap(bbox, cells, crs))
     to_grid = pyproj.Transformer.from_crs(crs, cells.crs, always_xy=True)
     cols, rows = transformed(~cells.transform, *to_grid.transform(x, y))
     ranges = []
@@ -142,18 +142,99 @@ def transformed(
     return affine.a * x + affine.b * y + affine.c, affine.d * x + affine.e * y + affine.f
 
 
+def bounds_of(
+    bbox: Sequence[float], crs: Any, to: Any = "EPSG:4326"
+) -> tuple[float, float, float, float]:
+    """Bounds of a rectangle's outline in another CRS.
+
+    Args:
+        bbox: Left, bottom, right, top; in degrees the left may exceed the right, where the
+            rectangle crosses the antimeridian.
+        crs: CRS of `bbox`.
+        to: CRS of the result.
+
+    Returns:
+        Left, bottom, right, top. Longitudes are continuous: they leave [-180, 180] where the
+        rectangle crosses the antimeridian.
+
+    Raises:
+        AreaError: The box is malformed or has latitude first, a CRS is unknown, or the box cannot
+            be projected.
+    """
+    source, target = _crs(crs), _crs(to)
+    left, bottom, right, top = _continuous(bbox, source.is_geographic)
+    _refuse_malformed(bbox, (left, bottom, right, top), source.is_geographic)
+    x, y = outline(left, bottom, right, top)
+    bounds = _projected_bounds(x, y, source, target)
+    if bounds is None:
+        raise AreaError(f"--bbox {_words(bbox)} cannot be projected to {to}; choose another CRS")
+    return bounds
+
+
 def bounds_in(imagery: GeoBox, crs: Any = "EPSG:4326") -> tuple[float, float, float, float]:
-    """Left, bottom, right and top of a raster's outline in a CRS."""
+    """Left, bottom, right and top of a raster's outline in a CRS; longitudes are continuous."""
     height, width = imagery.shape
-    x, y = transformed(imagery.transform, *_outline(0, 0, width, height))
-    transformer = pyproj.Transformer.from_crs(imagery.crs, crs, always_xy=True)
+    x, y = transformed(imagery.transform, *outline(0, 0, width, height))
+    bounds = _projected_bounds(x, y, imagery.crs, _crs(crs))
+    if bounds is None:
+        raise AreaError(f"the imagery cannot be projected to {crs}; choose another --bbox-crs")
+    return bounds
+
+
+def _projected_bounds(
+    x: NDArray[np.float64], y: NDArray[np.float64], source: Any, target: pyproj.CRS
+) -> tuple[float, float, float, float] | None:
+    transformer = pyproj.Transformer.from_crs(source, target, always_xy=True)
     there = np.asarray(transformer.transform(x, y))  # (2, points)
     there = there[:, np.isfinite(there).all(axis=0)]
     if not there.size:
-        raise AreaError(f"the imagery cannot be projected to {crs}; choose another --bbox-crs")
+        return None
+    if target.is_geographic and np.ptp(there[0]) > 180 > np.ptp(there[0] % 360):
+        there[0] %= 360
     left, bottom = there.min(axis=1)
     right, top = there.max(axis=1)
     return float(left), float(bottom), float(right), float(top)
+
+
+def _crs(crs: Any) -> pyproj.CRS:
+    try:
+        return pyproj.CRS.from_user_input(crs)
+    except pyproj.exceptions.CRSError as error:
+        raise AreaError(f"--bbox-crs {crs} is not a CRS; give one such as EPSG:4326") from error
+
+
+def _continuous(bbox: Sequence[float], geographic: bool) -> tuple[float, float, float, float]:
+    """Let the east exceed 180 where less than half of the globe lies between west and east."""
+    west, south, east, north = bbox
+    if geographic and -180 <= east < west <= 180 and east + 360 - west < 180:
+        east += 360
+    return west, south, east, north
+
+
+def _refuse_malformed(
+    bbox: Sequence[float], continuous: tuple[float, float, float, float], geographic: bool
+) -> None:
+    west, south, east, north = bbox
+    swapped = (south, west, north, east)
+    if geographic and _on_globe(swapped) and not _on_globe(bbox) and continuous == tuple(bbox):
+        raise AreaError(
+            f"--bbox {_words(bbox)} looks like latitude first; "
+            f"did you mean --bbox {_words(swapped)} ?"
+        )
+    if not all(math.isfinite(value) for value in bbox):
+        raise AreaError(f"--bbox {_words(bbox)} is not four numbers; give west south east north")
+    west, south, east, north = continuous
+    if west >= east or south >= north:
+        axis, low, high = ("west", west, east) if west >= east else ("south", south, north)
+        other = {"west": "east", "south": "north"}[axis]
+        raise AreaError(
+            f"--bbox {_words(bbox)} is empty: its {axis} {low} is not below its {other} {high}; "
+            "give west south east north"
+        )
+    if geographic and (south < -90 or north > 90):
+        raise AreaError(
+            f"--bbox {_words(bbox)} has latitudes beyond 90 degrees; give west south east north"
+        )
 
 
 def overlap(
@@ -172,30 +253,22 @@ def overlap(
     Raises:
         AreaError: The box is malformed, has latitude first, or misses the imagery.
     """
-    west, south, east, north = bbox
-    try:
-        geographic = pyproj.CRS.from_user_input(crs).is_geographic
-        bounds = bounds_in(imagery, crs)
-    except pyproj.exceptions.CRSError as error:
-        raise AreaError(f"--bbox-crs {crs} is not a CRS; give one such as EPSG:4326") from error
+    geographic = _crs(crs).is_geographic
+    bounds = bounds_in(imagery, crs)
+    west, south, east, north = continuous = _continuous(bbox, geographic)
+    if geographic and all(math.isfinite(value) for value in bbox):
+        turns = 360 * round((bounds[0] + bounds[2] - west - east) / 720)
+        west, east = west + turns, east + turns
     clipped = _clip((west, south, east, north), bounds)
-    if clipped is not None:
+    if clipped is not None and _clip(continuous, continuous) is not None:
         return clipped
-    swapped = (south, west, north, east)
-    if geographic and (_clip(swapped, bounds) or (_on_globe(swapped) and not _on_globe(bbox))):
+    swapped = (bbox[1], bbox[0], bbox[3], bbox[2])
+    if geographic and _clip(swapped, bounds):
         raise AreaError(
             f"--bbox {_words(bbox)} looks like latitude first; "
             f"did you mean --bbox {_words(swapped)} ?"
         )
-    if not all(math.isfinite(value) for value in bbox):
-        raise AreaError(f"--bbox {_words(bbox)} is not four numbers; give west south east north")
-    if west >= east or south >= north:
-        axis, low, high = ("west", west, east) if west >= east else ("south", south, north)
-        other = {"west": "east", "south": "north"}[axis]
-        raise AreaError(
-            f"--bbox {_words(bbox)} is empty: its {axis} {low} is not below its {other} {high}; "
-            "give west south east north"
-        )
+    _refuse_malformed(bbox, continuous, geographic)
     shown = _words(tuple(round(value, 6 if geographic else 2) for value in bounds))
     raise AreaError(
         f"--bbox {_words(bbox)} misses the imagery, which covers {shown} (west south east north, "
@@ -216,7 +289,7 @@ def _on_globe(bbox: Sequence[float]) -> bool:
     return -180 <= west < east <= 180 and -90 <= south < north <= 90
 
 
-def _outline(
+def outline(
     left: float, bottom: float, right: float, top: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Points along the four sides of a rectangle."""

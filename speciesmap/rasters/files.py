@@ -1,0 +1,278 @@
+"""Raster files, here or on a server: opened, kept open, tried again, and known by version.
+
+Servers are read through GDAL's virtual file systems, by ranges. What may hold a credential, the
+query and the user part of an address, is used to read and never shown or written.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote, unquote, urlsplit
+
+import rasterio
+from rasterio.enums import ColorInterp, MaskFlags, Resampling
+from rasterio.env import set_gdal_config
+from rasterio.errors import RasterioError
+from rasterio.io import DatasetReader
+from rasterio.vrt import WarpedVRT
+
+from speciesmap.errors import DependencyError, ImageryError
+
+Result = TypeVar("Result")
+
+OPEN_FILES = 32  # per thread; a mosaic may have thousands
+WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+"""Pauses between whole attempts at a server; GDAL makes `GDAL_HTTP_MAX_RETRY` within each."""
+
+HOPELESS = ("response code: 400", "response code: 401", "response code: 403", "code: 404")
+SIGNED_HOST = "planetarycomputer.microsoft.com"
+CLOUDS = {"s3": "vsis3", "gs": "vsigs", "az": "vsiaz"}
+GDAL_DEFAULTS = {
+    "GDAL_CACHEMAX": 64 << 20,  # GDAL's 5% of memory makes memory grow with rasters
+    "GDAL_HTTP_MAX_RETRY": 3,
+    "GDAL_HTTP_RETRY_DELAY": 0.25,  # seconds, doubled at each further try
+    "GDAL_HTTP_CONNECTTIMEOUT": 15,
+    "GDAL_HTTP_LOW_SPEED_TIME": 30,  # seconds under the limit below end a stalled transfer
+    "GDAL_HTTP_LOW_SPEED_LIMIT": 1024,
+    "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
+    "GDAL_HTTP_MULTIPLEX": "YES",
+    "GDAL_INGESTED_BYTES_AT_OPEN": 32768,  # a COG's header in one request
+    "CPL_VSIL_CURL_CACHE_SIZE": 64 << 20,
+    "CPL_VSIL_CURL_NON_CACHED": "/vsicurl",  # what a closed file gave is not believed again
+}
+
+log = logging.getLogger("speciesmap")
+
+for _name, _value in GDAL_DEFAULTS.items():
+    if _name not in os.environ:
+        set_gdal_config(_name, _value)  # some are read once, at the first block
+
+
+def is_remote(path: str) -> bool:
+    """Tell whether reading a path needs a network."""
+    return "://" in path or path.startswith(("/vsicurl", "/vsis3", "/vsigs", "/vsiaz"))
+
+
+def public(text: str) -> str:
+    """Give an address, or a text that holds some, without queries and user parts."""
+    text = re.sub(r"/?vsicurl\?\S*?url=([^\s&'\",]+)", lambda m: unquote(m[1]), text)
+    text = re.sub(r"([a-zA-Z][\w+.-]*://)[^\s/@?#'\"]*@", r"\1", text)
+    return re.sub(r"([a-zA-Z][\w+.-]*://[^\s?#'\"]*)\?[^\s#'\"]*", r"\1", text)
+
+
+def reason(error: BaseException) -> str:
+    """GDAL's own words, without credentials: rasterio's wrap them in "see previous exception"."""
+    return public(str(error.__cause__ or error))
+
+
+def signed(address: str, signer: str | None) -> str:
+    """Add the token that a host asks for; tokens expire, so this is done at each opening."""
+    if signer is None:
+        return address
+    try:
+        planetary_computer = importlib.import_module("planetary_computer")
+    except ImportError as error:
+        raise DependencyError(
+            f"imagery of {SIGNED_HOST} must be signed by the package planetary-computer, which is "
+            "not installed; pip install 'speciesmap[stac]'"
+        ) from error
+    return str(planetary_computer.sign_url(address))
+
+
+def open_raster(path: Path | str, signer: str | None = None) -> DatasetReader:
+    """Open any raster for reading, also one on a server.
+
+    A raster that is placed by ground control points alone is warped to their CRS as it is read.
+
+    Raises:
+        ImageryError: It does not exist, is no raster, or its header is damaged.
+        DependencyError: It must be signed and the package that does is not installed.
+    """
+    name = str(path)
+    try:
+        raster = rasterio.open(_virtual(signed(name, signer)))
+        if raster.crs is None and raster.gcps[0]:
+            return WarpedVRT(
+                raster,
+                src_crs=raster.gcps[1],
+                crs=raster.gcps[1],
+                resampling=Resampling.bilinear,
+                add_alpha="alpha" not in (c.name for c in raster.colorinterp),
+            )
+        return raster
+    except (RasterioError, OSError) as error:
+        if is_remote(name):
+            raise ImageryError(
+                f"{public(name)} cannot be opened ({reason(error)}); check the address, the right "
+                "to read it, and that its server answers requests for ranges"
+            ) from error
+        if not Path(path).exists():
+            raise ImageryError(f"{path} does not exist; check the name") from error
+        raise ImageryError(
+            f"{path} cannot be opened as a raster ({reason(error)}); it is damaged, truncated or "
+            "of a format that GDAL does not read"
+        ) from error
+
+
+def _virtual(path: str) -> str:
+    scheme, separator, rest = path.partition("://")
+    if separator and scheme in ("http", "https"):
+        # no sidecar files are looked for
+        return f"/vsicurl?empty_dir=yes&url={quote(path, safe='')}"
+    return f"/{CLOUDS[scheme]}/{rest}" if separator and scheme in CLOUDS else path
+
+
+def retrying(action: Callable[[], Result], path: str) -> Result:
+    """Act on a file; where it is on a server, again after pauses if that fails.
+
+    Raises:
+        Exception: What `action` raised at the last attempt, or at the first that tells that no
+            other can do better.
+    """
+    waits = list(WAITS_S) if is_remote(path) else []
+    while True:
+        try:
+            return action()
+        except (RasterioError, OSError, ImageryError) as error:
+            if not waits or any(code in reason(error) for code in HOPELESS):
+                raise
+            log.debug("%s: %s; trying again in %g s", public(path), reason(error), waits[0])
+            time.sleep(waits.pop(0))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A raster that is open, with what its masks are.
+
+    Attributes:
+        raster: For one thread.
+        masked: Whether it can have invalid pixels at all.
+        mislabelled_alpha: Its "alpha" band is data and must not mask.
+    """
+
+    raster: DatasetReader
+    masked: bool
+    mislabelled_alpha: bool
+
+
+class Files:
+    """Open rasters, a few per thread: GDAL's handles are not safe to share between threads.
+
+    A pickled copy starts with none open, so that a spawned process opens its own, but remembers
+    which version of each remote file was read first.
+    """
+
+    def __init__(self, versions: dict[str, str] | None = None) -> None:
+        self._local = threading.local()
+        self._versions = versions or {}
+
+    def get(self, path: str, signer: str | None, alpha_is_data: bool) -> Opened:
+        """Return this thread's handle on a raster."""
+        opened: OrderedDict[str, Opened] | None = getattr(self._local, "opened", None)
+        if opened is None:
+            opened = self._local.opened = OrderedDict()
+        if path not in opened:
+            raster = open_raster(path, signer)
+            mislabelled = alpha_is_data and ColorInterp.alpha in raster.colorinterp
+            if mislabelled:
+                masked = raster.nodata is not None
+            else:
+                masked = any(MaskFlags.all_valid not in flags for flags in raster.mask_flag_enums)
+            opened[path] = Opened(raster, masked, mislabelled)
+            if len(opened) > OPEN_FILES:
+                opened.popitem(last=False)[1].raster.close()
+        opened.move_to_end(path)
+        return opened[path]
+
+    def drop(self, path: str) -> None:
+        """Close this thread's handle, so that nothing it gave is believed again."""
+        stale: Opened | None = getattr(self._local, "opened", {}).pop(path, None)
+        if stale is not None:
+            stale.raster.close()
+
+    def version(self, path: str, signer: str | None) -> str:
+        """Which version of a remote file is read: its ETag or date, and its size."""
+        if path not in self._versions:
+            self._versions[path] = remote_version(path, signer).tag
+        return self._versions[path]
+
+    def refuse_changed(self, path: str, signer: str | None) -> None:
+        """Stop where a file is no longer the one that was read first.
+
+        Raises:
+            ImageryError: It changed on its server, or the server does not answer.
+        """
+        if not path.startswith(("http://", "https://")):
+            return
+        first = self.version(path, signer)
+        now = remote_version(path, signer).tag
+        if now != first:
+            raise ImageryError(
+                f"{public(path)} changed on its server while it was read ({first} before, {now} "
+                "now); run again, into another store, to read the new version throughout"
+            )
+
+    def __reduce__(self) -> tuple[type[Files], tuple[dict[str, str]]]:
+        return Files, (dict(self._versions),)
+
+
+@dataclass(frozen=True)
+class Version:
+    """What a server says of a file: `tag`, its ETag or date and its size; `size`, in bytes."""
+
+    tag: str
+    size: int
+
+
+_sessions = threading.local()
+
+
+def remote_version(path: str, signer: str | None = None) -> Version:
+    """Ask a server for a file's ETag or date, and its size, by a request for its first byte.
+
+    Only http and https are asked; of others, which need signed requests, nothing is known.
+
+    Raises:
+        ImageryError: The server does not answer, or has no such file.
+    """
+    if not path.startswith(("http://", "https://")):
+        return Version("", 0)
+    import requests
+
+    session: Any = getattr(_sessions, "session", None)
+    if session is None:
+        session = _sessions.session = requests.Session()
+
+    def ask() -> Version:
+        try:
+            with session.get(
+                signed(path, signer), headers={"Range": "bytes=0-0"}, timeout=30, stream=True
+            ) as answer:
+                if answer.status_code not in (200, 206):
+                    raise ImageryError(
+                        f"{public(path)} cannot be read (HTTP response code: "
+                        f"{answer.status_code}); check the address and the right to read it"
+                    )
+                told = answer.headers
+                total = told.get("Content-Range", "").rpartition("/")[2]
+                size = total if total.isdecimal() else told.get("Content-Length", "0")
+                tag = told.get("ETag") or told.get("Last-Modified", "")
+                return Version(f"{tag} {size}".strip(), int(size))
+        except requests.RequestException as error:
+            host = urlsplit(path).hostname
+            raise ImageryError(
+                f"{host} does not answer for {public(path)} ({type(error).__name__}); check the "
+                "address and the network"
+            ) from error
+
+    return retrying(ask, path)

@@ -1,0 +1,171 @@
+"""Servers on loopback: files by ranges, with faults and a count of bytes, and a STAC API."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Server:
+    """Serves a folder's files by ranges.
+
+    Attributes:
+        folder: What is served.
+        sent: Bytes of bodies sent, by file name.
+        requests: Requests by file name.
+        lines: Request lines, with their queries.
+        refuse: How many requests are still answered 503.
+        drop: How many bodies are still cut off after half of their bytes.
+        truncated: File names whose ranges beyond the header lack their second half, always.
+        etags: Overrides, by file name.
+        honest: Whether requests must carry `sig=secret`.
+    """
+
+    folder: Path
+    address: str = ""
+    sent: dict[str, int] = field(default_factory=dict)
+    requests: dict[str, int] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    refuse: int = 0
+    drop: int = 0
+    truncated: set[str] = field(default_factory=set)
+    etags: dict[str, str] = field(default_factory=dict)
+    token: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def forget(self) -> None:
+        self.sent.clear()
+        self.requests.clear()
+        self.lines.clear()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    state: Server
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        state, (name, _, query) = self.state, self.path.lstrip("/").partition("?")
+        path = state.folder / name
+        with state.lock:
+            state.requests[name] = state.requests.get(name, 0) + 1
+            state.lines.append(f"{self.command} {self.path} {self.headers.get('Range', '')}")
+            refuse, state.refuse = state.refuse > 0, max(0, state.refuse - 1)
+        if refuse:
+            return self.plain(503)
+        if state.token and f"sig={state.token}" not in query:
+            return self.plain(403)
+        if not path.is_file():
+            return self.plain(404)
+        content = path.read_bytes()
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        first = int(asked[1]) if asked else 0
+        last = min(int(asked[2]) if asked and asked[2] else len(content), len(content) - 1)
+        part = content[first : last + 1]
+        if first >= len(content):
+            return self.plain(416)
+        short = name in state.truncated and first > 0
+        with state.lock:
+            drop = body and state.drop > 0 and first > 0
+            state.drop -= drop
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(part) // 2 if short else len(part)))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", state.etags.get(name, f'"{path.stat().st_mtime_ns:x}"'))
+        if asked:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        self.end_headers()
+        if not body:
+            return None
+        if short or drop:
+            part = part[: len(part) // 2]
+        with state.lock:
+            state.sent[name] = state.sent.get(name, 0) + len(part)
+        self.wfile.write(part)
+        if drop:
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+        return None
+
+    def plain(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    """Serve a folder until the block ends."""
+    state = Server(folder)
+    handler = type("Handler", (_Handler,), {"state": state})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        state.address = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield state
+        finally:
+            server.shutdown()
+
+
+def rustac() -> str | None:
+    """The STAC server of PyPI's rustac, beside this Python or on the path."""
+    beside = Path(sys.executable).with_name("rustac")
+    return str(beside) if beside.exists() else shutil.which("rustac")
+
+
+@contextmanager
+def stac_api(
+    folder: Path, collection: Mapping[str, Any], items: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """Run a real STAC API over items, in memory, and give its address."""
+    program = rustac()
+    assert program is not None
+    (folder / "collection.json").write_text(json.dumps(collection))
+    (folder / "items.json").write_text(
+        json.dumps({"type": "FeatureCollection", "features": list(items)})
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [program, "serve", "-a", f"127.0.0.1:{port}"]
+    process = subprocess.Popen(
+        [*words, str(folder / "collection.json"), str(folder / "items.json")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(200):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2).close()
+                break
+            except OSError:
+                assert process.poll() is None, "rustac ended"
+                time.sleep(0.05)
+        yield f"stac+http://127.0.0.1:{port}/#{collection['id']}"
+    finally:
+        process.terminate()
+        process.wait()
