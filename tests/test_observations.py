@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -425,6 +426,12 @@ def test_a_name_once_cut_stays_as_it_is(text: str) -> None:
     assert scientific_name(once) == once
 
 
+EVERYTHING = Rules(
+    present=False, wild=False, zero=False, centroids=False, captive=False, year_min=None,
+    uncertainty_max_m=None, duplicates=False,
+)  # fmt: skip
+
+
 def test_rules_count_what_they_drop(tmp_path: Path) -> None:
     rows = [
         {},
@@ -444,12 +451,12 @@ def test_rules_count_what_they_drop(tmp_path: Path) -> None:
     assert got.attrs["dropped"] == {"no position": 1}
     kept, dropped = clean(got)
     assert dropped == {
-        "present": 2, "wild": 1, "zero": 1, "captive": 1, "year_min": 1, "uncertainty_max_m": 2,
+        "present": 2, "wild": 1, "zero": 1, "centroids": 0, "captive": 1, "year_min": 1,
+        "uncertainty_max_m": 2, "duplicates": 0,
     }  # fmt: skip
     assert kept["observation_id"].tolist() == ["1001", "1008", "1011"]
-    everything = Rules(False, False, False, False, None, None)
-    assert clean(got, everything)[1] == {}
-    assert len(clean(got, everything)[0]) == len(got)
+    assert clean(got, EVERYTHING)[1] == {}
+    assert len(clean(got, EVERYTHING)[0]) == len(got)
     kept, dropped = clean(got, Rules(cell_m=100))
     assert dropped["cell_m"] == 1 and len(kept) == 2
 
@@ -479,7 +486,7 @@ def test_thinning_keeps_exactly_one_record_per_taxon_and_cell(
         geometry=gpd.points_from_xy(longitude, latitude),
         crs="EPSG:4326",
     )  # fmt: skip
-    only = Rules(False, False, False, False, None, None, cell_m=cell_m)
+    only = replace(EVERYTHING, cell_m=cell_m)
     kept, dropped = clean(table, only)
     grid = kept.to_crs("EPSG:6933").geometry
     cells = list(zip(grid.x // cell_m, grid.y // cell_m, kept["taxon"], strict=True))

@@ -32,9 +32,19 @@ from speciesmap.cli.options import (
     help="Drop records less certain than this, and placeholders; inf keeps all.",
 )
 @click.option("--cell-m", type=float, help="Keep one record per taxon and cell of this side.")
+@click.option("--thin-m", type=float, help="Keep records of a taxon at least this far apart.")
+@click.option(
+    "--institutions",
+    type=PATH,
+    metavar="FILE",
+    help="Drop records within 2 km of these places, for example GRSciColl's institutions.",
+)
+@click.option("--doi", metavar="DOI", help="DOI of the download, kept in the report for citation.")
 @click.option("--keep-absent", is_flag=True, help="Keep records of absence.")
 @click.option("--keep-specimens", is_flag=True, help="Keep fossil, zoo and garden specimens.")
 @click.option("--keep-zero", is_flag=True, help="Keep records at longitude 0, latitude 0.")
+@click.option("--keep-centroids", is_flag=True, help="Keep records at a country's central point.")
+@click.option("--keep-duplicates", is_flag=True, help="Keep repeats of taxon, place and day.")
 @click.option("--keep-captive", is_flag=True, help="Keep captive, cultivated and introduced ones.")
 @click.option("--drop-obscured", is_flag=True, help="Drop places that iNaturalist obscured.")
 @click.option("--research-only", is_flag=True, help="Drop what is not research grade.")
@@ -48,9 +58,14 @@ def command(
     year_min: int,
     uncertainty_max_m: float,
     cell_m: float | None,
+    thin_m: float | None,
+    institutions: Path | None,
+    doi: str | None,
     keep_absent: bool,
     keep_specimens: bool,
     keep_zero: bool,
+    keep_centroids: bool,
+    keep_duplicates: bool,
     keep_captive: bool,
     drop_obscured: bool,
     research_only: bool,
@@ -73,14 +88,18 @@ def command(
         present=not keep_absent,
         wild=not keep_specimens,
         zero=not keep_zero,
+        centroids=not keep_centroids,
+        institutions=institutions,
         captive=not keep_captive,
         year_min=year_min or None,
         uncertainty_max_m=None if math.isinf(uncertainty_max_m) else uncertainty_max_m,
         obscured=drop_obscured,
         research=research_only,
+        duplicates=not keep_duplicates,
         cell_m=cell_m,
+        thin_m=thin_m,
     )
-    report = clean_files(inputs, out, rules=rules, taxon=taxon, overwrite=overwrite)
+    report = clean_files(inputs, out, rules=rules, taxon=taxon, doi=doi, overwrite=overwrite)
     log = logging.getLogger("speciesmap")
     log.info("%d of %d rows kept", report["kept"], report["read"])
     for rule, count in report["dropped"].items():

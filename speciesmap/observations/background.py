@@ -141,6 +141,6 @@ def target_group(observations: gpd.GeoDataFrame, cell_m: float) -> gpd.GeoDataFr
     Raises:
         ObservationsError: `cell_m` is not above 0.
     """
-    from speciesmap.observations.clean import first_per_cell
+    from speciesmap.observations.thin import first_per_cell
 
     return observations[first_per_cell(observations, cell_m)]
