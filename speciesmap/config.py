@@ -80,13 +80,20 @@ class TextConfig(Strict):
         return divided(self, "heads", self.heads, "width", self.width)
 
 
+class MetadataConfig(Strict):
+    """Layers for place and date; each is dropped from a row with this probability in training."""
+
+    dropout: float = Field(default=0.25, ge=0, lt=1)
+
+
 class ModelConfig(Strict):
-    """The joint space and its towers."""
+    """The joint space, its towers, and layers for place and date if there are any."""
 
     dim: int = Field(default=512, ge=8)
     aerial: AerialConfig
     ground: GroundConfig | None = None
     text: TextConfig | None = None
+    metadata: MetadataConfig | None = None
 
 
 class DataConfig(Strict):
@@ -130,8 +137,14 @@ class TrainerConfig(Strict):
 
 
 class MaskedConfig(Strict):
-    """Masked image modelling (He et al. 2022): share masked, and the decoder's size."""
+    """Masked image modelling (He et al. 2022): share masked, and the decoder's size.
 
+    Method mae hides patches of one `view`. With `standardise` the pixels to paint are standardised
+    patch by patch; BirdSAT paints them as they are.
+    """
+
+    view: Literal["aerial", "ground"] = "aerial"
+    standardise: bool = True
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     decoder_dim: int = Field(default=512, ge=4, multiple_of=4)
     decoder_depth: int = Field(default=8, ge=1)
@@ -182,6 +195,24 @@ class ContrastiveConfig(Strict):
     same_taxon: Literal["negative", "ignored"] = "negative"
 
 
+class CrossViewConfig(Strict):
+    """Weights and choices of CVE-MAE and CVM-MAE (Sastry et al. 2024, BirdSAT).
+
+    CVE-MAE: `contrastive` loss of both views and `reconstruction` of photos, beside an aerial
+    encoder that starts from the model in `aerial_init`, if given, and is frozen unless
+    `freeze_aerial` is false. CVM-MAE: `matching` of pairs and `reconstruction` of both views; the
+    negative of each photo is the likeliest of the `negatives` windows that stand next to its own
+    in the batch.
+    """
+
+    contrastive: float = Field(default=0.3, ge=0)
+    matching: float = Field(default=1.0, ge=0)
+    reconstruction: float = Field(default=1.0, ge=0)
+    freeze_aerial: bool = True
+    aerial_init: str | None = None
+    negatives: int = Field(default=1, ge=1)
+
+
 class ValidationConfig(Strict):
     """Spatial cross-validation before the final fit, and calibration where a prevalence is stated.
 
@@ -195,15 +226,19 @@ class ValidationConfig(Strict):
 
 
 class PretrainConfig(Strict):
-    """Stage one: a joint space from paired views (CRISP), or features from imagery alone (MAE)."""
+    """Stage one: a joint space from paired views, or features from images of one view.
+
+    Methods are CRISP, MAE of one view, and BirdSAT's CVE-MAE and CVM-MAE.
+    """
 
     stage: Literal["pretrain"]
-    method: Literal["crisp", "mae"] = "crisp"
+    method: Literal["crisp", "mae", "cve_mae", "cvm_mae"] = "crisp"
     seed: int = 0
     data: DataConfig
     model: ModelConfig
     masked: MaskedConfig = MaskedConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
+    crossview: CrossViewConfig = CrossViewConfig()
     views: ViewsConfig = ViewsConfig()
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = TrainerConfig()

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from speciesmap.config import DataConfig
-from speciesmap.datasets.paired import PairedDataset, open_paired
+from speciesmap.datasets.birds import BirdDataset, open_dataset
+from speciesmap.datasets.paired import PairedDataset
 from speciesmap.errors import ConfigError, DatasetError
 from speciesmap.models.crisp import to_square
 from speciesmap.observations.background import random_background
@@ -33,8 +34,8 @@ class PairedRows(Dataset[Batch]):
     """Rows of a paired data set, fetched by the batch.
 
     A batch has `aerial` (N, B, W, W) raw pixels of the data set's whole windows, which views crop,
-    `taxon` (N,) positions in `taxa`, `place` (N,) equal for rows of one spot, and `ground`
-    (N, 3, S, S) raw RGB where photos are asked for.
+    `taxon` (N,) positions in `taxa`, `place` (N,) equal for rows of one spot, `metadata` (N, 4)
+    where and when, and `ground` (N, 3, S, S) raw RGB where photos are asked for.
 
     Args:
         dataset: Where to read.
@@ -46,7 +47,7 @@ class PairedRows(Dataset[Batch]):
 
     def __init__(
         self,
-        dataset: PairedDataset,
+        dataset: PairedDataset | BirdDataset,
         rows: ArrayLike,
         taxa: Sequence[Taxon],
         image_px: int | None = None,
@@ -62,6 +63,7 @@ class PairedRows(Dataset[Batch]):
         self.labels = facts["name"].map(position).fillna(-1).to_numpy(dtype=np.int64)
         spot = pd.factorize(facts["latitude"].astype(str) + " " + facts["longitude"].astype(str))[0]
         self.place = np.asarray(spot, dtype=np.int64)
+        self.metadata = where_and_when(facts)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -100,6 +102,7 @@ class PairedRows(Dataset[Batch]):
             "aerial": torch.from_numpy(self.dataset.aerial(rows)),  # (N, B, W, W)
             "taxon": torch.from_numpy(self.labels[rows]),  # (N,)
             "place": torch.from_numpy(self.place[rows]),  # (N,)
+            "metadata": self.metadata[rows],  # (N, 4)
         }
         if self.image_px:
             kept = self._photos
@@ -107,6 +110,14 @@ class PairedRows(Dataset[Batch]):
                 self._read_photos(rows) if kept is None else kept[list(positions)]
             )  # (N, 3, S, S)
         return batch
+
+
+def where_and_when(facts: pd.DataFrame) -> Tensor:
+    """Latitude, longitude, month and day of rows, NaN where missing, float32, shape (N, 4)."""
+    dates = facts.get("gl_image_date", pd.Series("", facts.index)).fillna("").astype(str)
+    parts = dates.str.extract(r"^\d{4}-(0[1-9]|1[0-2])(?:-(0[1-9]|[12]\d|3[01]))?").astype(float)
+    columns = [facts["latitude"], facts["longitude"], parts[0], parts[1]]
+    return torch.from_numpy(np.column_stack(columns).astype(np.float32))  # (N, 4)
 
 
 def middle(windows: Tensor, window_px: int) -> Tensor:
@@ -196,7 +207,7 @@ class Sources:
         resolution_m: Side of an aerial pixel on the ground, in metres.
     """
 
-    dataset: PairedDataset | None
+    dataset: PairedDataset | BirdDataset | None
     rows: NDArray[np.int64]
     taxa: tuple[Taxon, ...]
     imagery: Imagery | None
@@ -214,13 +225,20 @@ def open_sources(data: DataConfig) -> Sources:
     """
     imagery = open_imagery(data.imagery) if data.imagery else None
     if data.dataset:
-        dataset = open_paired(data.dataset)
+        dataset = open_dataset(data.dataset)
+        if isinstance(dataset, BirdDataset) and not dataset.has_aerial:
+            raise ConfigError(
+                f"{data.dataset} has photos only, and a model is trained on both views; train on "
+                "iNat-2021 birds, and evaluate on this"
+            )
         names = {taxon.name for taxon in dataset.taxa}
         for name in data.withheld:
             if name not in names:
                 raise ConfigError(f"data.withheld names {name!r}, which {data.dataset} lacks")
         taxa = tuple(taxon for taxon in dataset.taxa if taxon.name not in data.withheld)
         wanted = dataset.facts["name"].isin([taxon.name for taxon in taxa])
+        if "split" in dataset.facts:
+            wanted &= dataset.facts["split"] == "train"
         if not wanted.any():
             raise ConfigError(
                 f"{data.dataset} has no rows beside those of data.withheld; withhold fewer taxa"

@@ -109,6 +109,8 @@ class Crisp(Stage):
         model = self.network
         batch = seen(model, batch, self.views)
         aerial = in_chunks(model.encode_aerial, batch["aerial"], self.optim.chunk_size)  # (N, D)
+        if model.metadata is not None:
+            aerial = model.add_metadata(aerial, batch["metadata"])
         loss, parts = crisp_loss(
             model, aerial, batch, self.prompts, self.contrastive, self.optim.chunk_size
         )
@@ -160,6 +162,8 @@ class Finetune(Stage):
         drawn = seen(model, raw, self.views)
         chunk_size = self.optim.chunk_size
         embedded = in_chunks(model.encode_aerial, drawn["aerial"], chunk_size)  # (N + M, D)
+        if model.metadata is not None:
+            embedded = model.add_metadata(embedded, dates(presences["metadata"], len(embedded)))
         with torch.autocast(self.device.type, enabled=False):
             logits = model.head(embedded)  # (N + M, T)
             head = assume_negative(
@@ -219,6 +223,23 @@ def seen(model: SpeciesModel, batch: Batch, views: ViewsConfig) -> Batch:
     if model.ground is not None and "ground" in batch:
         drawn["ground"] = ground_view(batch["ground"], **dict(views.ground))
     return drawn
+
+
+def dates(metadata: Tensor, count: int) -> Tensor:
+    """Give presences their dates, and background the date of one of them drawn at random.
+
+    Places are left out: they would tell the two apart, since background is drawn evenly.
+
+    Args:
+        metadata: Of the presences, shape (N, 4).
+        count: Rows wanted, N presences and then background.
+
+    Returns:
+        Shape (count, 4).
+    """
+    drawn = torch.randint(len(metadata), (count - len(metadata),), device=metadata.device)
+    rows = torch.cat([metadata, metadata[drawn]])  # (count, 4)
+    return torch.cat([torch.full_like(rows[:, :2], torch.nan), rows[:, 2:]], 1)
 
 
 def in_chunks(encode: Callable[[Tensor], Tensor], images: Tensor, chunk_size: int | None) -> Tensor:

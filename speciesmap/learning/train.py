@@ -33,6 +33,7 @@ from speciesmap.config import (
     TrainerConfig,
 )
 from speciesmap.errors import ConfigError, ModelError, OutputError
+from speciesmap.learning.crossview import crossview_stage
 from speciesmap.learning.data import (
     Batch,
     PairedRows,
@@ -158,8 +159,12 @@ def pretrain(
     """
     rng = np.random.default_rng(config.seed)
     contrastive = config.method == "crisp"
-    if contrastive and sources.dataset is None:
-        raise ConfigError("method crisp learns from pairs; give data.dataset, or method: mae")
+    paired = config.method != "mae" or config.masked.view == "ground"
+    if paired and sources.dataset is None:
+        raise ConfigError(
+            f"method {config.method} learns from pairs here; give data.dataset, or method: mae "
+            "with masked.view: aerial"
+        )
     if contrastive and config.model.ground is None and config.model.text is None:
         raise ConfigError(
             "method crisp needs model.ground or model.text beside model.aerial; give one, or "
@@ -168,14 +173,14 @@ def pretrain(
     windows: PairedRows | Places
     if sources.dataset is not None:
         ground = config.model.ground
-        image_px = ground.image_px if contrastive and ground else None
+        image_px = ground.image_px if paired and ground else None
         windows = PairedRows(
             sources.dataset, sources.rows, sources.taxa, image_px, sources.window_px
         )
     else:
         assert sources.imagery is not None
         windows = draw_background(sources.imagery, sources.window_px, config.data.background, rng)
-    model = build(config.model, sources, windows)
+    model = build(config.model, sources, windows, matcher=config.method == "cvm_mae")
     if config.optim.chunk_size and any(isinstance(m, _BatchNorm) for m in model.modules()):
         log.warning(
             "optim.chunk_size: batch norm takes its statistics from a chunk, not from the batch; "
@@ -191,6 +196,8 @@ def pretrain(
         stage: Stage = Crisp(
             model, sources.taxa, config.optim, steps, config.contrastive, config.views
         )
+    elif paired:
+        stage = crossview_stage(model, sources.taxa, config, steps)
     else:
         masked = config.masked
         if not isinstance(model.aerial, ImageTower):
@@ -204,6 +211,8 @@ def pretrain(
             masked.decoder_dim,
             masked.decoder_depth,
             masked.decoder_heads,
+            masked.standardise,
+            keep_positions=config.model.aerial.pretrained,
         )
         stage = Masked(network, config.optim, steps)
     metrics = fit(stage, loader, config.optim, config.trainer, work)
@@ -382,8 +391,17 @@ def cross_validate(
     return table.join(pd.DataFrame(logits, columns=[taxon.name for taxon in presences.taxa]))
 
 
-def build(config: ModelConfig, sources: Sources, windows: PairedRows | Places) -> SpeciesModel:
-    """Make an untrained model for data, with the data's own band statistics unless given."""
+def build(
+    config: ModelConfig, sources: Sources, windows: PairedRows | Places, matcher: bool = False
+) -> SpeciesModel:
+    """Make an untrained model for data, with the data's own band statistics unless given.
+
+    Args:
+        config: Of the model.
+        sources: What it learns from.
+        windows: Where statistics are measured.
+        matcher: Whether one transformer encodes both views and scores pairs.
+    """
     mean, std = config.aerial.mean, config.aerial.std
     if mean is None or std is None:
         chosen = np.linspace(0, len(windows) - 1, min(STATISTICS, len(windows))).astype(int)
@@ -412,6 +430,8 @@ def build(config: ModelConfig, sources: Sources, windows: PairedRows | Places) -
         if config.ground
         else None,
         text=config.text.model_dump(exclude_none=True) if config.text else None,
+        metadata=config.metadata.model_dump() if config.metadata else None,
+        matcher=matcher,
     )
     return SpeciesModel(
         architecture,

@@ -1,0 +1,72 @@
+"""Splits that do not leak: no observation, and no ground, is both learned from and tested on."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+SPLITS = ("train", "validation", "test")
+SAME_OBSERVATION = "the observation is in a later split too"
+OVERLAP = "the window may overlap one of a later split"
+EARTH_M = 6_371_000.0
+
+
+def rank_of(names: Iterable[str]) -> NDArray[np.int64]:
+    """Give an order that looks random and depends on nothing but the names, shape (N,)."""
+    return np.array([zlib.crc32(name.encode()) for name in names], dtype=np.int64)
+
+
+def hold_out_places(facts: pd.DataFrame, share: float, cell_deg: float = 0.25) -> NDArray[np.bool_]:
+    """Choose whole cells of latitude and longitude that hold about a share of the rows.
+
+    Args:
+        facts: `latitude` and `longitude` of N rows.
+        share: Of the rows, reached or just exceeded; nothing is chosen where all rows are in one
+            cell.
+        cell_deg: Side of a cell in degrees.
+
+    Returns:
+        Rows chosen, shape (N,).
+    """
+    corner = np.floor(facts[["latitude", "longitude"]].to_numpy() / cell_deg).astype(int)
+    cells, cell = np.unique(corner, axis=0, return_inverse=True)
+    if len(cells) < 2:
+        return np.zeros(len(facts), dtype=bool)
+    order = rank_of(f"{row}/{col}" for row, col in cells.tolist()).argsort(kind="stable")
+    rows = np.bincount(cell.ravel())[order].cumsum()
+    chosen = order[: min(len(cells) - 1, int(np.searchsorted(rows, share * len(facts))) + 1)]
+    return np.isin(cell.ravel(), chosen)
+
+
+def leaks(facts: pd.DataFrame, side_m: float) -> dict[str, NDArray[np.bool_]]:
+    """Find rows whose observation or ground is in a later split too.
+
+    Leaving them out makes the later split independent; the order is train, validation, test.
+
+    Args:
+        facts: `split`, `observation_uuid`, `latitude` and `longitude` of N rows.
+        side_m: Side of an aerial window. Two squares may overlap where their centres are nearer
+            than their diagonal, which also finds some that just do not.
+
+    Returns:
+        Rows by reason, each of shape (N,); a row has at most one.
+    """
+    same, near = (np.zeros(len(facts), dtype=bool) for _ in range(2))
+    split = facts["split"].to_numpy()
+    lat, lon = np.radians(facts[["latitude", "longitude"]].to_numpy(dtype=float)).T
+    points = np.column_stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)])
+    placed = np.isfinite(points).all(1)
+    reach = 2 * np.sin(side_m * np.sqrt(2) / EARTH_M / 2)  # a chord of the unit sphere
+    for k, earlier in enumerate(SPLITS[:-1]):
+        here, later = split == earlier, np.isin(split, SPLITS[k + 1 :])
+        same |= here & facts["observation_uuid"].isin(facts["observation_uuid"][later]).to_numpy()
+        if (later & placed).any() and (here & placed).any():
+            tree = cKDTree(points[later & placed])
+            distance, _ = tree.query(points[here & placed], distance_upper_bound=reach)
+            near[here & placed] |= np.isfinite(distance)
+    return {SAME_OBSERVATION: same, OVERLAP: near & ~same}
