@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint benchmark-sdm clean
 
 demo: $(STAMP)
 	$(BIN)/speciesmap demo --out demo --overwrite
@@ -15,6 +15,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check speciesmap tests
 	$(BIN)/ruff format --check speciesmap tests
 	$(BIN)/mypy
+
+# heads on covariates against MaxEnt on the NCEAS benchmark (R package disdat, its data as .rds)
+DISDAT ?= ../shared/data/disdat
+benchmark-sdm: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt '.[benchmark-sdm]'
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sdm/disdat.py $(DISDAT)
 
 # torch first and by its pinned version, so that the resolver need not look for another build
 $(STAMP): pyproject.toml constraints.txt

@@ -73,3 +73,66 @@ def assume_negative(
     background = F.softplus(background_logits).sum(1)  # (M,)
     taxa = logits.shape[1]
     return ((positive_weight * presence + absence).mean() + background.mean()) / (2 * taxa)
+
+
+def normalised_poisson(logits: Tensor, presences: Tensor, background: Tensor) -> Tensor:
+    """Negative log-likelihood of where a taxon's records lie, among the places of its background.
+
+    The loss of MaxEnt and of a Poisson point process whose total is left free (Phillips et al.
+    2006, section 2.1; Renner & Warton 2013), over many taxa at once as in DeepMaxent (Estopinan
+    et al. 2024). An offset of a taxon's logits changes nothing.
+
+    Args:
+        logits: Of relative intensity, shape (N, T).
+        presences: Number of records, or weights, shape (N, T).
+        background: Weight of each place in the taxon's background, shape (N, T); 0 leaves a
+            place out, and a taxon with records has some.
+
+    Returns:
+        For each taxon the mean over its records, in nats, shape (T,); 0 without records.
+    """
+    count = presences.sum(0)  # (T,)
+    level = torch.logsumexp(logits + background.clamp(min=1e-30).log(), 0)  # (T,)
+    found = (presences * logits).sum(0)  # (T,)
+    return (count * level - found) / count.clamp(min=1e-9)  # (T,)
+
+
+def infinitely_weighted_logistic(
+    logits: Tensor, presences: Tensor, background: Tensor, weight: float = 100.0
+) -> Tensor:
+    """Logistic regression of presences against background of great weight.
+
+    Approaches the Poisson point process as the weight grows (Fithian & Hastie 2013, section 4);
+    100 is maxnet's.
+
+    Args:
+        logits: Shape (N, T).
+        presences: Number of records, or weights, shape (N, T).
+        background: Weight of each place in the taxon's background, shape (N, T).
+        weight: Of all the background, against one for all the presences.
+
+    Returns:
+        For each taxon, relative to the weight of its presences, shape (T,); 0 without records.
+    """
+    count = presences.sum(0)  # (T,)
+    share = background / background.sum(0).clamp(min=1e-9)  # (N, T)
+    away = (share * F.softplus(logits)).sum(0)  # (T,)
+    here = (presences * F.softplus(-logits)).sum(0)  # (T,)
+    return (here + weight * count * away) / count.clamp(min=1e-9)  # (T,)
+
+
+def assumed_absences(logits: Tensor, presences: Tensor, background: Tensor) -> Tensor:
+    """SINR's assume-negative loss in the form of a table: both classes weigh the same.
+
+    As `assume_negative` (Cole et al. 2023, equation 4), where a taxon's background holds the
+    other taxa's places and random ones.
+
+    Args:
+        logits: Shape (N, T).
+        presences: Number of records, or weights, shape (N, T).
+        background: Weight of each place assumed empty, shape (N, T).
+
+    Returns:
+        For each taxon, in nats, shape (T,); 0 without records.
+    """
+    return infinitely_weighted_logistic(logits, presences, background, weight=1.0)
