@@ -88,6 +88,8 @@ def predict(
     batch_size: int | None = None,
     device: str | None = None,
     precision: Precision = "auto",
+    compiled: bool = False,
+    skip_unreadable: bool = False,
     any_resolution: bool = False,
     overwrite: bool = False,
 ) -> Prediction:
@@ -117,6 +119,8 @@ def predict(
         batch_size: As for `embed`.
         device: As for `embed`.
         precision: As for `embed`.
+        compiled: As for `embed`.
+        skip_unreadable: As for `embed`.
         any_resolution: As for `embed`.
         overwrite: Replace the folder.
 
@@ -151,6 +155,8 @@ def predict(
             batch_size=batch_size,
             device=device,
             precision=precision,
+            compiled=compiled,
+            skip_unreadable=skip_unreadable,
             any_resolution=any_resolution,
         )
         if store is None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from affine import Affine
 from fake_model import BlobModel, FakeModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from odc.geo.geobox import GeoBox
+from tiny import tiny_model
 
-from speciesmap.errors import AreaError, ConfigError, ImageryError, StoreError
-from speciesmap.mapping import cut
+from speciesmap.errors import AreaError, ConfigError, ImageryError, ModelError, StoreError
+from speciesmap.mapping import cut, encode
 from speciesmap.mapping import embed as engine
 from speciesmap.mapping.embed import embed
+from speciesmap.models import SpeciesModel
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import Imagery, open_imagery
 from speciesmap.rasters.store import open_store
@@ -68,28 +73,24 @@ def test_the_store_holds_what_encoding_each_window_by_itself_gives(
 
 @settings(max_examples=25, deadline=None)
 @given(
-    bands=st.integers(1, 4),
     rows=st.integers(1, 5),
     cols=st.integers(1, 5),
     side=st.integers(1, 9),
     stride=st.integers(1, 12),
 )
-def test_windows_are_exact_slices_of_a_block(
-    bands: int, rows: int, cols: int, side: int, stride: int
+def test_windows_are_usable_by_their_share_of_valid_pixels(
+    rows: int, cols: int, side: int, stride: int
 ) -> None:
-    shape = (bands, (rows - 1) * stride + side, (cols - 1) * stride + side)
-    block = np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)
-    valid = np.random.default_rng(1).random(shape[1:]) > 0.4
-    windows = cut._as_windows(block, side, stride)
+    shape = ((rows - 1) * stride + side, (cols - 1) * stride + side)
+    valid = np.random.default_rng(1).random(shape) > 0.4
     usable = cut._usable(valid, side, stride, 0.5)
-    assert windows.shape[:2] == usable.shape == (rows, cols)
+    assert usable.shape == (rows, cols)
     for i in range(rows):
         for j in range(cols):
             place = (
                 slice(i * stride, i * stride + side),
                 slice(j * stride, j * stride + side),
             )
-            assert (windows[i, j] == block[:, *place]).all()
             share = valid[place].mean()
             assert usable[i, j] == (share >= 0.5 and share > 0)
 
@@ -304,10 +305,10 @@ def test_reduced_precision_is_used_only_where_it_agrees(
             return torch.nn.functional.normalize(vectors, dim=1)
 
     path = scene(tmp_path / "a.tif")
-    monkeypatch.setattr(engine, "computes_bfloat16", lambda device: True)
+    monkeypatch.setattr(encode, "computes_bfloat16", lambda device: True)
     assert embed(FakeModel(), path, tmp_path / "a.zarr").precision == "bfloat16"
     assert embed(Delicate(), path, tmp_path / "b.zarr").precision == "float32"
-    monkeypatch.setattr(engine, "computes_bfloat16", lambda device: False)
+    monkeypatch.setattr(encode, "computes_bfloat16", lambda device: False)
     store = embed(FakeModel(), path, tmp_path / "c.zarr", bbox=None)
     assert store.precision == "float32"
     (store.path / "vectors/c/0/0/0").unlink()
@@ -335,3 +336,204 @@ def test_the_model_is_given_back_in_the_mode_it_came_in(tmp_path: Path) -> None:
     assert seen
     assert not any(seen)
     assert model.training
+
+
+def factored(window_px: int = 24) -> SpeciesModel:
+    shape = {"cell_px": 8, "width": 16, "layers": 2, "heads": 2}
+    aerial = {"backbone": "test_resnet", "factored": shape}
+    return tiny_model(aerial=aerial, window_px=window_px, bands=3)
+
+
+def gappy(path: Path, shape: tuple[int, int]) -> Path:
+    """A scene with invalid pixels, some windows half empty and some wholly."""
+    rng = np.random.default_rng(3)
+    pixels = rng.integers(1, 255, (3, *shape)).astype(np.uint8)
+    pixels[:, rng.random(shape) < 0.05] = 0
+    pixels[:, : shape[0] // 3, shape[1] // 2 :] = 0
+    grid = GeoBox(shape, ORIGIN, "EPSG:32610")
+    return write_geotiff(path, pixels, grid, bands=("band_0", "band_1", "band_2"), nodata=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [((80, 332), 8), ((301, 70), 8), ((90, 90), 16), ((70, 50), 4), ((60, 61), 5)],
+    ids=["a wide scene, two tiles", "tall", "two cells", "half a cell", "no grid in common"],
+)
+def test_windows_of_shared_cells_equal_windows_encoded_by_themselves(
+    tmp_path: Path, shape: tuple[int, int], stride: int
+) -> None:
+    model, imagery = factored(), open_imagery(gappy(tmp_path / "a.tif", shape))
+    store = embed(model, imagery, tmp_path / "s.zarr", stride_px=stride, precision="float32")
+    encoder = encode.Encoder(model, torch.device("cpu"), 4)
+    encoder.precision = "float32"
+    tiles = list(store.tiles_in(*(slice(0, side) for side in store.geobox.shape)))
+    shared, alone = (
+        list(cut.cut_windows(imagery, store, tiles, model.fill, 64, piece_px=piece))
+        for piece in (encoder.piece_px, None)
+    )
+    checked = 0
+    for tile in tiles:
+        both = []
+        for batches, work in ((shared, encoder.encode), (alone, model.encode_aerial)):
+            mine = [b for b in batches if b.tile == tile]
+            with torch.inference_mode():
+                both.append([work(b.pixels) for b in mine if b.pixels is not None])
+            layout = mine[-1].layout
+        if not both[1]:
+            continue
+        quick, exact = encoder.assemble(both[0], _layout(shared, tile)), torch.cat(both[1])
+        assert quick is not None and layout is not None
+        assert (quick - exact).abs().max() < 1e-5
+        cells = vectors(store)[*store.cells(tile)].reshape(-1, model.dim)
+        np.testing.assert_allclose(cells[layout.slots], exact.numpy(), atol=1e-3)
+        checked += len(exact)
+    assert checked == np.isfinite(vectors(store)).all(axis=-1).sum() > 20
+    assert sum(len(b.pixels) for b in shared if b.pixels is not None) <= 9 * checked
+
+
+def _layout(batches: list[cut.Batch], tile: tuple[int, int]) -> cut.Layout:
+    return next(b.layout for b in batches if b.tile == tile and b.layout is not None)
+
+
+def test_a_cell_is_encoded_once_for_all_windows_of_a_tile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = factored()
+    assert model.factored is not None
+    seen: list[int] = []
+    real = model.factored.encode_cells
+    monkeypatch.setattr(
+        model.factored, "encode_cells", lambda cells: (seen.append(len(cells)), real(cells))[1]
+    )
+    path = scene(tmp_path / "a.tif", (240, 240))
+    store = embed(
+        model,
+        path,
+        tmp_path / "s.zarr",
+        bands=["1", "2", "3"],
+        stride_px=8,
+        min_valid=0,
+        precision="float32",
+    )
+    assert store.tiles == (1, 1)
+    assert sum(seen) == 32 * 32, "30 x 30 cells, and a margin of one around them"
+
+
+def test_a_factored_store_resumes_in_the_same_bytes_and_strips_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, model = gappy(tmp_path / "a.tif", (300, 300)), factored()
+    whole = embed(model, path, tmp_path / "whole.zarr", stride_px=8)
+    part = embed(model, path, tmp_path / "part.zarr", stride_px=8)
+    (part.path / "vectors/c/0/1/0").unlink()
+    (part.path / "vectors/c/1/0/0").unlink()
+    embed(model, path, part.path)
+    assert contents(part.path) == contents(whole.path)
+    monkeypatch.setattr(cut, "BLOCK_BYTES", 20_000)
+    strips = embed(model, path, tmp_path / "strips.zarr", stride_px=8)
+    np.testing.assert_allclose(vectors(strips), vectors(whole), atol=2e-3)
+
+
+@pytest.mark.parametrize("error", ["torch", "cpu", "python"])
+def test_where_memory_runs_out_the_batch_halves_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: str
+) -> None:
+    kinds = {
+        "torch": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        "cpu": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        "python": MemoryError(),
+    }
+
+    class Small(FakeModel):
+        most = 9
+
+        def encode_aerial(self, windows: torch.Tensor) -> torch.Tensor:
+            if len(windows) > self.most:
+                raise kinds[error]
+            return super().encode_aerial(windows)
+
+    path = scene(tmp_path / "a.tif")
+    model, whole = Small(), embed(FakeModel(), path, tmp_path / "whole.zarr", precision="float32")
+    store = embed(model, path, tmp_path / "s.zarr", precision="float32", batch_size=32)
+    np.testing.assert_allclose(vectors(store), vectors(whole), atol=1e-3)
+    assert max(model.batches) == 8
+    said = [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()]
+    assert said == [
+        "out of memory with 32 windows at once; going on with 16",
+        "out of memory with 16 windows at once; going on with 8",
+    ]
+    model.most = 0
+    with pytest.raises(ModelError, match="not even one window can be encoded"):
+        embed(model, path, tmp_path / "t.zarr", precision="float32")
+
+
+def test_other_errors_of_the_encoder_are_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:
+    class Broken(FakeModel):
+        def encode_aerial(self, windows: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        embed(Broken(), scene(tmp_path / "a.tif"), tmp_path / "s.zarr", precision="float32")
+
+
+def damaged(path: Path) -> Path:
+    """A scene whose block at rows 256 to 512, columns 0 to 256 cannot be decompressed."""
+    scene(path, (520, 520))
+    with rasterio.open(path) as raster:
+        offset = int(raster.get_tag_item("BLOCK_OFFSET_0_1", "TIFF", bidx=1))
+        size = int(raster.get_tag_item("BLOCK_SIZE_0_1", "TIFF", bidx=1))
+    content = bytearray(path.read_bytes())
+    content[offset : offset + size] = b"\xff" * size
+    path.write_bytes(bytes(content))
+    return path
+
+
+def test_an_unreadable_block_names_its_tile_and_stops_or_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = damaged(tmp_path / "a.tif")
+    monkeypatch.setattr(Imagery, "fingerprint", "f")  # the real one may sample the bad block
+    out = tmp_path / "s.zarr"
+    with pytest.raises(
+        ImageryError, match=r"tile \(1, 0\) cannot be encoded: .*a\.tif cannot be read at rows"
+    ):
+        embed(FakeModel(), path, out)
+    begun = open_store(out)
+    assert begun.has((0, 1)) and not begun.has((1, 0))
+    caplog.clear()
+    store = embed(FakeModel(), path, out, skip_unreadable=True)
+    everything = list(store.tiles_in(*(slice(0, side) for side in store.geobox.shape)))
+    lost = [tile for tile in everything if not store.has(tile)]
+    assert (1, 0) in lost
+    named = [r.getMessage() for r in caplog.records if "stays empty" in r.getMessage()]
+    assert [n.split(" stays")[0] for n in named] == [f"tile {tile}" for tile in lost]
+    assert f"{len(lost)} tiles could not be read" in caplog.text
+    whole = embed(FakeModel(), scene(tmp_path / "b.tif", (520, 520)), tmp_path / "b.zarr")
+    for tile in everything:
+        cells = store.cells(tile)
+        if tile in lost:
+            assert np.isnan(store.read(*cells)).all()
+        else:
+            assert store.read(*cells).tobytes() == whole.read(*cells).tobytes()
+    path.unlink()
+    embed(FakeModel(), scene(path, (520, 520)), out)  # mended
+    assert vectors(open_store(out)).tobytes() == vectors(whole).tobytes()
+
+
+def test_compiling_changes_no_vector_and_says_what_it_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def compile(function: Any, dynamic: bool) -> Any:  # the real one takes a minute
+        assert not dynamic
+        return lambda inputs: (shapes.append(tuple(inputs.shape)), function(inputs))[1]
+
+    monkeypatch.setattr(torch, "compile", compile)
+    path = scene(tmp_path / "a.tif", (100, 100))
+    whole = embed(FakeModel(), path, tmp_path / "whole.zarr", precision="float32")
+    with caplog.at_level(logging.INFO, "speciesmap"):
+        store = embed(FakeModel(), path, tmp_path / "s.zarr", precision="float32", compiled=True)
+    assert contents(store.path) == contents(whole.path)
+    assert set(shapes) == {(32, 3, 16, 16)}, "one shape is compiled, short batches are filled up"
+    assert caplog.text.count("torch.compile took") == 1

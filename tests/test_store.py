@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,8 +85,83 @@ def test_what_it_was_made_from_is_kept_and_anything_else_refused(tmp_path: Path)
 def test_its_precision_is_remembered(tmp_path: Path) -> None:
     store = make(tmp_path / "s.zarr")
     assert store.precision is None
-    store.precision = "bfloat16"
-    assert open_store(tmp_path / "s.zarr").precision == "bfloat16"
+    other = open_store(tmp_path / "s.zarr")
+    assert store.settle("bfloat16") == "bfloat16"
+    assert other.settle("float32") == "bfloat16", "who comes second keeps to the first's choice"
+    assert open_store(tmp_path / "s.zarr").precision == other.precision == "bfloat16"
+
+
+def test_who_lands_a_store_second_opens_the_first(tmp_path: Path) -> None:
+    path, real = tmp_path / "s.zarr", Path.rename
+
+    def late(self: Path, target: Path) -> Path:
+        monkeypatch.undo()
+        store = make(path)
+        store.write((0, 0), np.ones((32, 32, 8), np.float16))
+        return real(self, target)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Path, "rename", late)
+        assert make(path).has((0, 0)), "the other's tiles are kept"
+    assert [p.name for p in tmp_path.iterdir()] == ["s.zarr"]
+    shutil.rmtree(path)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Path, "rename", late)
+        with pytest.raises(StoreError, match="model abc, not xyz"):
+            EmbeddingStore.create(path, replace(IDENTITY, model="xyz"), GRID, 8, source="a.tif")
+
+
+def test_left_overs_of_the_killed_go_when_nobody_else_writes(tmp_path: Path) -> None:
+    store = make(tmp_path / "s.zarr")
+    left = tmp_path / "s.zarr/vectors/c/0/0/0.0123abcd.partial"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half a chunk")
+    with store.writing(), open_store(store.path).writing():
+        pass
+    assert not left.exists()
+    with store.writing():
+        left.write_bytes(b"of this process")
+        with open_store(store.path).writing():
+            assert left.exists(), "it may belong to who still writes"
+
+
+def test_an_error_before_the_first_tile_removes_a_store_that_nobody_else_fills(
+    tmp_path: Path,
+) -> None:
+    store = make(tmp_path / "s.zarr")
+    with store.writing(), pytest.raises(KeyboardInterrupt), open_store(store.path).writing():
+        raise KeyboardInterrupt
+    assert store.path.exists()
+    with pytest.raises(KeyboardInterrupt), store.writing():
+        raise KeyboardInterrupt
+    assert not store.path.exists()
+    with pytest.raises(OutputError, match=r"cannot write tiles in .*s\.zarr"), store.writing():
+        pass
+    store = make(tmp_path / "s.zarr")
+    store.write((0, 0), np.ones((32, 32, 8), np.float16))
+    with pytest.raises(KeyboardInterrupt), store.writing():
+        raise KeyboardInterrupt
+    assert store.has((0, 0))
+
+
+def test_a_full_disk_stops_with_the_tile_and_leaves_no_half_of_it(tmp_path: Path) -> None:
+    store = make(tmp_path / "s.zarr")
+    noise = np.random.default_rng(0).normal(size=(32, 32, 8)).astype(np.float16)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        with pytest.raises(OutputError, match=r"cannot write tile \(0, 0\) in .*make room"):
+            store.write((0, 0), noise)
+        with pytest.raises(OutputError, match=r"cannot write .*t\.zarr .*make room"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+            make(tmp_path / "t.zarr")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not store.has((0, 0))
+    assert not list(tmp_path.rglob("*.partial"))
+    assert [p.name for p in tmp_path.iterdir()] == ["s.zarr"]
+    store.write((0, 0), noise)
+    assert (store.read(slice(0, 32), slice(0, 32)) == noise).all()
 
 
 def test_equal_content_makes_equal_bytes_whatever_the_order(tmp_path: Path) -> None:

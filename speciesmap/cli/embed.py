@@ -79,6 +79,17 @@ def encoding_options(command: F) -> F:
                 show_default=True,
                 help="auto: bfloat16 where the processor has it and it agrees with float32.",
             ),
+            click.option(
+                "--compile",
+                "compiled",
+                is_flag=True,
+                help="Compile the encoder: slow to start (it says how slow), faster after.",
+            ),
+            click.option(
+                "--skip-unreadable",
+                is_flag=True,
+                help="Leave tiles empty whose pixels cannot be read, and name them.",
+            ),
         )
     ):
         command = option(command)

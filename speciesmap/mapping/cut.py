@@ -1,7 +1,8 @@
-"""Cutting tiles of imagery into batches of windows, ahead of the encoder."""
+"""Cutting tiles of imagery into batches of windows, or of their cells, ahead of the encoder."""
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from torch import Tensor
 
+from speciesmap.errors import ImageryError
 from speciesmap.rasters.imagery import Imagery
 from speciesmap.rasters.store import EmbeddingStore
 from speciesmap.rasters.windows import WindowGrid
@@ -21,24 +22,40 @@ from speciesmap.rasters.windows import WindowGrid
 Item = TypeVar("Item")
 
 BLOCK_BYTES = 16 << 20  # of pixels read at once; a tile of larger windows is read in strips
+log = logging.getLogger("speciesmap")
+
 EXACT_IN_TORCH = ("uint8", "int8", "int16", "int32", "int64", "float32", "float64")
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How the windows of a tile are made of the pieces that were cut from it.
+
+    Attributes:
+        slots: Number of each window's cell in the tile, row by row, shape (W,).
+        pieces: Numbers of the pieces of each window, in the order they were cut, shape (W, T);
+            T is 1 where windows are cut whole.
+    """
+
+    slots: NDArray[np.int64]
+    pieces: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Windows of one tile, ready to be encoded.
+    """Pieces of one tile, ready to be encoded: whole windows, or squares that windows share.
 
     Attributes:
         tile: Its row and column.
-        slots: Number of each window's cell in the tile, row by row, shape (N,).
-        windows: Raw pixels, shape (N, B, P, P), or `None` where there are none.
-        last: Whether the tile has no more.
+        pixels: Raw, shape (N, B, S, S), or `None` where there are none.
+        layout: Of the whole tile, with its last batch; `None` before.
+        readable: Whether the tile could be read; what came of it before is void if not.
     """
 
     tile: tuple[int, int]
-    slots: NDArray[np.int64]
-    windows: Tensor | None
-    last: bool
+    pixels: Tensor | None
+    layout: Layout | None = None
+    readable: bool = True
 
 
 def cut_windows(
@@ -48,55 +65,100 @@ def cut_windows(
     fill: Sequence[float],
     batch_size: int,
     *,
+    piece_px: int | None = None,
     pin: bool = False,
+    skip_unreadable: bool = False,
 ) -> Iterator[Batch]:
-    """Read tiles and cut them into batches of windows.
+    """Read tiles and cut them into batches of windows, or of the squares that make up windows.
 
     Every pixel is read once for each tile (or strip of a tile, where a tile's pixels exceed
-    16 MiB), not for each window.
+    16 MiB), not for each window. A square that several windows of a tile hold is cut once.
 
     Args:
         imagery: To read.
         store: Says where the windows are, and which share of a window must be valid.
         tiles: Row and column of each.
         fill: Value that invalid pixels take, per band.
-        batch_size: Most windows of a batch.
+        batch_size: Most pieces of a batch.
+        piece_px: Side of the squares, which divides the window; whole windows by default.
         pin: Use page-locked memory, for copies to a GPU.
+        skip_unreadable: Go on where a tile cannot be read, and name it.
 
     Yields:
-        Batches in the order of the tiles; a tile ends with a batch that is marked as its last.
+        Batches in the order of the tiles; a tile ends with the batch that has its layout, or that
+        says it is not readable.
+
+    Raises:
+        ImageryError: A tile cannot be read.
     """
+    for tile in tiles:
+        try:
+            yield from _cut_tile(imagery, store, tile, fill, batch_size, piece_px, pin)
+        except ImageryError as error:
+            if not skip_unreadable:
+                raise ImageryError(
+                    f"tile {tile} cannot be encoded: {error}; or pass --skip-unreadable to leave "
+                    "such tiles empty"
+                ) from error
+            log.warning("tile %s stays empty: %s", tile, error)
+            yield Batch(tile, None, readable=False)
+
+
+def _cut_tile(
+    imagery: Imagery,
+    store: EmbeddingStore,
+    tile: tuple[int, int],
+    fill: Sequence[float],
+    batch_size: int,
+    piece_px: int | None,
+    pin: bool,
+) -> Iterator[Batch]:
     identity = store.identity
     side, stride = identity.window_px, identity.stride_px
+    piece = piece_px or side
     grid = WindowGrid(imagery.shape, side, stride)
-    for tile in tiles:
-        rows, cols = store.cells(tile)
-        wide = (cols.stop - cols.start - 1) * stride + side
-        affordable = BLOCK_BYTES // (wide * len(imagery.bands) * imagery.dtype.itemsize)
-        strip = max(1, (affordable - side) // stride + 1)
-        slots: list[int] = []
-        buffer: Tensor | None = None
-        for top in range(rows.start, rows.stop, strip):
-            high = min(strip, rows.stop - top)
-            row, col = grid.start(top, cols.start)
-            pixels, valid = imagery.read(row, col, (high - 1) * stride + side, wide)
-            usable = _usable(valid, side, stride, identity.min_valid)
-            if not usable.any():
+    rows, cols = store.cells(tile)
+    wide = (cols.stop - cols.start - 1) * stride + side
+    affordable = BLOCK_BYTES // (wide * len(imagery.bands) * imagery.dtype.itemsize)
+    strip = max(1, (affordable - side) // stride + 1)
+    within = np.arange(0, side, piece)
+    slots: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+    pieces: list[NDArray[np.int64]] = [np.empty((0, len(within) ** 2), np.int64)]
+    numbers: dict[int, int] = {}  # of the pieces by their place in the tile
+    buffer: Tensor | None = None
+    filled = 0
+    for top in range(rows.start, rows.stop, strip):
+        high = min(strip, rows.stop - top)
+        row, col = grid.start(top, cols.start)
+        pixels, valid = imagery.read(row, col, (high - 1) * stride + side, wide)
+        usable = _usable(valid, side, stride, identity.min_valid)
+        if not usable.any():
+            continue
+        pixels = _filled(pixels, valid, fill)
+        i, j = np.nonzero(usable)
+        slots.append((top - rows.start + i) * (cols.stop - cols.start) + j)
+        offset = (top - rows.start) * stride  # of the strip in the tile, pixels
+        down = offset + i[:, None, None] * stride + within[:, None]
+        across = j[:, None, None] * stride + within
+        places, inverse = np.unique((down * wide + across).reshape(-1), return_inverse=True)
+        for place in places.tolist():
+            if place in numbers:
                 continue
-            windows = _as_windows(_filled(pixels, valid, fill), side, stride)
-            for i, j in np.argwhere(usable):
-                if buffer is None:
-                    kind = torch.from_numpy(np.empty(0, windows.dtype)).dtype
-                    buffer = torch.empty(
-                        (batch_size, *windows.shape[2:]), dtype=kind, pin_memory=pin
-                    )
-                buffer.numpy()[len(slots)] = windows[i, j]
-                slots.append((top - rows.start + i) * (cols.stop - cols.start) + j)
-                if len(slots) == batch_size:
-                    yield Batch(tile, np.array(slots), buffer, last=False)
-                    slots, buffer = [], None
-        rest = None if buffer is None else buffer[: len(slots)]
-        yield Batch(tile, np.array(slots, np.int64), rest, last=True)
+            numbers[place] = len(numbers)
+            y, x = place // wide - offset, place % wide
+            if buffer is None:
+                kind = torch.from_numpy(np.empty(0, pixels.dtype)).dtype
+                shape = (batch_size, len(pixels), piece, piece)
+                buffer = torch.empty(shape, dtype=kind, pin_memory=pin)
+            buffer.numpy()[filled] = pixels[:, y : y + piece, x : x + piece]
+            filled += 1
+            if filled == batch_size:
+                yield Batch(tile, buffer)
+                buffer, filled = None, 0
+        cut = np.array([numbers[place] for place in places.tolist()])
+        pieces.append(cut[inverse].reshape(len(i), -1))
+    layout = Layout(np.concatenate(slots), np.concatenate(pieces))
+    yield Batch(tile, None if buffer is None else buffer[:filled], layout)
 
 
 def _usable(
@@ -132,14 +194,6 @@ def _filled(pixels: NDArray[Any], valid: NDArray[np.bool_], fill: Sequence[float
             else:
                 band[invalid] = value
     return pixels
-
-
-def _as_windows(pixels: NDArray[Any], side: int, stride: int) -> NDArray[Any]:
-    """View a block (B, H, W) as windows (rows, columns, B, side, side) without a copy."""
-    bands, height, width = pixels.shape
-    b, r, c = pixels.strides
-    shape = ((height - side) // stride + 1, (width - side) // stride + 1, bands, side, side)
-    return as_strided(pixels, shape, (r * stride, c * stride, b, r, c), writeable=False)
 
 
 def ahead(items: Iterator[Item], count: int) -> Iterator[Item]:

@@ -4,6 +4,9 @@ A reader thread cuts windows from blocks of pixels while the encoder works and a
 stores what is done. Batches cross the rows of a tile and end with it: a tile's vectors then depend
 on nothing but its pixels, and a run that was interrupted ends in the same bytes as one that was
 not. A tile is 1,024 windows, so the short batch at its end costs little.
+
+Where the aerial encoder is factored, the reader cuts the cells that the windows of a tile are made
+of, each once; they are encoded, and then the light part of the encoder runs for each window.
 """
 
 from __future__ import annotations
@@ -11,21 +14,20 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from speciesmap.errors import ConfigError, ImageryError, StoreError
-from speciesmap.mapping.cut import ahead, cut_windows
+from speciesmap.mapping.cut import Batch, Layout, ahead, cut_windows
+from speciesmap.mapping.encode import Encoder, Stopwatch
 from speciesmap.models import SpeciesModel, load_model
-from speciesmap.models.encoders import computes_bfloat16
 from speciesmap.progress import track
 from speciesmap.rasters.imagery import Imagery, open_imagery
 from speciesmap.rasters.store import EmbeddingStore, Identity, open_store
@@ -35,7 +37,6 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 MIN_VALID = 0.5
 MOST_RESOLUTION_RATIO = 1.5  # beyond it an encoder sees objects of sizes it was not shown
-LEAST_COSINE = 0.999  # of bfloat16 against float32, on every window of a real batch
 WAITING_BATCHES = 3
 WAITING_TILES = 2
 
@@ -55,6 +56,8 @@ def embed(
     batch_size: int | None = None,
     device: str | None = None,
     precision: Precision = "auto",
+    compiled: bool = False,
+    skip_unreadable: bool = False,
     any_resolution: bool = False,
     overwrite: bool = False,
 ) -> EmbeddingStore:
@@ -79,6 +82,9 @@ def embed(
         device: Of torch, for example `"cuda"`; a GPU by default where there is one.
         precision: `"auto"` takes bfloat16 where the processor computes in it and it agrees with
             float32 (cosine at least 0.999) on the first batch of windows.
+        compiled: Let `torch.compile` make the encoder faster, which takes a while to start.
+        skip_unreadable: Leave tiles empty whose pixels cannot be read, and name them; another run
+            tries them again. By default the first one stops the run.
         any_resolution: Accept pixels more than 1.5 times as large or small as the model's.
         overwrite: Start an existing store afresh.
 
@@ -124,14 +130,17 @@ def embed(
     )
     todo = [tile for tile in store.tiles_in(*area) if not store.has(tile)]
     log.debug("%d of %d tiles to encode", len(todo), len(list(store.tiles_in(*area))))
-    try:
-        encode_tiles(
-            model, imagery, store, todo, batch_size=batch_size, device=device, precision=precision
-        )
-    except BaseException:
-        if existing is None and store.done() is None:
-            shutil.rmtree(out, ignore_errors=True)
-        raise
+    encode_tiles(
+        model,
+        imagery,
+        store,
+        todo,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+        compiled=compiled,
+        skip_unreadable=skip_unreadable,
+    )
     return store
 
 
@@ -187,6 +196,9 @@ def encode_tiles(
     batch_size: int | None = None,
     device: str | None = None,
     precision: Precision = "auto",
+    compiled: bool = False,
+    skip_unreadable: bool = False,
+    stopwatch: Stopwatch | None = None,
 ) -> int:
     """Encode tiles into a store, each written when it is whole.
 
@@ -198,72 +210,112 @@ def encode_tiles(
         batch_size: As for `embed`.
         device: As for `embed`.
         precision: As for `embed`; a store that was begun keeps to its own.
+        compiled: As for `embed`.
+        skip_unreadable: As for `embed`.
+        stopwatch: Told of what the time goes into.
 
     Returns:
         Number of windows encoded.
 
     Raises:
         ImageryError: A block of pixels cannot be read.
+        ModelError: Not even one window fits into memory.
         OutputError: A tile cannot be written.
         StoreError: The store was begun in another precision than the one asked for.
     """
     if not tiles:
         return 0
-    place = choose_device(device)
-    if batch_size is None:
-        batch_size = 32 if place.type == "cpu" else 256
-    if precision != "auto" and store.precision not in (None, precision):
-        raise StoreError(
-            f"{store.path} was begun in {store.precision}, not {precision}; leave --precision out, "
-            "or use another path for the store"
-        )
-    encoder = _Encoder(model, place, store.precision or precision)
-    was_training, windows = model.training, 0
-    model.to(place).eval()
+    spent = stopwatch or Stopwatch()
+    windows, lost, was_training = 0, 0, model.training
+    with store.writing(), ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+        place = choose_device(device)
+        if precision != "auto" and store.precision not in (None, precision):
+            raise StoreError(
+                f"{store.path} was begun in {store.precision}, not {precision}; leave --precision "
+                "out, or use another path for the store"
+            )
+        encoder = Encoder(model, place, batch_size, compiled)
+        cut = partial(cut_windows, imagery, store, fill=model.fill, skip_unreadable=skip_unreadable)
 
-    def encoded() -> Iterator[tuple[tuple[int, int], list[tuple[NDArray[np.int64], Tensor]]]]:
-        nonlocal windows
-        parts: list[tuple[NDArray[np.int64], Tensor]] = []
-        source = cut_windows(
-            imagery, store, tiles, model.fill, batch_size, pin=place.type == "cuda"
-        )
-        for batch in ahead(source, WAITING_BATCHES):
-            if batch.windows is not None:
-                parts.append((batch.slots, encoder(batch.windows)))
-                windows += len(batch.slots)
-            if batch.last:
-                yield batch.tile, parts
+        def encoded() -> Iterator[tuple[Batch, Tensor | None]]:
+            pin, parts = place.type == "cuda", list[Tensor]()
+            source = cut(tiles, batch_size=encoder.pieces, piece_px=encoder.piece_px, pin=pin)
+            for batch in spent.waiting(ahead(spent.reading(source), WAITING_BATCHES)):
+                if batch.pixels is not None:
+                    if encoder.precision is None:
+                        sample = batch.pixels
+                        if encoder.piece_px is not None:  # compared by the window
+                            whole = next(cut([batch.tile], batch_size=encoder.windows)).pixels
+                            assert whole is not None
+                            sample = whole
+                        settle_precision(encoder, store, precision, sample)
+                    with spent("encode", place):
+                        parts.append(encoder.encode(batch.pixels))
+                if batch.layout is not None:
+                    with spent("encode", place):
+                        vectors = encoder.assemble(parts, batch.layout)
+                    yield batch, vectors
+                elif not batch.readable:
+                    yield batch, None
+                else:
+                    continue
                 parts = []
 
-    try:
-        with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+        try:
+            model.eval()
             written: deque[Future[None]] = deque()
-            for tile, parts in track(encoded(), "Encoding tiles", total=len(tiles)):
-                if encoder.precision != store.precision and parts:
-                    store.precision = encoder.precision
-                written.append(writer.submit(_write, store, tile, parts))
+            for batch, vectors in track(encoded(), "Encoding tiles", total=len(tiles)):
+                if batch.layout is None:
+                    lost += 1
+                    continue
+                windows += len(batch.layout.slots)
+                written.append(
+                    writer.submit(_write, store, batch.tile, batch.layout, vectors, spent)
+                )
                 if len(written) > WAITING_TILES:
                     written.popleft().result()
             for future in written:
                 future.result()
-    finally:
-        model.train(was_training)
+        finally:
+            model.train(was_training)
     log.info("encoded %d windows of %d tiles in %s", windows, len(tiles), encoder.precision)
+    if lost:
+        log.warning("%d tiles could not be read and stay empty; another run tries them again", lost)
     return windows
+
+
+def settle_precision(
+    encoder: Encoder, store: EmbeddingStore, precision: Precision, sample: Tensor
+) -> None:
+    """Give the encoder the store's precision; the first process to encode chooses it.
+
+    Args:
+        encoder: To set.
+        store: To keep the choice.
+        precision: As for `embed`.
+        sample: Real windows, shape (N, B, P, P), to compare bfloat16 with float32 on.
+    """
+    if store.precision is None:
+        wanted = encoder.agreed(sample) if precision == "auto" else precision
+        store.settle(wanted)
+    encoder.precision = store.precision
 
 
 def _write(
     store: EmbeddingStore,
     tile: tuple[int, int],
-    parts: Iterable[tuple[NDArray[np.int64], Tensor]],
+    layout: Layout,
+    encoded: Tensor | None,
+    spent: Stopwatch,
 ) -> None:
-    rows, cols = store.cells(tile)
-    shape = (rows.stop - rows.start, cols.stop - cols.start, store.dim)
-    vectors = np.full(shape, np.nan, np.float16)
-    flat = vectors.reshape(-1, store.dim)
-    for slots, encoded in parts:
-        flat[slots] = encoded.cpu().numpy()  # waits for a GPU here, not in the encoding thread
-    store.write(tile, vectors)
+    with spent("write"):
+        rows, cols = store.cells(tile)
+        shape = (rows.stop - rows.start, cols.stop - cols.start, store.dim)
+        vectors = np.full(shape, np.nan, np.float16)
+        if encoded is not None:
+            # waits for a GPU here, not in the encoding thread
+            vectors.reshape(-1, store.dim)[layout.slots] = encoded.half().cpu().numpy()
+        store.write(tile, vectors)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -281,36 +333,3 @@ def choose_device(name: str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"there is no device {name!r} here ({reason}); try cpu") from error
     return device
-
-
-class _Encoder:
-    """Encodes batches in the precision asked for; `auto` is settled by the first batch."""
-
-    def __init__(self, model: SpeciesModel, device: torch.device, precision: str) -> None:
-        self.model, self.device, self.precision = model, device, precision
-
-    def __call__(self, windows: Tensor) -> Tensor:
-        """Give unit vectors, float16 on the device, shape (N, D)."""
-        windows = windows.to(self.device, non_blocking=True)
-        with torch.inference_mode():
-            if self.precision == "auto":
-                return self._settle(windows).half()
-            return self._encode(windows, self.precision).half()
-
-    def _encode(self, windows: Tensor, precision: str) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            vectors = self.model.encode_aerial(windows)
-        return F.normalize(vectors.float(), dim=1)
-
-    def _settle(self, windows: Tensor) -> Tensor:
-        """Choose the precision by a first batch, and give its vectors."""
-        self.precision = "float32"
-        exact = self._encode(windows, "float32")
-        if not computes_bfloat16(self.device):
-            return exact
-        quick = self._encode(windows, "bfloat16")
-        cosine = float((exact * quick).sum(dim=1).min())
-        if cosine >= LEAST_COSINE:
-            self.precision = "bfloat16"
-        log.info("encoding in %s; bfloat16 has a cosine of %.5f to float32", self.precision, cosine)
-        return quick if self.precision == "bfloat16" else exact

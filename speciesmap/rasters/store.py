@@ -8,13 +8,18 @@ all the book-keeping that resuming needs.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
+import shutil
+import uuid
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 import pyproj
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
     import xarray
 
 TILE = 32  # cells along a tile's side: 1,024 windows, many batches, about 1 MB of vectors
+METADATA = "zarr.json"
 VECTORS = "vectors"
 SPATIAL_REF = "spatial_ref"
 
@@ -72,8 +78,8 @@ class EmbeddingStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            if not (path / "zarr.json").is_file():  # Zarr would make a folder
-                raise FileNotFoundError("no zarr.json")
+            if not (path / METADATA).is_file():  # Zarr would make a folder
+                raise FileNotFoundError(f"no {METADATA}")
             self._group = zarr.open_group(path, mode="r+", zarr_format=3)
             self._vectors = cast("zarr.Array[Any]", self._group[VECTORS])
             facts: dict[str, Any] = dict(self._group.attrs)
@@ -96,6 +102,8 @@ class EmbeddingStore:
     ) -> EmbeddingStore:
         """Write an empty store.
 
+        Where another process lands the same store first, that one is opened.
+
         Args:
             path: Of the group; must not exist.
             identity: What its vectors will be made from.
@@ -105,8 +113,12 @@ class EmbeddingStore:
 
         Raises:
             OutputError: The path exists or cannot be written.
+            StoreError: Another process landed another store first.
         """
-        with outputs.replacing(path) as beside:
+        outputs.refuse_existing(path, overwrite=False)
+        beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             group = zarr.create_group(beside, zarr_format=3)
             group.attrs.update(
                 {**asdict(identity), "source": source, "speciesmap_version": __version__}
@@ -126,7 +138,17 @@ class EmbeddingStore:
             with warnings.catch_warnings():  # xarray wants it, Zarr's specification not yet
                 warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
                 zarr.consolidate_metadata(beside)
-        return cls(path)
+            beside.rename(path)  # fails where another process landed its own meanwhile
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise OutputError(
+                    f"cannot write {path} ({error}); make room or choose another folder"
+                ) from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        store = cls(path)
+        store.refuse_other(identity)
+        return store
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -178,10 +200,7 @@ class EmbeddingStore:
         try:
             self._vectors[self.cells(tile)] = vectors
         except OSError as error:
-            raise OutputError(
-                f"cannot write tile {tile} of {self.path} ({error}); make room or choose another "
-                "folder, then run again: tiles that are done are kept"
-            ) from error
+            raise self._unwritable(f"tile {tile}", error) from error
 
     def read(self, rows: slice, cols: slice) -> NDArray[np.float16]:
         """Read the vectors of ranges of cells, shape (rows, columns, D).
@@ -204,9 +223,59 @@ class EmbeddingStore:
         stated = self._group.attrs.get("precision")
         return None if stated is None else str(stated)
 
-    @precision.setter
-    def precision(self, name: str) -> None:
-        self._group.attrs["precision"] = name
+    def settle(self, precision: str) -> str:
+        """Record the arithmetic of its vectors, unless another process has: the first wins.
+
+        Args:
+            precision: What this process would take.
+
+        Returns:
+            What stands from now on.
+
+        Raises:
+            OutputError: The disk is full or may not be written.
+        """
+        try:
+            with (self.path / SPATIAL_REF / METADATA).open("rb+") as file:
+                _lock(file, fcntl.LOCK_EX)
+                self._group = zarr.open_group(self.path, mode="r+", zarr_format=3)
+                if self.precision is None:
+                    self._group.attrs["precision"] = precision
+        except OSError as error:
+            raise self._unwritable("its attributes", error) from error
+        return self.precision or precision
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Mark that a process writes tiles.
+
+        Where no other does, temporary files that killed processes left are removed at the start,
+        and so is the store at the end if an error left it without a tile.
+
+        Raises:
+            OutputError: The store may not be written.
+        """
+        try:
+            file = (self.path / VECTORS / METADATA).open("rb+")
+        except OSError as error:
+            raise self._unwritable("tiles", error) from error
+        with file:
+            if _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                for left in self.path.rglob("*.partial"):
+                    left.unlink(missing_ok=True)
+            _lock(file, fcntl.LOCK_SH)
+            try:
+                yield
+            except BaseException:
+                if _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) and self.done() is None:
+                    shutil.rmtree(self.path, ignore_errors=True)
+                raise
+
+    def _unwritable(self, what: str, error: OSError) -> OutputError:
+        return OutputError(
+            f"cannot write {what} in {self.path} ({error}); make room or choose another folder, "
+            "then run again: tiles that are done are kept"
+        )
 
     def refuse_other(self, wanted: Identity) -> None:
         """Stop before a store is used with what it was not made from.
@@ -245,6 +314,18 @@ def open_store(path: Path | str) -> EmbeddingStore:
     if not path.exists():
         raise StoreError(f"{path} does not exist; make it with `speciesmap embed`")
     return EmbeddingStore(path)
+
+
+def _lock(file: BinaryIO, how: int) -> bool:
+    """Lock a file until it is closed; tell whether that worked.
+
+    Some file systems of clusters have no locks: there, left-overs stay and the rest works.
+    """
+    try:
+        fcntl.flock(file, how)
+    except OSError:
+        return False
+    return True
 
 
 def _words(value: Any) -> str:

@@ -1,0 +1,238 @@
+"""Batches of pixels to vectors: device, precision, compilation, and what the time goes into."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from speciesmap.errors import ModelError
+from speciesmap.mapping.cut import Layout
+from speciesmap.models import SpeciesModel
+from speciesmap.models.encoders import computes_bfloat16
+
+LEAST_COSINE = 0.999  # of bfloat16 against float32, on every window of a real batch
+
+Item = TypeVar("Item")
+Encode = Callable[[Tensor], Tensor]
+log = logging.getLogger("speciesmap")
+
+
+class Stopwatch:
+    """Seconds that each stage of the engine takes, in whatever thread it runs.
+
+    Attributes:
+        seconds: By stage: `read` and cut, `encode` (on a GPU, copying to it too), `write`, and
+            `wait`, the time in which the encoder had nothing to do because reading lagged behind.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def __call__(self, stage: str, device: torch.device | None = None) -> Iterator[None]:
+        """Time a block; on a GPU, the work that it queues."""
+        if device is not None and device.type == "cuda":
+            ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+            stream = torch.cuda.current_stream(device)
+            ends[0].record(stream)
+            yield
+            ends[1].record(stream)
+            self._events.append((stage, ends[0], ends[1]))
+            return
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - started  # type: ignore[assignment]
+
+    def reading(self, items: Iterator[Item]) -> Iterator[Item]:
+        """Time the making of items as `read`."""
+        return self._making("read", items)
+
+    def waiting(self, items: Iterator[Item]) -> Iterator[Item]:
+        """Time the waiting for items as `wait`."""
+        return self._making("wait", items)
+
+    def _making(self, stage: str, items: Iterator[Item]) -> Iterator[Item]:
+        end = object()
+        while True:
+            with self(stage):
+                item = next(items, end)
+            if item is end:
+                return
+            yield item  # type: ignore[misc]
+
+    def settle(self) -> Counter[str]:
+        """Wait for GPUs and give the seconds."""
+        for stage, start, end in self._events:
+            end.synchronize()
+            self.seconds[stage] += start.elapsed_time(end) / 1000
+        self._events.clear()
+        return self.seconds
+
+
+class Encoder:
+    """Encodes the pieces of tiles, and puts windows together from them.
+
+    A piece is a whole window, or the cell of a factored encoder.
+
+    Args:
+        model: Whose aerial tower encodes; it is moved to the device.
+        device: Where.
+        windows: Windows encoded at once; 32 on a CPU, 256 on a GPU by default. Halved for good
+            where memory runs out.
+        compiled: Use `torch.compile`.
+
+    Attributes:
+        precision: `float32` or `bfloat16`; to be set before anything is encoded.
+        windows: Most windows at once.
+        pieces: Most pieces at once, which are as many pixels.
+        piece_px: Side of a piece, or `None` where windows are encoded whole.
+    """
+
+    def __init__(
+        self,
+        model: SpeciesModel,
+        device: torch.device,
+        windows: int | None = None,
+        compiled: bool = False,
+    ) -> None:
+        self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.device = device
+        self.precision: str | None = None
+        self.windows = windows or (32 if device.type == "cpu" else 256)
+        tower = model.factored
+        self.piece_px = None if tower is None else tower.cell_px
+        self.pieces = self.windows if tower is None else self.windows * tower.side**2
+        self._piece: Encode = model.encode_aerial if tower is None else tower.encode_cells
+        self._whole: Encode | None = None if tower is None else tower.encode_tokens
+        self._share = 1.0  # of the batch that fits into memory
+        self._compiled = compiled
+        if compiled:
+            self._piece = _compile(self._piece)
+            self._whole = self._whole and _compile(self._whole)
+        self._copies: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encode pieces, (N, B, S, S) in host memory, to (N, F) on the device."""
+        return self._in_parts(lambda part: self._piece(self._there(part)), pixels, self.pieces)
+
+    @torch.inference_mode()
+    def assemble(self, encoded: Sequence[Tensor], layout: Layout) -> Tensor | None:
+        """Put the windows of a tile together.
+
+        Args:
+            encoded: Pieces in the order they were cut.
+            layout: Which of them each window is made of.
+
+        Returns:
+            Unit vectors in the order of the layout's slots, float32, shape (W, D); `None` where
+            there are no windows.
+        """
+        if not encoded:
+            return None
+        pieces = torch.cat(list(encoded))  # (M, F)
+        if self._whole is not None:
+            whole, tokens = self._whole, pieces
+            numbers = torch.from_numpy(layout.pieces).to(self.device)  # (W, T)
+            pieces = self._in_parts(lambda part: whole(tokens[part]), numbers, self.pieces)
+        return F.normalize(pieces.float(), dim=1)  # (W, D)
+
+    @torch.inference_mode()
+    def agreed(self, windows: Tensor) -> str:
+        """Choose `bfloat16` where the processor has it and it agrees with float32.
+
+        Args:
+            windows: Real ones, raw, shape (N, B, P, P).
+        """
+        if not computes_bfloat16(self.device):
+            return "float32"
+        vectors = []
+        for precision in ("float32", "bfloat16"):
+            self.precision = precision
+            part = self._in_parts(
+                lambda part: self.model.encode_aerial(self._there(part)), windows, len(windows)
+            )
+            vectors.append(F.normalize(part.float(), dim=1))
+        cosine = float((vectors[0] * vectors[1]).sum(dim=1).min())
+        chosen = "bfloat16" if cosine >= LEAST_COSINE else "float32"
+        log.info("encoding in %s; bfloat16 has a cosine of %.5f to float32", chosen, cosine)
+        return chosen
+
+    def _there(self, pixels: Tensor) -> Tensor:
+        """Copy to the device, on a GPU beside the encoding of what was copied before."""
+        if self._copies is None:
+            return pixels
+        with torch.cuda.stream(self._copies):
+            copied = pixels.to(self.device, non_blocking=True)
+        encoding = torch.cuda.current_stream(self.device)
+        encoding.wait_stream(self._copies)
+        copied.record_stream(encoding)
+        return copied
+
+    def _in_parts(self, work: Encode, inputs: Tensor, most: int) -> Tensor:
+        """Do work on inputs, in halves of the batch and halves of these where memory runs out."""
+        done: list[Tensor] = []
+        start = 0
+        while start < len(inputs):
+            size = max(1, int(most * self._share))
+            part = inputs[start : start + size]
+            short = size - len(part) if self._compiled else 0  # it would be compiled for its size
+            if short:
+                part = torch.cat([part, part[:1].expand(short, *part.shape[1:])])
+            try:
+                with torch.autocast(
+                    self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
+                ):
+                    done.append(work(part)[: size - short])
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if len(part) == 1:
+                    raise ModelError(
+                        "not even one window can be encoded in the memory there is "
+                        f"({str(error).partition(chr(10))[0] or 'allocation failed'}); use a smaller model, or another --device"
+                    ) from error
+                self._share = len(part) // 2 / most
+                log.warning(
+                    "out of memory with %d %s at once; going on with %d",
+                    len(part),
+                    "windows" if self.piece_px is None else "cells",
+                    max(1, int(most * self._share)),
+                )
+                continue
+            start += size
+        return torch.cat(done)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell torch's failures to allocate, which on a CPU are plain RuntimeErrors, from others."""
+    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def _compile(function: Encode) -> Encode:
+    """Compile a function for the first shape that it sees, and say what that costs."""
+    fast = torch.compile(function, dynamic=False)
+    calls = 0
+
+    def timed(inputs: Tensor) -> Tensor:
+        nonlocal calls
+        started = time.perf_counter()
+        outputs = fast(inputs)
+        calls += 1
+        if calls == 1:
+            log.info("torch.compile took %.1f s to start", time.perf_counter() - started)
+        return outputs
+
+    return timed
