@@ -222,7 +222,9 @@ def test_where_quads_overlap_valid_pixels_win_over_nodata(tmp_path: Path) -> Non
 def test_a_mosaic_of_other_bands_is_refused(tmp_path: Path) -> None:
     write_geotiff(tmp_path / "0.tif", noise(1), GRID, bands=["a"])
     write_geotiff(tmp_path / "1.tif", noise(1), GRID, bands=["b"])
-    with pytest.raises(ImageryError, match=r"1\.tif has the bands blue of uint8.*same bands in every"):
+    with pytest.raises(
+        ImageryError, match=r"1\.tif has the bands blue of uint8.*same bands in every"
+    ):
         open_imagery(tmp_path)
 
 

@@ -199,9 +199,10 @@ class Encoder:
                 if not _is_out_of_memory(error):
                     raise
                 if len(part) == 1:
+                    reason = str(error).partition("\n")[0] or type(error).__name__
                     raise ModelError(
-                        "not even one window can be encoded in the memory there is "
-                        f"({str(error).partition(chr(10))[0] or 'allocation failed'}); use a smaller model, or another --device"
+                        f"not even one window can be encoded in the memory there is ({reason}); "
+                        "use a smaller model, or another --device"
                     ) from error
                 self._share = len(part) // 2 / most
                 log.warning(
