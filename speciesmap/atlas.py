@@ -23,6 +23,7 @@ from speciesmap.mapping.embed import Precision, embed
 from speciesmap.mapping.predict import Map, write_maps
 from speciesmap.mapping.query import Query, make_queries
 from speciesmap.models import SpeciesModel, load_model, read_facts
+from speciesmap.present.qgis import write_project
 from speciesmap.present.stac import write_item
 from speciesmap.present.styles import write_qml
 from speciesmap.present.webmap import make_map
@@ -91,6 +92,7 @@ def predict(
     compiled: bool = False,
     skip_unreadable: bool = False,
     any_resolution: bool = False,
+    qgis_project: bool = False,
     overwrite: bool = False,
 ) -> Prediction:
     """Map species, photos or text over an area.
@@ -122,6 +124,7 @@ def predict(
         compiled: As for `embed`.
         skip_unreadable: As for `embed`.
         any_resolution: As for `embed`.
+        qgis_project: Also write `maps.qgz`, a QGIS project that groups all maps.
         overwrite: Replace the folder.
 
     Returns:
@@ -182,6 +185,8 @@ def predict(
         tifs = [m.path for m in maps]
         for tif in tifs:
             write_qml(tif)
+        if qgis_project:
+            write_project(folder / "maps.qgz", tifs, title=out.name)
         if len(tifs) > PAGE_MAPS:
             log.warning("map.html shows the first %d of %d maps", PAGE_MAPS, len(tifs))
         base = imagery.source if isinstance(imagery, Imagery) else imagery

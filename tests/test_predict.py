@@ -7,6 +7,7 @@ import json
 import logging
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -375,7 +376,7 @@ def test_predict_by_name_photos_and_text_in_one_call(
     path, out = scene(tmp_path / "a.tif"), tmp_path / "maps"
     ran = call(
         *("predict", checkpoint, "--imagery", path, "--out", out, "--json"),
-        *("--bbox", ",".join(map(str, BBOX))),
+        *("--bbox", ",".join(map(str, BBOX)), "--qgis-project"),
         *("--species", "quercus_lobata", "--text", "Fagaceae Quercus"),
         *("--photo", photo(tmp_path / "p.jpg"), "--photo", photo(tmp_path / "q.png", 1)),
     )
@@ -384,6 +385,9 @@ def test_predict_by_name_photos_and_text_in_one_call(
     assert set(result["maps"]) == {"quercus_lobata", "photo_p_and_1_more", "text_fagaceae_quercus"}
     for path in (*result["maps"].values(), result["html"], result["run"], result["item"]):
         assert Path(path).is_file()
+    with zipfile.ZipFile(out / "maps.qgz") as project:
+        text = project.read("maps.qgs").decode()
+    assert all(f"./{stem}.tif" in text for stem in result["maps"])
     record = json.loads((out / "run.json").read_text())
     assert record["seed"] == 7
     assert record["bbox"]["bounds"] == list(BBOX)

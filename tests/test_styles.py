@@ -8,6 +8,7 @@ import os
 import subprocess
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from present_maps import HOSTILE, ramp, write_map
 
-from speciesmap.errors import ImageryError
+from speciesmap.errors import ImageryError, OutputError
+from speciesmap.present.qgis import write_project
 from speciesmap.present.styles import (
     PALETTE,
     STEPS,
@@ -187,8 +189,8 @@ print("JSON" + json.dumps({
 """
 
 
-@pytest.mark.qgis
-def test_qgis_opens_a_map_styled_and_in_place(tmp_path: Path) -> None:
+def run_qgis(tmp_path: Path, script: str, *arguments: str) -> Any:
+    """Run a script under the system's QGIS and read the JSON that it prints."""
     if (
         not Path(SYSTEM_PYTHON).exists()
         or subprocess.run(
@@ -196,12 +198,8 @@ def test_qgis_opens_a_map_styled_and_in_place(tmp_path: Path) -> None:
         ).returncode
     ):
         pytest.skip("Debian's python3-qgis is not installed")
-    values = ramp()
-    path = write_map(tmp_path / "oak.tif", values)
-    write_qml(path)
-    height, width = values.shape
     run = subprocess.run(
-        [SYSTEM_PYTHON, "-c", QGIS, str(path), str(width * 10), str(height * 10)],
+        [SYSTEM_PYTHON, "-c", script, *arguments],
         env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "QT_QPA_PLATFORM": "offscreen",
              "XDG_RUNTIME_DIR": str(tmp_path)},
         capture_output=True,
@@ -210,7 +208,16 @@ def test_qgis_opens_a_map_styled_and_in_place(tmp_path: Path) -> None:
         check=False,
     )  # fmt: skip
     assert "JSON" in run.stdout, run.stderr
-    seen = json.loads(run.stdout.split("JSON", 1)[1])
+    return json.loads(run.stdout.split("JSON", 1)[1])
+
+
+@pytest.mark.qgis
+def test_qgis_opens_a_map_styled_and_in_place(tmp_path: Path) -> None:
+    values = ramp()
+    path = write_map(tmp_path / "oak.tif", values)
+    write_qml(path)
+    height, width = values.shape
+    seen = run_qgis(tmp_path, QGIS, str(path), str(width * 10), str(height * 10))
     assert seen["valid"]
     assert seen["renderer"] == "singlebandpseudocolor"
     assert seen["band"] == "Band 1: suitability"
@@ -226,3 +233,58 @@ def test_qgis_opens_a_map_styled_and_in_place(tmp_path: Path) -> None:
     breaks = np.linspace(0, 1, len(PALETTE))
     wanted = np.stack([np.interp(values[~hole], breaks, anchors[:, k]) for k in range(3)], axis=1)
     assert np.abs(colours[~hole][:, :3] - wanted).max() <= 2
+
+
+PROJECT = """
+import json, sys
+from qgis.core import *
+QgsApplication.setPrefixPath("/usr", True)
+app = QgsApplication([], False)
+app.initQgis()
+project = QgsProject.instance()
+read = project.read(sys.argv[1])
+tree = project.layerTreeRoot()
+groups = {g.name(): [l.name() for l in g.findLayers()] for g in tree.children()}
+shown = [l.name() for l in tree.findLayers() if l.isVisible()]
+layers = [[l.name(), l.isValid(), l.renderer().type(), l.crs().authid(),
+           l.renderer().classificationMax()] for l in project.mapLayers().values()]
+print("JSON" + json.dumps({"read": read, "groups": groups, "shown": shown, "layers": layers,
+                           "title": project.title(), "crs": project.crs().authid()}))
+"""
+
+
+@pytest.mark.qgis
+@pytest.mark.parametrize("suffix", [".qgz", ".qgs"])
+def test_qgis_project_groups_all_maps_and_may_be_moved(tmp_path: Path, suffix: str) -> None:
+    folder = tmp_path / "maps & <more>"
+    maps = [
+        write_map(folder / "a.tif", ramp()),
+        write_map(folder / "b.tif", ramp(), label=HOSTILE),
+        write_map(folder / "c.tif", ramp() * 40, query="photo", label="oak", quantity="count"),
+    ]
+    write_project(folder / f"maps{suffix}", maps, title=HOSTILE)
+    moved = folder.rename(tmp_path / "moved")
+    seen = run_qgis(tmp_path, PROJECT, str(moved / f"maps{suffix}"))
+    assert seen["read"]
+    assert seen["title"] == HOSTILE
+    assert seen["crs"] == "EPSG:32610"
+    assert seen["groups"] == {
+        "Species": ["Quercus agrifolia", HOSTILE],
+        "Asked for by photos": ["oak"],
+    }
+    assert seen["shown"] == ["Quercus agrifolia"]
+    assert len(seen["layers"]) == 3
+    for name, valid, renderer, crs, high in seen["layers"]:
+        assert (valid, renderer, crs) == (True, "singlebandpseudocolor", "EPSG:32610")
+        assert high == (1 if name != "oak" else pytest.approx(39.2, abs=0.1))
+
+
+def test_qgis_project_of_nothing_or_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="no maps"):
+        write_project(tmp_path / "p.qgz", [])
+    with pytest.raises(OutputError, match=r"\.qgz"):
+        write_project(tmp_path / "p.zip", [write_map(tmp_path / "a.tif", ramp())])
+    (tmp_path / "p.qgz").write_text("mine")
+    with pytest.raises(OutputError, match="--overwrite"):
+        write_project(tmp_path / "p.qgz", [tmp_path / "a.tif"])
+    assert (tmp_path / "p.qgz").read_text() == "mine"

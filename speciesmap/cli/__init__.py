@@ -20,6 +20,7 @@ COMMANDS = {
     "embed": "Encode an area once into an embedding store.",
     "predict": "Map species, photos or text over an area.",
     "map": "Put maps into one interactive HTML page.",
+    "view": "Show a map in full resolution in the browser.",
     "info": "Tell what a model, store, data set or map is.",
 }
 

@@ -36,6 +36,7 @@ from speciesmap.cli.options import (
 @click.option(
     "--text", "texts", multiple=True, metavar="TEXT", help="A name or lineage; repeatable."
 )
+@click.option("--qgis-project", is_flag=True, help="Also write DIR/maps.qgz, all maps grouped.")
 @out_option("DIR", "Folder to create.")
 @overwrite_option
 @json_option

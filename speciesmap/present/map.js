@@ -148,12 +148,13 @@ function speciesmapPage(map, parts) {
 
   /* ---- which maps are on screen ---- */
 
-  for (const [name, z] of [["sm-base", 250], ["sm-map", 350], ["sm-beside", 351]]) {
+  for (const [name, z] of [["sm-base", 250], ["sm-map", 350], ["sm-detail", 351], ["sm-beside", 352]]) {
     const pane = map.createPane(name);
     pane.style.zIndex = z;
     pane.style.pointerEvents = "none";
   }
   if (parts.base) parts.base.options.pane = "sm-base";
+  if (parts.detail) parts.detail.options.pane = "sm-detail";
   map.createPane("sm-divider").style.zIndex = 450;
   map.getPane("sm-divider").append(byId("divider"));
 
@@ -202,8 +203,17 @@ function speciesmapPage(map, parts) {
     divide();
   }
 
+  /* The first map's tiles in full resolution, where the page has them and nothing is cut. */
+  function detail() {
+    if (!parts.detail) return;
+    const on = state.shown === 0 && Number(byId("threshold").value) === 0;
+    parts.detail.setOpacity(byId("opacity").value / 100);
+    if (on) parts.detail.addTo(map); else parts.detail.remove();
+  }
+
   /* What is offered depends on the maps that are shown. */
   function controls() {
+    detail();
     const shown = [state.shown, state.beside].filter((i) => i >= 0).map((i) => layers[i]);
     byId("year").hidden = !shown.some(seasonal);
     if (byId("year").hidden) play(false);
@@ -241,7 +251,7 @@ function speciesmapPage(map, parts) {
   /* ---- hatching outside the area of applicability: lines as wide at every zoom ---- */
 
   const canvas = make("canvas");
-  map.createPane("sm-hatch").style.zIndex = 352;
+  map.createPane("sm-hatch").style.zIndex = 353;
   map.getPane("sm-hatch").style.pointerEvents = "none";
   map.getPane("sm-hatch").append(canvas);
 
@@ -407,15 +417,15 @@ function speciesmapPage(map, parts) {
 
   function divide() {
     const on = state.beside >= 0;
-    const panes = [map.getPane("sm-map"), map.getPane("sm-beside")];
+    const panes = ["sm-map", "sm-detail", "sm-beside"].map((name) => map.getPane(name));
     byId("divider").hidden = !on;
     for (const pane of panes) pane.style.clip = "";
     if (!on) return;
     const size = map.getSize();
     const [nw, se] = [map.containerPointToLayerPoint([0, 0]), map.containerPointToLayerPoint(size)];
     const x = Math.round(nw.x + size.x * state.share);
-    panes[0].style.clip = `rect(${nw.y}px, ${x}px, ${se.y}px, ${nw.x}px)`;
-    panes[1].style.clip = `rect(${nw.y}px, ${se.x}px, ${se.y}px, ${x}px)`;
+    for (const pane of panes) pane.style.clip = `rect(${nw.y}px, ${x}px, ${se.y}px, ${nw.x}px)`;
+    panes[2].style.clip = `rect(${nw.y}px, ${se.x}px, ${se.y}px, ${x}px)`;
     Object.assign(byId("divider").style, { left: `${x}px`, top: `${nw.y}px`, height: `${size.y}px` });
     const [left, right] = [layers[state.shown], layers[state.beside]];
     const differ = left.quantity !== right.quantity || range(left) !== range(right);
@@ -623,6 +633,7 @@ function speciesmapPage(map, parts) {
   byId("threshold").addEventListener("input", () => {
     threshold();
     for (const i of [state.shown, state.beside]) if (i >= 0) cut(layers[i], byId("threshold").value / 100);
+    detail();
   });
   byId("observations").addEventListener("change", observations);
   byId("own").addEventListener("change", observations);
@@ -631,6 +642,7 @@ function speciesmapPage(map, parts) {
     const value = byId("opacity").value;
     byId("opacity-value").textContent = `${value}%`;
     for (const [overlay] of visible()) overlay.setOpacity(value / 100);
+    detail();
   }
 
   function imagery() {

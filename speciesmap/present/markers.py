@@ -95,7 +95,7 @@ def photo_origins(photos: Sequence[str]) -> list[str]:
     """
     count: dict[str, int] = {}
     for photo in filter(None, photos):
-        if site := re.match(r"(https://[A-Za-z0-9.-]+(?::[0-9]+)?)(?:/|$)", photo):
+        if site := re.match(r"(https?://[A-Za-z0-9.-]+(?::[0-9]+)?)(?:/|$)", photo):
             count[site[1]] = count.get(site[1], 0) + 1
     return sorted(count, key=lambda origin: (-count[origin], origin))[:PHOTO_HOSTS]
 

@@ -227,11 +227,24 @@ def write_qml(tif: Path) -> Path:
     with open_raster(tif) as dataset:
         legend = read_legend(dataset)
     root = ET.Element("qgis", version="3.22", styleCategories="AllStyleCategories")
-    custom = ET.SubElement(ET.SubElement(root, "customproperties"), "Option", type="Map")
+    root.extend(style_elements(legend))
+    ET.indent(root)
+    out = tif.with_suffix(".qml")
+    with replacing(out, overwrite=True) as beside:
+        text = ET.tostring(root, encoding="unicode")
+        doctype = "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n"
+        beside.write_text(doctype + text + "\n", encoding="utf-8")
+    return out
+
+
+def style_elements(legend: Legend) -> list[ET.Element]:
+    """Build the parts of a QGIS style, which a project's layer holds too."""
+    properties = ET.Element("customproperties")
+    custom = ET.SubElement(properties, "Option", type="Map")
     title = f"{legend.label} ({legend.quantity})"
     for name, value in (("identify/format", "Value"), ("legend/title-label", title)):
-        ET.SubElement(custom, "Option", type="QString", name=name, value=_xml_text(value))
-    pipe = ET.SubElement(root, "pipe")
+        ET.SubElement(custom, "Option", type="QString", name=name, value=xml_text(value))
+    pipe = ET.Element("pipe")
     renderer = ET.SubElement(
         pipe,
         "rasterrenderer",
@@ -260,17 +273,12 @@ def write_qml(tif: Path) -> Path:
         label = f"{at:.3g}" if abs(at) >= 1e-9 else "0"
         ET.SubElement(ramp, "item", value=repr(at), color=colour, alpha="255", label=label)
     ET.SubElement(ramp, "rampLegendSettings", useContinuousLegend="0")
-    ET.SubElement(root, "blendMode").text = "0"
-    ET.indent(root)
-    out = tif.with_suffix(".qml")
-    with replacing(out, overwrite=True) as beside:
-        text = ET.tostring(root, encoding="unicode")
-        doctype = "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n"
-        beside.write_text(doctype + text + "\n", encoding="utf-8")
-    return out
+    blend = ET.Element("blendMode")
+    blend.text = "0"
+    return [properties, pipe, blend]
 
 
-def _xml_text(text: str) -> str:
+def xml_text(text: str) -> str:
     """Drop the control characters that XML cannot hold."""
     return "".join(
         c for c in text if c in "\t\n\r" or (ord(c) >= 32 and not 0xD800 <= ord(c) < 0xE000)

@@ -72,6 +72,7 @@ class _Panel(MacroElement):
             overlays: [{{ this.overlays | map(attribute="script_name") | join(", ") }}],
             base: {{ this.base.script_name if this.base else "null" }},
             cluster: {{ this.cluster.get_name() if this.cluster else "null" }},
+            detail: {{ this.detail.script_name if this.detail else "null" }},
             tiles: [{{ this.tiles | map(attribute="script_name") | join(", ") }}],
         });{% endmacro %}
         """
@@ -84,6 +85,7 @@ class _Panel(MacroElement):
         base: Any | None,
         cluster: Any | None,
         tiles: Sequence[Any],
+        detail: Any | None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._name = "Panel"
@@ -94,8 +96,10 @@ class _Panel(MacroElement):
             for name in ("map.html", "map.css", "map.js")
         )
         self.overlays, self.base, self.cluster, self.tiles = overlays, base, cluster, tiles
-        for layer in (*overlays, *tiles, *([base] if base else [])):
-            layer.script_name = layer.get_name()
+        self.detail = detail
+        for layer in (*overlays, *tiles, base, detail):
+            if layer is not None:
+                layer.script_name = layer.get_name()
 
 
 PAGE = Template(
@@ -129,6 +133,7 @@ def make_map(
     photos: Path | None = None,
     base: Path | str | None = None,
     title: str = "",
+    detail: str = "",
     overwrite: bool = False,
 ) -> Path:
     """Put maps into one interactive HTML page that needs no network.
@@ -148,6 +153,8 @@ def make_map(
             licence are put into the page. Photos at an address are asked for when looked at.
         base: Imagery to show under the maps, reduced: whatever `open_imagery` takes.
         title: Heading; by default what the maps are.
+        detail: Address of tiles, with {z}, {x} and {y}, of the first map in full resolution, which
+            are shown above it.
         overwrite: Whether `out` may be replaced.
 
     Returns:
@@ -204,6 +211,11 @@ def make_map(
     for i, provider in enumerate(TILES.values()):
         tiles.append(folium.TileLayer(provider, control=False, show=False, max_zoom=22))
         tiles[-1]._id = f"tiles_{i}"
+    sharp = None
+    if detail:
+        sharp = folium.TileLayer(detail, attr="speciesmap", control=False, show=False, max_zoom=24)
+        sharp._id = "detail"
+        page.options["max_zoom"] = 22
     position = MousePosition(  # type: ignore[no-untyped-call]
         position="bottomright", separator=", ", num_digits=5, empty_string="latitude, longitude"
     )
@@ -219,18 +231,19 @@ def make_map(
         "tiles": list(TILES),
         "attribution": "Leaflet, speciesmap",
     }
-    panel = _Panel(facts, layers, under, cluster, tiles)
+    panel = _Panel(facts, layers, under, cluster, tiles, sharp)
     panel._id = "panel"
     fullscreen = Fullscreen(  # type: ignore[no-untyped-call]
         position="topright", fullscreen_element=folium.JsCode("document.documentElement")
     )
     fullscreen._id = "fullscreen"
-    for child in (*layers, under, cluster, *tiles, fullscreen, position, panel):
+    for child in (*layers, under, cluster, *tiles, sharp, fullscreen, position, panel):
         if child is not None:
             page.add_child(child)
     figure: Any = page.get_root()
     figure.title = html.escape(title)
-    figure.photo_origins = " ".join(photo_origins(records["photos"]) if records else [])
+    origins = [*photo_origins(records["photos"] if records else []), *photo_origins([detail])]
+    figure.photo_origins = " ".join(origins)
     figure._template = PAGE
     text = figure.render()
     with replacing(out, overwrite=overwrite) as beside:
