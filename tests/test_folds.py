@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import geopandas as gpd
@@ -12,10 +13,19 @@ import rasterio
 from affine import Affine
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.spatial import cKDTree
 
 from speciesmap.errors import ObservationsError
 from speciesmap.observations.background import random_background, target_group
-from speciesmap.observations.folds import separated, spatial_blocks
+from speciesmap.observations.folds import (
+    fold_distances,
+    kmeans_folds,
+    knndm,
+    nearest_fold,
+    nndm,
+    separated,
+    spatial_blocks,
+)
 from speciesmap.rasters.imagery import Imagery, open_imagery
 from speciesmap.rasters.windows import window_start
 
@@ -90,8 +100,101 @@ def test_folds_that_cannot_be_made_say_why() -> None:
         spatial_blocks(np.array([0, 1, np.inf]), np.zeros(3), block_m=1, folds=2, seed=0)
     with pytest.raises(ObservationsError, match="4 points"):
         spatial_blocks(x, x, block_m=1000, folds=2, seed=0, weight=[1, 2])
+    for make in (kmeans_folds, partial(knndm, area_x_m=x, area_y_m=x)):
+        with pytest.raises(ObservationsError, match="4 distinct places cannot make 5 folds"):
+            make(x, x, folds=5, seed=0)
+        with pytest.raises(ObservationsError, match="at least 2"):
+            make(x, x, folds=1, seed=0)
+    for match_to_nothing in (partial(knndm, folds=2, seed=0), partial(nndm, range_m=1)):
+        with pytest.raises(ObservationsError, match=r"no place|0 places"):
+            match_to_nothing(x, x, [], [])
     with pytest.raises(ObservationsError, match="one fold id"):
         separated(x, x, [0, 1], 0, 10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(points=places, folds=st.integers(2, 6), seed=st.integers(0, 9), data=st.data())
+def test_clustered_and_matched_folds_hold_every_record_out_once(
+    points: list[tuple[float, float]], folds: int, seed: int, data: st.DataObject
+) -> None:
+    x, y = np.array(points).T
+    assume(len(np.unique(np.array(points), axis=0)) >= folds)
+    area = np.random.default_rng(seed).uniform(-1e5, 1e5, (2, 50))
+    matched = knndm(x, y, *area, folds=folds, seed=seed)
+    clustered = kmeans_folds(x, y, folds=folds, seed=seed)
+    for fold in (matched, clustered):
+        assert fold.shape == x.shape
+        assert set(fold) == set(range(folds)), "no fold is empty"
+    np.testing.assert_array_equal(matched, knndm(x, y, *area, folds=folds, seed=seed))
+    np.testing.assert_array_equal(clustered, kmeans_folds(x, y, folds=folds, seed=seed))
+    np.testing.assert_array_equal(
+        nearest_fold(x, y, np.arange(len(x)), x, y)[0], np.flatnonzero((x == x[0]) & (y == y[0]))[0]
+    )
+
+
+def clumps(rng: np.random.Generator, count: int = 300, wide_m: float = 300) -> np.ndarray:
+    centres = rng.uniform(0, 20_000, (6, 2))
+    return centres[rng.integers(0, 6, count)] + rng.normal(0, wide_m, (count, 2))
+
+
+def test_matched_folds_are_as_far_from_training_as_the_map_is_from_records() -> None:
+    """Clumped records in a wide area: random folds test far too near, matched ones do not."""
+    rng = np.random.default_rng(0)
+    points = clumps(rng)
+    area = rng.uniform(0, 20_000, (2000, 2))
+    wanted = np.median(cKDTree(points).query(area)[0])
+    random = np.median(fold_distances(points, rng.integers(0, 5, len(points))))
+    fold = knndm(*points.T, *area.T, folds=5, seed=0)
+    matched = np.median(fold_distances(points, fold))
+    assert random < 0.05 * wanted
+    assert 0.5 * wanted < matched < 2 * wanted
+    spread = rng.uniform(0, 20_000, (300, 2))
+    fold = knndm(*spread.T, *area.T, folds=5, seed=0)
+    wanted = np.median(cKDTree(spread).query(area)[0])
+    assert 0.5 * wanted < np.median(fold_distances(spread, fold)) < 2 * wanted
+
+
+def nndm_by_definition(
+    points: np.ndarray, area: np.ndarray, range_m: float, min_train: float
+) -> np.ndarray:
+    """Milà et al. 2022 step by step: look at all distances again after every removal."""
+    count = len(points)
+    wanted = cKDTree(points).query(area)[0]
+    apart = np.linalg.norm(points[:, None] - points, axis=-1)
+    np.fill_diagonal(apart, np.nan)
+    near = np.nanmin(apart, axis=1)
+    radius = near.min()
+    while radius <= range_m:
+        changed = False
+        for i in np.flatnonzero(near == radius):
+            others = ((near <= radius).sum() - 1) / count
+            left = np.isfinite(apart[i]).sum()
+            if others >= (wanted <= radius).mean() and left / count > min_train and left > 1:
+                apart[i, np.nanargmin(apart[i])] = np.nan
+                near[i] = np.nanmin(apart[i])
+                changed = True
+        if not changed or not (near == radius).any():
+            later = near[near > radius]
+            if not later.size:
+                break
+            radius = later.min()
+    return np.isfinite(apart)
+
+
+@pytest.mark.parametrize(("range_m", "min_train"), [(1e9, 0.5), (3000.0, 0.5), (1e9, 0.9)])
+def test_leave_one_out_is_matched_as_defined(range_m: float, min_train: float) -> None:
+    rng = np.random.default_rng(1)
+    points, area = clumps(rng, 60, wide_m=1500), rng.uniform(0, 20_000, (300, 2))
+    training = nndm(*points.T, *area.T, range_m=range_m, min_train=min_train)
+    expected = nndm_by_definition(points, area, range_m, min_train)
+    np.testing.assert_array_equal(training, expected)
+    assert not training.diagonal().any()
+    assert training.sum(1).min() >= min_train * 60 - 1
+    if range_m > 3000 and min_train == 0.5:
+        apart = np.linalg.norm(points[:, None] - points, axis=-1)
+        held_out = np.where(training, apart, np.inf).min(1)
+        wanted = np.median(cKDTree(points).query(area)[0])
+        assert 0.5 * wanted < np.median(held_out) < 2 * wanted
 
 
 def raster(path: Path, valid: np.ndarray) -> Imagery:

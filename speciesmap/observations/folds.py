@@ -6,11 +6,18 @@ axis-aligned square.
 
 from __future__ import annotations
 
+import heapq
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import cKDTree
 
 from speciesmap.errors import ObservationsError
+
+CANDIDATES = 20
+"""How many numbers of clusters `knndm` tries."""
+MOST_PAIRED = 5000
+"""How many points `nndm` takes."""
 
 
 def _positions(x_m: ArrayLike, y_m: ArrayLike) -> NDArray[np.float64]:
@@ -100,6 +107,229 @@ def spatial_blocks(
         fold_load[k] += load_of_block[b]
         fold_rows[k] += rows_of_block[b]
     return fold_of_block[block]  # (N,)
+
+
+def kmeans_folds(x_m: ArrayLike, y_m: ArrayLike, *, folds: int, seed: int) -> NDArray[np.int64]:
+    """Assign points to folds by k-means clusters of their positions.
+
+    Each fold is one region (blockCV's `cv_cluster`, Valavi et al. 2019), so that testing asks for
+    places farther from training than blocks do; folds differ in size.
+
+    Args:
+        x_m: Eastings in metres, shape (N,).
+        y_m: Northings in metres, shape (N,).
+        folds: How many folds, at least 2.
+        seed: Same seed, same folds.
+
+    Returns:
+        Fold of each point, 0 to `folds` - 1, shape (N,). No fold is empty.
+
+    Raises:
+        ObservationsError: Fewer distinct places than folds, or an argument out of range.
+    """
+    points = _positions(x_m, y_m)
+    _enough(points, folds)
+    return _clusters(points, folds, seed)
+
+
+def knndm(
+    x_m: ArrayLike,
+    y_m: ArrayLike,
+    area_x_m: ArrayLike,
+    area_y_m: ArrayLike,
+    *,
+    folds: int,
+    seed: int,
+) -> NDArray[np.int64]:
+    """Assign points to folds so that testing is as far from training as mapping will be.
+
+    k-fold nearest-neighbour-distance matching (Linnenbrink et al. 2024, section 2): positions are
+    clustered ever more finely, clusters are dealt to folds in their order along the first principal
+    component, and of all these candidates, a random assignment among them, the one is taken whose
+    distances from held-out points to training points are nearest, by Wasserstein's W, to those from
+    the prediction area to all points. Candidates with half of the points in one fold are left out,
+    as there; clusters are k-means, one of the two kinds there.
+
+    Args:
+        x_m: Eastings in metres, shape (N,).
+        y_m: Northings in metres, shape (N,).
+        area_x_m: Eastings of places drawn uniformly from the area to be mapped, shape (P,).
+        area_y_m: Their northings, shape (P,).
+        folds: How many folds, at least 2.
+        seed: Same seed, same folds.
+
+    Returns:
+        Fold of each point, 0 to `folds` - 1, shape (N,). No fold is empty.
+
+    Raises:
+        ObservationsError: Fewer distinct places than folds, no place in the area, or an argument
+            out of range.
+    """
+    from scipy.stats import wasserstein_distance
+
+    points, area = _positions(x_m, y_m), _positions(area_x_m, area_y_m)
+    distinct = _enough(points, folds)
+    if not len(area):
+        raise ObservationsError("the prediction area has no place; give some to match distances to")
+    wanted, _ = cKDTree(points).query(area)
+    rng = np.random.default_rng(seed)
+    best = rng.permutation(np.arange(len(points)) % folds)
+    least = wasserstein_distance(fold_distances(points, best), wanted)
+    for count in np.unique(np.geomspace(folds, max(folds, distinct // 2), CANDIDATES).astype(int)):
+        fold = _dealt(points, _clusters(points, int(count), seed), folds)
+        if np.bincount(fold).max() > len(points) * max(0.5, 1.5 / folds):
+            continue
+        distance = wasserstein_distance(fold_distances(points, fold), wanted)
+        if distance < least:
+            best, least = fold, distance
+    return best
+
+
+def nndm(
+    x_m: ArrayLike,
+    y_m: ArrayLike,
+    area_x_m: ArrayLike,
+    area_y_m: ArrayLike,
+    *,
+    range_m: float,
+    min_train: float = 0.5,
+) -> NDArray[np.bool_]:
+    """Select training rows for leave-one-out testing as far from training as mapping will be.
+
+    Nearest-neighbour-distance matching (Milà et al. 2022, section 2.2): from the nearest on, a held
+    out point's neighbours are taken from its training as long as more held-out points than places
+    of the prediction area have so near a neighbour.
+
+    Args:
+        x_m: Eastings in metres, shape (N,), at most 5,000: all pairs are held in memory. Use
+            `knndm` for more.
+        y_m: Northings in metres, shape (N,).
+        area_x_m: Eastings of places drawn uniformly from the area to be mapped, shape (P,).
+        area_y_m: Their northings, shape (P,).
+        range_m: Distance up to which distances are matched, normally the range of the residuals'
+            autocorrelation.
+        min_train: Share of the points that always stays in training.
+
+    Returns:
+        Shape (N, N): row i marks what to train on when i is held out.
+
+    Raises:
+        ObservationsError: Too few or too many points, or no place in the area.
+    """
+    points, area = _positions(x_m, y_m), _positions(area_x_m, area_y_m)
+    total = len(points)
+    if not 2 <= total <= MOST_PAIRED or not len(area):
+        raise ObservationsError(
+            f"{total} points and {len(area)} places of the area cannot be matched one by one; give "
+            f"2 to {MOST_PAIRED} points and a place at least, or use knndm"
+        )
+    wanted = np.sort(cKDTree(points).query(area)[0])
+    apart = np.linalg.norm(points[:, None] - points, axis=-1)  # (N, N)
+    np.fill_diagonal(apart, np.inf)
+    order = np.argsort(apart, axis=1, kind="stable")[:, :-1]  # (N, N - 1), nearest first
+    apart = np.take_along_axis(apart, order, axis=1)
+    taken = np.zeros(total, dtype=np.int64)
+    queue = [(float(apart[i, 0]), i) for i in range(total)]
+    heapq.heapify(queue)
+    settled = 0
+    while queue and queue[0][0] <= range_m:
+        near, ties = queue[0][0], []
+        while queue and queue[0][0] == near:
+            ties.append(heapq.heappop(queue)[1])
+        share = np.searchsorted(wanted, near, side="right") / len(wanted)
+        while ties:
+            i = ties.pop(0)
+            others = settled + len(ties)
+            left = total - 1 - taken[i]
+            if others / total < share or left / total <= min_train or left == 1:
+                settled += 1
+                continue
+            taken[i] += 1
+            following = float(apart[i, taken[i]])
+            if following == near:
+                ties.append(i)
+            else:
+                heapq.heappush(queue, (following, i))
+    training = np.ones((total, total), dtype=bool)
+    np.fill_diagonal(training, False)
+    for i in range(total):
+        training[i, order[i, : taken[i]]] = False
+    return training  # (N, N)
+
+
+def fold_distances(points: NDArray[np.float64], fold: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Distance of each point to the nearest one of another fold.
+
+    Args:
+        points: Positions in metres, shape (N, 2).
+        fold: Fold of each point, shape (N,).
+
+    Returns:
+        In metres, shape (N,); infinite where there is no other fold.
+    """
+    distance = np.full(len(points), np.inf)
+    for k in np.unique(fold):
+        held_out = fold == k
+        if not held_out.all():
+            distance[held_out], _ = cKDTree(points[~held_out]).query(points[held_out])
+    return distance  # (N,)
+
+
+def nearest_fold(
+    x_m: ArrayLike, y_m: ArrayLike, fold: ArrayLike, other_x_m: ArrayLike, other_y_m: ArrayLike
+) -> NDArray[np.int64]:
+    """Give other places, such as background, the fold of the point nearest to each.
+
+    Args:
+        x_m: Eastings of the points in metres, shape (N,).
+        y_m: Northings, shape (N,).
+        fold: Their folds, shape (N,).
+        other_x_m: Eastings of the other places, shape (M,).
+        other_y_m: Their northings, shape (M,).
+
+    Returns:
+        Shape (M,).
+
+    Raises:
+        ObservationsError: A position is not finite.
+    """
+    _, nearest = cKDTree(_positions(x_m, y_m)).query(_positions(other_x_m, other_y_m))
+    found: NDArray[np.int64] = np.asarray(fold, dtype=np.int64)[nearest]
+    return found  # (M,)
+
+
+def _enough(points: NDArray[np.float64], folds: int) -> int:
+    """How many distinct places there are; fewer than folds are refused."""
+    distinct = len(np.unique(points, axis=0))
+    if folds < 2:
+        raise ObservationsError(f"{folds} folds cannot hold anything out; ask for at least 2")
+    if distinct < folds:
+        raise ObservationsError(
+            f"{distinct} distinct places cannot make {folds} folds; use fewer folds"
+        )
+    return distinct
+
+
+def _clusters(points: NDArray[np.float64], count: int, seed: int) -> NDArray[np.int64]:
+    """Numbers of k-means clusters, none of them empty, shape (N,)."""
+    from sklearn.cluster import KMeans
+
+    centred = points - points.mean(axis=0)  # northings of millions would cost digits
+    labels = KMeans(count, n_init=3 if count < 50 else 1, random_state=seed).fit_predict(centred)
+    return np.unique(labels, return_inverse=True)[1].astype(np.int64)
+
+
+def _dealt(
+    points: NDArray[np.float64], cluster: NDArray[np.int64], folds: int
+) -> NDArray[np.int64]:
+    """Deal clusters to folds in their order along the first principal component, shape (N,)."""
+    size = np.bincount(cluster)
+    centres = np.column_stack([np.bincount(cluster, weights=axis) / size for axis in points.T])
+    centred = centres - centres.mean(axis=0)
+    _, _, axes = np.linalg.svd(centred, full_matrices=False)
+    rank = np.argsort(np.argsort(centred @ axes[0], kind="stable"), kind="stable")
+    fold: NDArray[np.int64] = rank[cluster] % folds
+    return fold
 
 
 def separated(
