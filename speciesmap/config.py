@@ -96,15 +96,36 @@ class ModelConfig(Strict):
     metadata: MetadataConfig | None = None
 
 
+class StreamConfig(Strict):
+    """Rows read as they come by, shuffled in a buffer, instead of being decoded to disk first.
+
+    The state to go on from is saved after every `save_steps` steps, in the middle of an epoch too.
+    """
+
+    buffer_rows: int = Field(default=1000, ge=1)
+    save_steps: int = Field(default=1000, ge=1)
+
+
 class DataConfig(Strict):
     """Where training data comes from: a paired data set, imagery, or both.
 
     `background` is a number of places drawn at random from the imagery, or a file of points.
     Rows of `withheld` taxa are never seen. `window_px` is the side of the model's window: without
     a data set it must be given; of larger chips, training sees random crops and mapping the middle.
+
+    `dataset` is a folder or an address such as `hf://datasets/andyvhuynh/NatureMultiView`, of which
+    `split` names the files to take, `one_per_observation`, `supervised` and `percent` the rows
+    (columns `rs_classification`, `supervised`, `finetune_*percent`). `taxonomy` is a table of
+    iNaturalist's taxon numbers, for lineages.
     """
 
     dataset: str | None = None
+    split: str | None = None
+    taxonomy: str | None = None
+    one_per_observation: bool = False
+    supervised: bool = False
+    percent: float | None = None
+    stream: StreamConfig | None = None
     imagery: str | None = None
     window_px: int | None = Field(default=None, ge=8)
     background: Annotated[int, Field(ge=1)] | str = 10_000

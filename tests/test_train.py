@@ -514,6 +514,8 @@ def shrunk(path: Path, scene: TinyScene, init: Path) -> list[str]:
         changes.append(f"data.imagery={scene.imagery}")
     if data.get("window_px"):
         changes.append("data.window_px=16")
+    if data.get("split"):
+        changes.append("data.split=train")
     if data.get("withheld"):
         changes.append(f"data.withheld=[{NAMES[1]}]")
     changes.append("data.background=24")

@@ -137,13 +137,20 @@ def _open_image(file: Path) -> Image.Image:
         ) from error
 
 
-def open_dataset(path: str | Path) -> PairedDataset | BirdDataset:
+def open_dataset(
+    path: str | Path, split: str | None = None, taxonomy: str | Path | None = None
+) -> PairedDataset | BirdDataset:
     """Open a folder of birds in an official layout, or a paired data set.
+
+    Args:
+        path: The folder; of a paired data set also a file or an address.
+        split: See `open_paired`; birds are opened with all their splits.
+        taxonomy: See `open_paired`.
 
     Raises:
         DatasetError: It is neither, or is damaged.
     """
-    return open_birds(path) if reader_of(Path(path)) else open_paired(path)
+    return open_birds(path) if reader_of(Path(path)) else open_paired(path, split, taxonomy)
 
 
 def open_birds(path: str | Path) -> BirdDataset:

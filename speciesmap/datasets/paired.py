@@ -15,10 +15,12 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -28,6 +30,12 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from speciesmap.datasets.columns import AERIAL, GROUND, SIDECAR, decode_windows
+from speciesmap.datasets.nature_multi_view import (
+    lineage_of,
+    of_split,
+    read_taxonomy,
+    remote_files,
+)
 from speciesmap.errors import DatasetError
 from speciesmap.outputs import replacing
 from speciesmap.progress import track
@@ -48,7 +56,7 @@ class PairedDataset:
     the data set itself may be read-only.
 
     Attributes:
-        path: The folder or file it was opened from.
+        path: The folder, file or address it was opened from.
         facts: All columns but the images, in row order.
         taxa: Every taxon of the rows.
         bands: Names of the aerial bands.
@@ -57,9 +65,10 @@ class PairedDataset:
         dtype: Type of the aerial pixels.
         has_ground: Whether rows have photos.
         notes: The whole of `dataset.json`, empty for a folder without one.
+        group_rows: Rows of each Parquet row group, in row order, shape (G,).
     """
 
-    path: Path
+    path: Path | str
     facts: pd.DataFrame = field(repr=False)
     taxa: tuple[Taxon, ...]
     bands: tuple[str, ...]
@@ -68,7 +77,10 @@ class PairedDataset:
     dtype: np.dtype[Any]
     has_ground: bool
     notes: dict[str, Any] = field(default_factory=dict, repr=False)
-    _files: tuple[Path, ...] = field(default=(), repr=False)
+    group_rows: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
+    _files: tuple[Path | str, ...] = field(default=(), repr=False)
+    _groups: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    _arguments: tuple[Any, ...] = field(default=(), repr=False)
     _images: _Images | None = field(default=None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -76,9 +88,9 @@ class PairedDataset:
         """Number of rows."""
         return len(self.facts)
 
-    def __reduce__(self) -> tuple[Callable[..., PairedDataset], tuple[Path]]:
+    def __reduce__(self) -> tuple[Callable[..., PairedDataset], tuple[Any, ...]]:
         """Travel to another process as a path, never with the images."""
-        return open_paired, (self.path,)
+        return open_paired, (self.path, *self._arguments)
 
     def aerial(self, rows: ArrayLike | None = None) -> NDArray[Any]:
         """Read aerial windows.
@@ -107,22 +119,23 @@ class PairedDataset:
             DatasetError: A photo does not decode.
         """
         images = self._opened()
-        photos: list[Image.Image | None] = []
-        for row in self._rows(rows):
-            encoded = images.photo(int(row))
-            if encoded is None:
-                photos.append(None)
-                continue
-            try:
-                photos.append(
-                    ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
-                )
-            except (OSError, UnidentifiedImageError, SyntaxError) as error:
-                raise DatasetError(
-                    f"{self.path}: the photo of row {row} does not decode ({error}); "
-                    "make the data set again with `speciesmap chips`"
-                ) from error
-        return photos
+        return [self.decode(int(row), images.photo(int(row))) for row in self._rows(rows)]
+
+    def decode(self, row: int, encoded: bytes | None) -> Image.Image | None:
+        """Decode a row's photo as RGB, upright; None where it has none.
+
+        Raises:
+            DatasetError: It does not decode.
+        """
+        if encoded is None:
+            return None
+        try:
+            return ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
+        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            raise DatasetError(
+                f"{self.path}: the photo of row {row} does not decode ({error}); "
+                "make the data set again with `speciesmap chips`"
+            ) from error
 
     def prepare(self) -> None:
         """Decode the images now, once, for example before worker processes start."""
@@ -160,14 +173,20 @@ class _Images:
     @classmethod
     def of(cls, dataset: PairedDataset) -> _Images:
         """Decode a data set's Parquet, or find what an earlier process decoded."""
+        if not isinstance(dataset.path, Path):
+            raise DatasetError(
+                f"{dataset.path} is remote, and its rows can only be streamed; set data.stream, or "
+                "download it"
+            )
         window_bytes = len(dataset.bands) * dataset.window_px**2 * dataset.dtype.itemsize
-        on_disk = sum(file.stat().st_size for file in dataset._files)
+        on_disk = sum(Path(file).stat().st_size for file in dataset._files)
         if len(dataset) * window_bytes + on_disk <= IN_MEMORY_BYTES:
             sink = pa.BufferOutputStream()
             cls._decode(dataset, sink)
             return cls(pa.BufferReader(sink.getvalue()))
         place = hashlib.sha256(str(dataset.path.resolve()).encode()).hexdigest()[:16]
-        state = repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in dataset._files])
+        stats = [(f.name, f.stat()) for f in map(Path, dataset._files)]
+        state = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
         name = f"{place}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.arrow"
         cache = _cache_folder() / name
         if not cache.exists():
@@ -185,7 +204,7 @@ class _Images:
         with pa.ipc.new_file(sink, layout) as out:
             for windows, photos in track(
                 _decoded(dataset, shape),
-                f"Decoding {dataset.path.name}",
+                f"Decoding {dataset.path}",
                 total=-(-len(dataset) // BATCH_ROWS),
             ):
                 pixels = pa.FixedSizeBinaryArray.from_buffers(
@@ -217,19 +236,66 @@ def _decoded(
         parquet = _open_parquet(file)
         columns = [AERIAL, *([GROUND] if GROUND in parquet.schema_arrow.names else [])]
         for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
-            where = f"{AERIAL} of {file}"
-            windows = decode_windows(batch.column(AERIAL), where, first)
-            if windows.shape[1:] != shape:
-                raise DatasetError(
-                    f"row {first} of {where} is a window of shape {windows.shape[1:]}, the data "
-                    f"set's is {shape}; all windows of a data set must have one shape"
-                )
-            windows = _narrow(windows, dataset.dtype, where, first)
-            photos = pa.nulls(batch.num_rows, pa.large_binary())
-            if len(columns) == 2:
-                photos = _photo_bytes(batch.column(GROUND), file, first)
+            yield _images_of(dataset, batch, file, first, shape)
             first += batch.num_rows
-            yield np.ascontiguousarray(windows), photos
+
+
+def _images_of(
+    dataset: PairedDataset,
+    batch: pa.RecordBatch | pa.Table,
+    file: Path | str,
+    first: int,
+    shape: tuple[int, int, int],
+) -> tuple[NDArray[Any], pa.Array]:
+    where = f"{AERIAL} of {file}"
+    windows = decode_windows(batch.column(AERIAL), where, first)
+    if windows.shape[1:] != shape:
+        raise DatasetError(
+            f"row {first} of {where} is a window of shape {windows.shape[1:]}, the data "
+            f"set's is {shape}; all windows of a data set must have one shape"
+        )
+    windows = _narrow(windows, dataset.dtype, where, first)
+    photos = pa.nulls(batch.num_rows, pa.large_binary())
+    if GROUND in batch.schema.names:
+        photos = _photo_bytes(batch.column(GROUND), file, first)
+    return np.ascontiguousarray(windows), photos
+
+
+def read_images(
+    dataset: PairedDataset, group: int, rows: NDArray[np.int64]
+) -> tuple[NDArray[Any], pa.Array]:
+    """Read rows of one Parquet row group, also of a remote file.
+
+    Args:
+        dataset: Where to read.
+        group: Number of the row group, as `group_rows` counts them.
+        rows: Positions in the group, shape (N,).
+
+    Returns:
+        Windows in the data set's type, shape (N, B, P, P), and encoded photos as large binary.
+
+    Raises:
+        DatasetError: The file cannot be read, or a window or photo is not as it should be.
+    """
+    number, within = dataset._groups[group]
+    file = dataset._files[number]
+    parquet = _open_parquet(file)
+    columns = [AERIAL, *([GROUND] if GROUND in parquet.schema_arrow.names else [])]
+    first = int(dataset.group_rows[:group].sum())
+    shape = (len(dataset.bands), dataset.window_px, dataset.window_px)
+    windows, photos = [], []
+    start = 0
+    try:
+        for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[within], columns=columns):
+            inside = rows[(rows >= start) & (rows < start + batch.num_rows)] - start
+            if len(inside):
+                pixels, encoded = _images_of(dataset, batch, file, first + start, shape)
+                windows.append(pixels[inside])
+                photos.append(encoded.take(pa.array(inside)))
+            start += batch.num_rows
+    except OSError as error:
+        raise DatasetError(f"{file} cannot be read ({error}); check the file") from error
+    return np.concatenate(windows), pa.concat_arrays(photos)
 
 
 def _narrow(windows: NDArray[Any], dtype: np.dtype[Any], where: str, first: int) -> NDArray[Any]:
@@ -247,7 +313,7 @@ def _narrow(windows: NDArray[Any], dtype: np.dtype[Any], where: str, first: int)
     return narrow
 
 
-def _photo_bytes(column: pa.Array, file: Path, first: int) -> pa.Array:
+def _photo_bytes(column: pa.Array, file: Path | str, first: int) -> pa.Array:
     """Take the encoded photos out of a Hugging Face image column."""
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
         return column.cast(pa.large_binary())
@@ -283,56 +349,69 @@ def _cache_folder() -> Path:
     return folder
 
 
-def _open_parquet(file: Path) -> pq.ParquetFile:
+def _open_parquet(file: Path | str) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file)
+        return pq.ParquetFile(file if isinstance(file, Path) else fsspec.open(file).open())
     except (pa.ArrowInvalid, OSError) as error:
         raise DatasetError(f"{file} is not a readable Parquet file: {error}") from error
 
 
-def open_paired(path: str | Path) -> PairedDataset:
-    """Open a paired data set: a folder of Parquet files, or one such file.
+def open_paired(
+    path: str | Path, split: str | None = None, taxonomy: str | Path | None = None
+) -> PairedDataset:
+    """Open a paired data set: a folder of Parquet files, one such file, or an address.
 
-    Only the facts are read; images wait until `aerial` or `ground` is called.
+    Only the facts are read; images wait until `aerial` or `ground` is called, or a `Stream`. Those
+    of an address are kept in the user's cache folder.
 
     Args:
-        path: What `speciesmap chips` wrote, a local copy of Nature Multi-View or of a part of it.
+        path: What `speciesmap chips` wrote, a local copy of Nature Multi-View or of a part of it,
+            or an address such as `hf://datasets/andyvhuynh/NatureMultiView`.
+        split: `train`, `validation` or `test` where files are named so; all files by default.
+        taxonomy: Table of iNaturalist's taxon numbers, see `read_taxonomy`, for lineages.
 
     Raises:
         DatasetError: No Parquet file is there, one is damaged, or a needed column is missing.
     """
-    path = Path(path)
-    if path.is_dir():
-        files = tuple(sorted(path.rglob("*.parquet")))
+    files: tuple[Path | str, ...]
+    sidecar: Path | None = None
+    if "://" in str(path):
+        files = remote_files(str(path))
+    elif Path(path).is_dir():
+        path = Path(path)
+        files = tuple(f for f in sorted(path.rglob("*.parquet")) if not f.name.startswith("."))
         sidecar = path / SIDECAR
-    elif path.is_file():
+    elif Path(path).is_file():
+        path = Path(path)
         files = (path,)
         sidecar = path.parent / SIDECAR
         if not sidecar.exists():
             sidecar = path.parent.parent / SIDECAR
     else:
         raise DatasetError(f"there is no data set {path}; make one with `speciesmap chips`")
-    files = tuple(f for f in files if not f.name.startswith("."))
     if not files:
         raise DatasetError(f"{path} holds no Parquet file; make a data set with `speciesmap chips`")
+    if split is not None:
+        files = tuple(file for file in files if of_split(str(file), split))
+        if not files:
+            raise DatasetError(f"{path} has no files of the split {split!r}; leave data.split out")
 
-    notes = _read_sidecar(sidecar) if sidecar.exists() else {}
-    tables = []
-    ground = True
-    for file in files:
-        names = _open_parquet(file).schema_arrow.names
-        for column in (AERIAL, "latitude", "longitude", "name"):
-            if column not in names:
-                raise DatasetError(
-                    f"{file} has no column {column!r}; a paired data set has the columns of "
-                    "Nature Multi-View"
-                )
-        ground = ground and GROUND in names
-        tables.append(pq.read_table(file, columns=[n for n in names if n not in (AERIAL, GROUND)]))
-    table = pa.concat_tables(tables, promote_options="permissive")
+    notes = _read_sidecar(sidecar) if sidecar is not None and sidecar.exists() else {}
+    with ThreadPoolExecutor(16) as pool:
+        parts = list(
+            track(pool.map(_read_facts, files), f"Reading facts of {path}", len(files))
+            if len(files) > 4
+            else map(_read_facts, files)
+        )
+    table = pa.concat_tables([part for part, _, _ in parts], promote_options="permissive")
     if not table.num_rows:
         raise DatasetError(f"{path} has no rows; make the data set again with other observations")
     facts = table.to_pandas()
+    groups = [
+        (number, k, rows)
+        for number, (_, _, counts) in enumerate(parts)
+        for k, rows in enumerate(counts)
+    ]
 
     head = next(_open_parquet(files[0]).iter_batches(1, columns=[AERIAL]))
     window = decode_windows(head.column(AERIAL), f"{AERIAL} of {files[0]}")[0]
@@ -354,15 +433,51 @@ def open_paired(path: str | Path) -> PairedDataset:
     return PairedDataset(
         path=path,
         facts=facts,
-        taxa=_taxa(facts, notes, path),
+        taxa=_taxa(facts, notes, path, taxonomy),
         bands=bands,
         window_px=int(window.shape[1]),
         resolution_m=float(notes.get("resolution_m", NMV_RESOLUTION_M)),
         dtype=np.dtype(notes.get("dtype", stored)),
-        has_ground=ground and bool(notes.get("photos", True)),
+        has_ground=all(ground for _, ground, _ in parts) and bool(notes.get("photos", True)),
         notes=notes,
+        group_rows=np.array([rows for _, _, rows in groups], dtype=np.int64),
         _files=files,
+        _groups=tuple((number, k) for number, k, _ in groups),
+        _arguments=(split, taxonomy),
     )
+
+
+def _read_facts(file: Path | str) -> tuple[pa.Table, bool, list[int]]:
+    """All columns of a file but the images, whether it has photos, and rows of its row groups."""
+    kept = None if isinstance(file, Path) else _kept_facts(file)
+    if kept is not None and kept.exists():
+        parquet = _open_parquet(kept)
+        notes = json.loads(parquet.schema_arrow.metadata[b"speciesmap"])
+        return parquet.read(), notes["ground"], notes["rows"]
+    parquet = _open_parquet(file)
+    names = parquet.schema_arrow.names
+    for column in (AERIAL, "latitude", "longitude", "name"):
+        if column not in names:
+            raise DatasetError(
+                f"{file} has no column {column!r}; a paired data set has the columns of "
+                "Nature Multi-View"
+            )
+    table = parquet.read(columns=[n for n in names if n not in (AERIAL, GROUND)])
+    rows = [parquet.metadata.row_group(k).num_rows for k in range(parquet.metadata.num_row_groups)]
+    if kept is not None:
+        notes = json.dumps({"ground": GROUND in names, "rows": rows})
+        with replacing(kept, overwrite=True) as beside:
+            pq.write_table(table.replace_schema_metadata({"speciesmap": notes}), beside)
+    return table, GROUND in names, rows
+
+
+def _kept_facts(address: str) -> Path:
+    """Where the facts of a remote file are kept, by its address and state."""
+    system, root = fsspec.core.url_to_fs(address)
+    info = system.info(root)
+    state = [address, *(str(info.get(key)) for key in ("size", "etag", "blob_id", "created"))]
+    digest = hashlib.sha256(repr(state).encode()).hexdigest()[:24]
+    return _cache_folder() / "facts" / f"{digest}.parquet"
 
 
 def _read_sidecar(path: Path) -> dict[str, Any]:
@@ -377,7 +492,12 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
     return notes
 
 
-def _taxa(facts: pd.DataFrame, notes: Mapping[str, Any], path: Path) -> tuple[Taxon, ...]:
+def _taxa(
+    facts: pd.DataFrame,
+    notes: Mapping[str, Any],
+    path: Path | str,
+    taxonomy: str | Path | None,
+) -> tuple[Taxon, ...]:
     """List the taxa: those of `dataset.json`, else the names of the rows in alphabetical order."""
     names = facts["name"].fillna("")
     if "taxa" in notes:
@@ -391,13 +511,8 @@ def _taxa(facts: pd.DataFrame, notes: Mapping[str, Any], path: Path) -> tuple[Ta
         return taxa
     rows = pd.DataFrame({"name": names, "ancestry": facts.get("ancestry", "")})
     rows = rows[rows["name"] != ""].drop_duplicates("name").sort_values("name")
+    known = None if taxonomy is None else read_taxonomy(taxonomy)
     return tuple(
-        Taxon(name, lineage_of(ancestry))
+        Taxon(name, lineage_of(ancestry, known))
         for name, ancestry in zip(rows["name"], rows["ancestry"], strict=True)
     )
-
-
-def lineage_of(ancestry: str | None) -> tuple[str, ...]:
-    """Split an ancestry into names; iNaturalist's numbers name nothing and give none."""
-    parts = [part.strip() for part in str(ancestry or "").split("/")]
-    return tuple(p for p in parts if p and not p.isdigit())

@@ -11,11 +11,13 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from speciesmap.config import DataConfig
 from speciesmap.datasets.birds import BirdDataset, open_dataset
+from speciesmap.datasets.nature_multi_view import chosen_rows
 from speciesmap.datasets.paired import PairedDataset
 from speciesmap.errors import ConfigError, DatasetError
 from speciesmap.models.crisp import to_square
@@ -86,7 +88,9 @@ class PairedRows(Dataset[Batch]):
         return torch.cat(parts)  # (rows, 3, S, S)
 
     def _read_photos(self, rows: NDArray[np.int64]) -> Tensor:
-        photos = self.dataset.ground(rows)
+        return self._squares(rows, self.dataset.ground(rows))
+
+    def _squares(self, rows: NDArray[np.int64], photos: Sequence[Image | None]) -> Tensor:
         missing = [int(row) for row, photo in zip(rows, photos, strict=True) if photo is None]
         if missing:
             raise DatasetError(
@@ -98,18 +102,38 @@ class PairedRows(Dataset[Batch]):
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """Fetch one batch by positions in `rows`."""
         rows = self.rows[list(positions)]
-        batch = {
-            "aerial": torch.from_numpy(self.dataset.aerial(rows)),  # (N, B, W, W)
-            "taxon": torch.from_numpy(self.labels[rows]),  # (N,)
-            "place": torch.from_numpy(self.place[rows]),  # (N,)
-            "metadata": self.metadata[rows],  # (N, 4)
-        }
+        batch = self._batch(rows, self.dataset.aerial(rows))
         if self.image_px:
             kept = self._photos
             batch["ground"] = (
                 self._read_photos(rows) if kept is None else kept[list(positions)]
             )  # (N, 3, S, S)
         return batch
+
+    def assemble(
+        self, rows: NDArray[np.int64], windows: NDArray[Any], photos: Sequence[bytes | None]
+    ) -> Batch:
+        """Make a batch of images that a stream has read.
+
+        Args:
+            rows: Numbers in the data set, shape (N,).
+            windows: Shape (N, B, W, W).
+            photos: Encoded, N of them.
+        """
+        batch = self._batch(rows, windows)
+        if self.image_px and isinstance(self.dataset, PairedDataset):
+            decode = self.dataset.decode
+            decoded = [decode(int(row), photo) for row, photo in zip(rows, photos, strict=True)]
+            batch["ground"] = self._squares(rows, decoded)  # (N, 3, S, S)
+        return batch
+
+    def _batch(self, rows: NDArray[np.int64], windows: NDArray[Any]) -> Batch:
+        return {
+            "aerial": torch.from_numpy(windows),  # (N, B, W, W)
+            "taxon": torch.from_numpy(self.labels[rows]),  # (N,)
+            "place": torch.from_numpy(self.place[rows]),  # (N,)
+            "metadata": self.metadata[rows],  # (N, 4)
+        }
 
 
 def where_and_when(facts: pd.DataFrame) -> Tensor:
@@ -188,6 +212,32 @@ class Places(Dataset[Batch]):
         return {"aerial": self.aerial(positions)}
 
 
+class Kept(Dataset[Batch]):
+    """Windows in memory.
+
+    Args:
+        windows: Raw pixels, shape (N, B, P, P).
+    """
+
+    def __init__(self, windows: Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def subset(self, chosen: NDArray[np.bool_]) -> Kept:
+        """Keep some of the windows, by a mask of shape (N,)."""
+        return Kept(self.windows[torch.from_numpy(chosen)])
+
+    def aerial(self, positions: ArrayLike) -> Tensor:
+        """Raw windows by position, shape (N, B, P, P)."""
+        return self.windows[torch.from_numpy(np.asarray(positions))]
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """Fetch one batch by positions."""
+        return {"aerial": self.aerial(positions)}
+
+
 def as_is(batch: Any) -> Any:
     """Collate what is a batch already."""
     return batch
@@ -225,7 +275,7 @@ def open_sources(data: DataConfig) -> Sources:
     """
     imagery = open_imagery(data.imagery) if data.imagery else None
     if data.dataset:
-        dataset = open_dataset(data.dataset)
+        dataset = open_dataset(data.dataset, data.split, data.taxonomy)
         if isinstance(dataset, BirdDataset) and not dataset.has_aerial:
             raise ConfigError(
                 f"{data.dataset} has photos only, and a model is trained on both views; train on "
@@ -236,12 +286,24 @@ def open_sources(data: DataConfig) -> Sources:
             if name not in names:
                 raise ConfigError(f"data.withheld names {name!r}, which {data.dataset} lacks")
         taxa = tuple(taxon for taxon in dataset.taxa if taxon.name not in data.withheld)
-        wanted = dataset.facts["name"].isin([taxon.name for taxon in taxa])
+        wanted = dataset.facts["name"].isin([taxon.name for taxon in taxa]).to_numpy()
         if "split" in dataset.facts:
-            wanted &= dataset.facts["split"] == "train"
+            wanted = wanted & (dataset.facts["split"] == (data.split or "train")).to_numpy()
         if not wanted.any():
             raise ConfigError(
                 f"{data.dataset} has no rows beside those of data.withheld; withhold fewer taxa"
+            )
+        wanted = wanted & chosen_rows(
+            dataset.facts,
+            data.dataset,
+            one_per_observation=data.one_per_observation,
+            supervised=data.supervised,
+            percent=data.percent,
+        )
+        if not wanted.any():
+            raise ConfigError(
+                f"{data.dataset} has no rows left by data.one_per_observation, data.supervised and "
+                "data.percent; choose fewer of them"
             )
         if imagery is not None and imagery.bands != dataset.bands:
             imagery = imagery.select(dataset.bands)

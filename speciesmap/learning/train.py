@@ -36,6 +36,7 @@ from speciesmap.errors import ConfigError, ModelError, OutputError
 from speciesmap.learning.crossview import crossview_stage
 from speciesmap.learning.data import (
     Batch,
+    Kept,
     PairedRows,
     Places,
     Sources,
@@ -45,6 +46,7 @@ from speciesmap.learning.data import (
 )
 from speciesmap.learning.evaluate import Calibration, calibrate, summarise
 from speciesmap.learning.modules import Crisp, Finetune, Masked, Stage
+from speciesmap.learning.streaming import StreamedBatches
 from speciesmap.mapping.embed import choose_device
 from speciesmap.models import Architecture, SpeciesModel, load_model, save_model
 from speciesmap.models.encoders import ImageTower, computes_bfloat16
@@ -180,15 +182,32 @@ def pretrain(
     else:
         assert sources.imagery is not None
         windows = draw_background(sources.imagery, sources.window_px, config.data.background, rng)
-    model = build(config.model, sources, windows, matcher=config.method == "cvm_mae")
+    stream = config.data.stream if isinstance(windows, PairedRows) else None
+    streamed: StreamedBatches | None = None
+    sample: PairedRows | Places | Kept = windows
+    if stream is not None and isinstance(windows, PairedRows):
+        if config.contrastive.same_place == "positive":
+            raise ConfigError(
+                "data.stream cannot keep rows of one place together, as contrastive.same_place: "
+                "positive needs; leave one of them out"
+            )
+        streamed = StreamedBatches(
+            windows,
+            batch_size=config.optim.batch_size,
+            buffer_rows=stream.buffer_rows,
+            seed=config.seed,
+            workers=config.trainer.workers,
+        )
+        sample = Kept(streamed.first_windows(REFERENCES))
+    model = build(config.model, sources, sample, matcher=config.method == "cvm_mae")
     if config.optim.chunk_size and any(isinstance(m, _BatchNorm) for m in model.modules()):
         log.warning(
             "optim.chunk_size: batch norm takes its statistics from a chunk, not from the batch; "
             "a backbone with layer or group norm learns the same in chunks"
         )
     if isinstance(windows, Places):
-        windows = windows.filled(model.fill)
-    loader = batches(
+        sample = windows = windows.filled(model.fill)
+    loader = streamed or batches(
         windows, config.optim, config.trainer, together=config.contrastive.same_place == "positive"
     )
     steps = config.optim.epochs * len(loader)
@@ -215,8 +234,9 @@ def pretrain(
             keep_positions=config.model.aerial.pretrained,
         )
         stage = Masked(network, config.optim, steps)
-    metrics = fit(stage, loader, config.optim, config.trainer, work)
-    set_reference(model, windows, rng, config.trainer.accelerator)
+    save_steps = stream.save_steps if stream is not None else None
+    metrics = fit(stage, loader, config.optim, config.trainer, work, save_steps)
+    set_reference(model, sample, rng, config.trainer.accelerator)
     return model, metrics
 
 
@@ -392,7 +412,10 @@ def cross_validate(
 
 
 def build(
-    config: ModelConfig, sources: Sources, windows: PairedRows | Places, matcher: bool = False
+    config: ModelConfig,
+    sources: Sources,
+    windows: PairedRows | Places | Kept,
+    matcher: bool = False,
 ) -> SpeciesModel:
     """Make an untrained model for data, with the data's own band statistics unless given.
 
@@ -491,7 +514,12 @@ class ByPlace(Sampler[int]):
 
 
 def fit(
-    stage: Stage, loader: Any, optim: OptimConfig, config: TrainerConfig, work: Path | None
+    stage: Stage,
+    loader: Any,
+    optim: OptimConfig,
+    config: TrainerConfig,
+    work: Path | None,
+    save_steps: int | None = None,
 ) -> dict[str, Any]:
     """Run Lightning's Trainer on one stage.
 
@@ -501,6 +529,8 @@ def fit(
         optim: How many epochs.
         config: Devices and precision.
         work: Folder for logs and for a state to resume from, if any.
+        save_steps: Save that state after so many steps too, not only after an epoch; the loader
+            must then be able to go on in the middle of one.
 
     Returns:
         The last losses by name, the number of steps, and the precision.
@@ -513,8 +543,15 @@ def fit(
     state = None
     if work is not None:
         state = work / STATE
-        latest = ModelCheckpoint(state.parent, state.stem, enable_version_counter=False)
-        callbacks += [latest, Randomness()]
+        place: dict[str, Any] = {"dirpath": state.parent, "filename": state.stem}
+        callbacks.append(ModelCheckpoint(**place, enable_version_counter=False))
+        if save_steps is not None:
+            callbacks.append(
+                ModelCheckpoint(
+                    **place, enable_version_counter=False, every_n_train_steps=save_steps
+                )
+            )
+        callbacks.append(Randomness())
         if loud:
             callbacks.append(RichProgressBar(leave=True, console_kwargs={"stderr": True}))
     stage.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -560,7 +597,7 @@ def best_precision(accelerator: str) -> str:
 @torch.inference_mode()
 def embeddings(
     model: SpeciesModel,
-    windows: PairedRows | Places,
+    windows: PairedRows | Places | Kept,
     limit: int | None = None,
     accelerator: str = "auto",
 ) -> torch.Tensor:
@@ -591,7 +628,7 @@ def embeddings(
 
 def set_reference(
     model: SpeciesModel,
-    windows: PairedRows | Places,
+    windows: PairedRows | Places | Kept,
     rng: np.random.Generator,
     accelerator: str = "auto",
 ) -> None:
