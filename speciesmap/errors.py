@@ -47,5 +47,9 @@ class OutputError(SpeciesmapError):
     """An output exists already or cannot be written."""
 
 
+class ClusterError(SpeciesmapError):
+    """A cluster does not answer or loses its workers."""
+
+
 class DependencyError(SpeciesmapError):
     """An optional dependency is not installed."""

@@ -492,7 +492,8 @@ def test_an_unreadable_block_names_its_tile_and_stops_or_is_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = damaged(tmp_path / "a.tif")
-    monkeypatch.setattr(Imagery, "fingerprint", "f")  # the real one may sample the bad block
+    assert len(open_imagery(path).fingerprint) == 64, "that it cannot be sampled stops nothing"
+    monkeypatch.setattr(Imagery, "fingerprint", "f")
     out = tmp_path / "s.zarr"
     with pytest.raises(
         ImageryError, match=r"tile \(1, 0\) cannot be encoded: .*a\.tif cannot be read at rows"

@@ -99,6 +99,16 @@ def encoding_options(command: F) -> F:
 @click.command("embed")
 @click.argument("model", type=PATH)
 @encoding_options
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Encode in N processes of this machine, each on a GPU of its own where there are several.",
+)
+@click.option(
+    "--scheduler", metavar="ADDRESS", help="Encode on a Dask cluster, for example tcp://node1:8786."
+)
 @out_option("STORE.zarr", "Store to create or to fill.")
 @overwrite_option
 @json_option

@@ -59,6 +59,8 @@ def embed(
     compiled: bool = False,
     skip_unreadable: bool = False,
     any_resolution: bool = False,
+    workers: int = 0,
+    scheduler: str | None = None,
     overwrite: bool = False,
 ) -> EmbeddingStore:
     """Encode the windows of some imagery into an embedding store.
@@ -86,6 +88,9 @@ def embed(
         skip_unreadable: Leave tiles empty whose pixels cannot be read, and name them; another run
             tries them again. By default the first one stops the run.
         any_resolution: Accept pixels more than 1.5 times as large or small as the model's.
+        workers: Encode in so many processes on this machine, each on a GPU of its own where there
+            are several; in this process by default. Model and imagery must be given as paths.
+        scheduler: Address of a Dask scheduler, whose workers encode; they must see the same files.
         overwrite: Start an existing store afresh.
 
     Returns:
@@ -96,7 +101,18 @@ def embed(
         ImageryError: The imagery cannot be read or does not fit the model.
         AreaError: The area is malformed or misses the imagery.
         StoreError: The store was made from something else.
+        ClusterError: A cluster does not answer or loses its workers.
     """
+    named = [
+        str(Path(given).absolute()) if Path(given).exists() else str(given)
+        for given in (model, imagery)
+        if isinstance(given, str | Path)
+    ]
+    if (workers or scheduler) and len(named) < 2:
+        raise ConfigError(
+            "workers open the model and the imagery themselves; give both as paths, or leave out "
+            "workers and scheduler"
+        )
     if isinstance(model, str | Path):
         model = load_model(model)
     imagery = fit_imagery(model, imagery, bands=bands, any_resolution=any_resolution)
@@ -130,17 +146,27 @@ def embed(
     )
     todo = [tile for tile in store.tiles_in(*area) if not store.has(tile)]
     log.debug("%d of %d tiles to encode", len(todo), len(list(store.tiles_in(*area))))
-    encode_tiles(
-        model,
-        imagery,
-        store,
-        todo,
-        batch_size=batch_size,
-        device=device,
-        precision=precision,
-        compiled=compiled,
-        skip_unreadable=skip_unreadable,
-    )
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "device": device,
+        "precision": precision,
+        "compiled": compiled,
+        "skip_unreadable": skip_unreadable,
+    }
+    if workers or scheduler:
+        from speciesmap.mapping.cluster import Job, encode_on_cluster
+
+        job = Job(
+            model=named[0],
+            imagery=named[1],
+            store=str(out.absolute()),
+            bands=None if bands is None else tuple(bands),
+            any_resolution=any_resolution,
+            **settings,
+        )
+        encode_on_cluster(job, store, todo, workers=workers, scheduler=scheduler)
+    else:
+        encode_tiles(model, imagery, store, todo, **settings)
     return store
 
 

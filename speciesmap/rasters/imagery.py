@@ -161,7 +161,12 @@ class Imagery:
             for down in np.linspace(0, 1, per_axis + 2)[1:-1]:
                 for across in np.linspace(0, 1, per_axis + 2)[1:-1]:
                     row, col = m.row + int(down * m.height), m.col + int(across * m.width)
-                    for array in self.read(row - 16, col - 16, 32, 32):
+                    try:
+                        sample = self.read(row - 16, col - 16, 32, 32)
+                    except ImageryError:  # whoever needs these pixels hears of it
+                        digest.update(b"unreadable")
+                        continue
+                    for array in sample:
                         digest.update(array.tobytes())
         return digest.hexdigest()
 

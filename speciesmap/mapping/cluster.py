@@ -1,0 +1,210 @@
+"""Encoding on several processes or machines, through Dask's `distributed`.
+
+Only paths and the numbers of tiles travel. Each worker loads the model once, reads its own pixels
+and writes its own tiles, so the store is what one process makes of it; a tile that was in flight
+on a worker that died is encoded by another.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from speciesmap.errors import ClusterError, DependencyError, SpeciesmapError
+from speciesmap.mapping.embed import Precision, encode_tiles, fit_imagery
+from speciesmap.models import SpeciesModel, load_model
+from speciesmap.progress import track
+from speciesmap.rasters.imagery import Imagery
+from speciesmap.rasters.store import EmbeddingStore, open_store
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+CONNECT_S = 30
+TASK_TILES = 4  # at most: within a task, reading and writing go on beside encoding
+TASKS_PER_WORKER = 4  # at least, so that workers end at about the same time
+
+log = logging.getLogger("speciesmap")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker must know beside the numbers of its tiles; all of it is paths and settings.
+
+    Attributes:
+        model: Folder of the model.
+        imagery: What `open_imagery` takes.
+        store: Path of the store.
+        bands: As for `embed`.
+        any_resolution: As for `embed`.
+        batch_size: As for `embed`.
+        device: As for `embed`; by default each worker chooses, and several workers on one machine
+            take its GPUs in turn.
+        precision: As for `embed`.
+        compiled: As for `embed`.
+        skip_unreadable: As for `embed`.
+        threads: Of torch in each worker; torch's own choice, or the scheduler's, by default.
+    """
+
+    model: str
+    imagery: str
+    store: str
+    bands: tuple[str, ...] | None
+    any_resolution: bool
+    batch_size: int | None
+    device: str | None
+    precision: Precision
+    compiled: bool
+    skip_unreadable: bool
+    threads: int | None = None
+
+
+def encode_on_cluster(
+    job: Job,
+    store: EmbeddingStore,
+    tiles: Sequence[tuple[int, int]],
+    *,
+    workers: int = 0,
+    scheduler: str | None = None,
+) -> int:
+    """Encode tiles on the workers of a Dask cluster.
+
+    Args:
+        job: What to do; its paths must lead to the same files on every worker.
+        store: The job's store.
+        tiles: Row and column of each.
+        workers: Processes to start on this machine, where no scheduler is named.
+        scheduler: Address of a running one, such as `tcp://node1:8786`.
+
+    Returns:
+        Number of windows encoded.
+
+    Raises:
+        ClusterError: The scheduler does not answer, or workers keep dying.
+        DependencyError: `distributed` is not installed.
+        SpeciesmapError: What `encode_tiles` raises, on a worker.
+    """
+    if not tiles:
+        return 0
+    try:
+        import distributed
+        from distributed.client import FutureCancelledError
+        from distributed.comm.core import CommClosedError
+    except ImportError as error:
+        raise DependencyError(
+            "--workers and --scheduler need Dask; install it with pip install 'speciesmap[cluster]'"
+        ) from error
+
+    if scheduler is None:
+        job = replace(job, threads=max(1, len(os.sched_getaffinity(0)) // workers))
+    encode, windows = partial(_encode, job), 0
+    with store.writing(), _client(workers, scheduler) as client:
+        try:
+            # the first worker settles the precision, as a single process does by its first tile
+            windows += client.submit(encode, tiles[:1], pure=False).result()
+            known = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+            size = max(1, min(TASK_TILES, len(tiles) // (known * TASKS_PER_WORKER)))
+            rest = [tiles[k : k + size] for k in range(1, len(tiles), size)]
+            futures = client.map(encode, rest, pure=False)
+            for _, done in track(
+                distributed.as_completed(futures, with_results=True), "Encoding", len(futures)
+            ):
+                windows += done
+        except distributed.KilledWorker as error:
+            raise ClusterError(
+                f"workers died again and again ({error}); give them more memory or a smaller "
+                "--batch-size, and run again: tiles that are done are kept"
+            ) from error
+        except (CommClosedError, FutureCancelledError) as error:
+            raise ClusterError(
+                f"the connection to the cluster was lost ({error}); run again: tiles that are done "
+                "are kept"
+            ) from error
+    log.info("encoded %d windows of %d tiles on %d workers", windows, len(tiles), known)
+    return windows
+
+
+@contextmanager
+def _client(workers: int, scheduler: str | None) -> Iterator[Client]:
+    """Connect to a cluster, or start one on this machine that ends with the block."""
+    import dask.config
+    from distributed import Client, LocalCluster
+
+    dask.config.set({"distributed.comm.timeouts.connect": f"{CONNECT_S}s"})
+    if scheduler is not None:
+        try:
+            client = Client(scheduler, timeout=CONNECT_S)
+        except (OSError, ValueError) as error:
+            raise ClusterError(
+                f"no scheduler answers at {scheduler} ({error}); start one with `dask scheduler`, "
+                "or use --workers"
+            ) from error
+        with client:
+            if not client.scheduler_info(n_workers=-1)["workers"]:
+                log.warning("the scheduler at %s has no workers yet; waiting for some", scheduler)
+            yield client
+        return
+    with (
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=None,
+            dashboard_address=None,
+            silence_logs=logging.ERROR,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@lru_cache(maxsize=1)
+def _opened(job: Job) -> tuple[SpeciesModel, Imagery, EmbeddingStore, str | None]:
+    """What a worker keeps open from task to task."""
+    from distributed import get_worker
+
+    model = load_model(job.model)
+    imagery = fit_imagery(model, job.imagery, bands=job.bands, any_resolution=job.any_resolution)
+    store = open_store(job.store)
+    store.refuse_other(
+        replace(
+            store.identity,
+            model=model.fingerprint,
+            imagery=imagery.fingerprint,
+            bands=imagery.bands,
+        )
+    )
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    device, name = job.device, get_worker().name
+    gpus = torch.cuda.device_count()
+    if device is None and gpus > 1 and isinstance(name, int):
+        device = f"cuda:{name % gpus}"
+    return model, imagery, store, device
+
+
+def _encode(job: Job, tiles: Sequence[tuple[int, int]]) -> int:
+    """Encode the tiles that are not done, on a worker."""
+    try:
+        model, imagery, store, device = _opened(job)
+        return encode_tiles(
+            model,
+            imagery,
+            store,
+            [tile for tile in tiles if not store.has(tile)],
+            batch_size=job.batch_size,
+            device=device,
+            precision=job.precision,
+            compiled=job.compiled,
+            skip_unreadable=job.skip_unreadable,
+        )
+    except SpeciesmapError as error:
+        failure = type(error)(str(error))
+    raise failure  # by itself: causes from other libraries may not travel

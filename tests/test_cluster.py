@@ -1,0 +1,174 @@
+"""The cluster: the same bytes from several processes, whatever happens to one of them."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+from odc.geo.geobox import GeoBox
+from tiny import tiny_model
+
+from speciesmap.errors import ClusterError, ConfigError, DependencyError, ImageryError
+from speciesmap.mapping.embed import embed
+from speciesmap.models import save_model
+from speciesmap.rasters.geotiff import write_geotiff
+from speciesmap.rasters.store import open_store
+
+pytest.importorskip("distributed")
+
+ORIGIN = Affine(1, 0, 550_000, 0, -1, 4_180_000)
+SIDE = 420
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tiny_model(bands=3), tmp_path_factory.mktemp("model") / "m", {})
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pixels = np.random.default_rng(0).integers(1, 255, (3, SIDE, SIDE)).astype(np.uint8)
+    grid = GeoBox((SIDE, SIDE), ORIGIN, "EPSG:32610")
+    names = ("band_0", "band_1", "band_2")
+    return write_geotiff(tmp_path_factory.mktemp("scene") / "a.tif", pixels, grid, bands=names)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, scene: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store that one process makes."""
+    return embed(model, scene, tmp_path_factory.mktemp("whole") / "s.zarr").path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_workers_make_the_bytes_of_one_process_though_one_is_killed(
+    model: Path, scene: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "s.zarr"
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        import psutil
+
+        while not (out.exists() and open_store(out).done()):
+            time.sleep(0.02)
+        for process in psutil.Process().children(recursive=True):
+            if "spawn_main" in " ".join(process.cmdline()) and process.children() == []:
+                killed.append(process.pid)
+                process.send_signal(signal.SIGKILL)
+                return
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    embed(model, scene, out, workers=2)
+    killer.join()
+    assert killed
+    assert contents(out) == contents(whole)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A scheduler and a worker, each a process that was started by its own command."""
+    folder = tmp_path_factory.mktemp("dask")
+    file = folder / "scheduler.json"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "distributed.cli." + name, "--scheduler-file", str(file), *more],
+            cwd=folder,
+            stderr=subprocess.DEVNULL,
+        )
+        for name, more in (
+            ("dask_scheduler", ["--port", "0", "--dashboard-address", ":0"]),
+            ("dask_worker", ["--nthreads", "1", "--no-dashboard", "--no-nanny"]),
+        )
+    ]
+    deadline = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    yield json.loads(file.read_text())["address"]
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_a_cluster_that_runs_already_makes_the_same_bytes(
+    model: Path, scene: Path, whole: Path, tmp_path: Path, address: str
+) -> None:
+    store = embed(model, scene, tmp_path / "s.zarr", scheduler=address)
+    assert contents(store.path) == contents(whole)
+    (store.path / "vectors/c/1/1/0").unlink()
+    before = {p: p.stat().st_mtime_ns for p in store.path.rglob("c/*/*/0")}
+    embed(model, scene, store.path, scheduler=address)
+    assert contents(store.path) == contents(whole)
+    after = {p: p.stat().st_mtime_ns for p in store.path.rglob("c/*/*/0")}
+    assert {p: after[p] for p in before} == before, "only what was missing was encoded"
+
+
+def test_a_workers_error_arrives_as_it_was_raised(
+    model: Path, tmp_path: Path, address: str
+) -> None:
+    pixels = np.random.default_rng(0).integers(1, 255, (3, 300, 300)).astype(np.uint8)
+    grid = GeoBox((300, 300), ORIGIN, "EPSG:32610")
+    path = write_geotiff(tmp_path / "a.tif", pixels, grid, bands=("band_0", "band_1", "band_2"))
+    with rasterio.open(path) as raster:
+        offset = int(raster.get_tag_item("BLOCK_OFFSET_0_0", "TIFF", bidx=1))
+        size = int(raster.get_tag_item("BLOCK_SIZE_0_0", "TIFF", bidx=1))
+    content = bytearray(path.read_bytes())
+    content[offset : offset + size] = b"\xff" * size
+    path.write_bytes(bytes(content))
+    with pytest.raises(ImageryError, match=r"tile \(\d+, \d+\) cannot be encoded"):
+        embed(model, path, tmp_path / "s.zarr", scheduler=address)
+
+
+def test_ctrl_c_leaves_a_store_that_can_be_resumed(
+    model: Path, scene: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "s.zarr"
+    words = [sys.executable, "-c", "from speciesmap.cli import main; main()", "embed", str(model)]
+    words += ["--imagery", str(scene), "--out", str(out), "--workers", "1", "-q"]
+    process = subprocess.Popen(words, env=os.environ, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (out.exists() and open_store(out).done()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in (0, 1), said
+    store = open_store(out)
+    assert store.done() is not None
+    embed(model, scene, out)
+    assert contents(out) == contents(whole)
+
+
+def test_what_cannot_work_is_said_before_anything_starts(
+    model: Path, scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "s.zarr"
+    with pytest.raises(ConfigError, match="give both as paths"):
+        embed(tiny_model(bands=3), scene, out, workers=1)
+    monkeypatch.setattr("speciesmap.mapping.cluster.CONNECT_S", 1)
+    with pytest.raises(ClusterError, match=r"no scheduler answers at tcp://127\.0\.0\.1:9"):
+        embed(model, scene, out, scheduler="tcp://127.0.0.1:9")
+    assert not out.exists()
+    real = builtins.__import__
+
+    def without(name: str, *more: Any) -> Any:
+        if name.partition(".")[0] == "distributed":
+            raise ImportError(name)
+        return real(name, *more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(DependencyError, match=r"speciesmap\[cluster\]"):
+        embed(model, scene, out, workers=1)
