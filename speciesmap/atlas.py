@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import rasterio
 
 from speciesmap import __version__, outputs
@@ -22,6 +23,7 @@ from speciesmap.errors import ConfigError, StoreError
 from speciesmap.mapping.embed import Precision, embed
 from speciesmap.mapping.predict import Map, write_maps
 from speciesmap.mapping.query import Query, make_queries
+from speciesmap.mapping.ranges import draw_range, write_ranges
 from speciesmap.models import SpeciesModel, load_model, read_facts
 from speciesmap.present.qgis import write_project
 from speciesmap.present.stac import write_item
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 PAGE_MAPS = 48  # more do not fit in a page at a useful size; the GeoTIFFs are all there
 STORE_SUFFIX = ".store.zarr"
+RANGES = "ranges.gpkg"
+RICHNESS = "richness.tif"
 
 log = logging.getLogger("speciesmap")
 
@@ -98,7 +102,9 @@ def predict(
     """Map species, photos or text over an area.
 
     The folder gets a Cloud-Optimized GeoTIFF and a QGIS style for each query, `map.html`,
-    `run.json` and `item.json`, and appears when all of them are there. Embeddings are kept in a
+    `run.json` and `item.json`, and appears when all of them are there. Where thresholds were fixed
+    at training, `ranges.gpkg` holds polygons; where several taxa have probabilities,
+    `richness.tif` is their sum. Embeddings are kept in a
     store, so that asking again encodes nothing.
 
     Args:
@@ -180,7 +186,20 @@ def predict(
     encoded = time.perf_counter()
     with outputs.replacing(out, overwrite=overwrite) as folder:
         folder.mkdir()
-        maps = write_maps(filled, asked, folder, bbox=bbox, bbox_crs=bbox_crs)
+        likely = [q for q in asked if q.kind == "taxon" and q.quantity == "probability"]
+        maps = write_maps(
+            filled,
+            asked,
+            folder,
+            bbox=bbox,
+            bbox_crs=bbox_crs,
+            applicability=model.trust.applicability if model.trust else None,
+            richness=folder / RICHNESS if len(likely) > 1 else None,
+        )
+        bounded = [m for m in maps if m.query.thresholds]
+        if bounded:
+            ranges = [draw_range(m.path, m.query.label, m.query.thresholds) for m in bounded]
+            write_ranges(pd.concat(ranges, ignore_index=True), folder / RANGES)
         scored = time.perf_counter()
         tifs = [m.path for m in maps]
         for tif in tifs:
@@ -259,6 +278,7 @@ def _facts(m: Map) -> dict[str, Any]:
         "quantity": m.query.quantity,
         "gain": m.query.gain,
         "offset": m.query.offset,
+        "thresholds": dict(m.query.thresholds),
         "sha256": _sha256(m.path),
     }
 

@@ -239,11 +239,15 @@ class ValidationConfig(Strict):
 
     Folds are whole blocks of `block_m` metres; training windows that overlap a test window are
     left out. `prevalence` is the share of places where a taxon is present, one for all or by name.
+    `surveys` is a table of presence and absence (lon, lat, taxon, present), which probabilities
+    are calibrated on instead, at places that share no window with a presence.
     """
 
     folds: int = Field(default=5, ge=2)
     block_m: float = Field(gt=0)
     prevalence: float | dict[str, float] | None = None
+    surveys: str | None = None
+    calibration: Literal["platt", "isotonic"] = "platt"
 
 
 class PretrainConfig(Strict):

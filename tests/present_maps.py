@@ -34,8 +34,8 @@ def write_map(
     tags = {"TAXON": label, "QUERY": query, "MODEL": "0123456789abcdef"}
     path.parent.mkdir(parents=True, exist_ok=True)
     geobox = GeoBox(values.shape, transform, crs)
-    with MapWriter(path, geobox, band=quantity, tags=tags) as writer:
-        writer.write(0, 0, values)
+    with MapWriter(path, geobox, bands=[quantity], tags=tags) as writer:
+        writer.write(0, 0, values[None])
     return path
 
 

@@ -69,10 +69,10 @@ def test_a_map_written_in_blocks_is_a_valid_cog(tmp_path: Path, shape: tuple[int
     grid = GeoBox(shape, GRID.transform, GRID.crs)
     path = tmp_path / "map.tif"
     tags = {"TAXON": "Quercus lobata", "QUERY": "taxon", "MODEL": "abc"}
-    with MapWriter(path, grid, band="suitability", tags=tags) as writer:
+    with MapWriter(path, grid, bands=["suitability"], tags=tags) as writer:
         for row in range(0, shape[0], 100):
             for col in range(0, shape[1], 130):
-                writer.write(row, col, values[row : row + 100, col : col + 130])
+                writer.write(row, col, values[None, row : row + 100, col : col + 130])
     valid, errors, warnings = cog_validate(path, strict=True)
     assert valid, (errors, warnings)
     with rasterio.open(path) as raster:
@@ -91,14 +91,14 @@ def test_a_map_written_in_blocks_is_a_valid_cog(tmp_path: Path, shape: tuple[int
 
 
 def test_a_map_of_nothing_but_nodata_is_still_a_cog(tmp_path: Path) -> None:
-    with MapWriter(tmp_path / "map.tif", GRID, band="suitability", tags={}) as writer:
-        writer.write(0, 0, np.full(GRID.shape, np.nan, np.float32))
+    with MapWriter(tmp_path / "map.tif", GRID, bands=["suitability"], tags={}) as writer:
+        writer.write(0, 0, np.full((1, *GRID.shape), np.nan, np.float32))
     assert cog_validate(tmp_path / "map.tif", strict=True)[0]
 
 
 def test_cells_that_were_never_written_are_nodata(tmp_path: Path) -> None:
-    with MapWriter(tmp_path / "map.tif", GRID, band="suitability", tags={}) as writer:
-        writer.write(10, 20, np.ones((5, 5), np.float32))
+    with MapWriter(tmp_path / "map.tif", GRID, bands=["suitability"], tags={}) as writer:
+        writer.write(10, 20, np.ones((1, 5, 5), np.float32))
     with rasterio.open(tmp_path / "map.tif") as raster:
         assert np.isfinite(raster.read(1)).sum() == 25
 
@@ -106,7 +106,7 @@ def test_cells_that_were_never_written_are_nodata(tmp_path: Path) -> None:
 def test_a_map_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
     with (
         pytest.raises(RuntimeError, match="stop"),
-        MapWriter(tmp_path / "map.tif", GRID, band="suitability", tags={}),
+        MapWriter(tmp_path / "map.tif", GRID, bands=["suitability"], tags={}),
     ):
         raise RuntimeError("stop")
     assert not list(tmp_path.iterdir())

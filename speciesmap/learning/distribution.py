@@ -117,6 +117,11 @@ class Expansion:
         raw = self._raw(values)
         self.centre, self.spread = raw.mean(0), raw.std(0) + 1e-6
 
+    @property
+    def expands(self) -> bool:
+        """Whether there are other features than the table's own columns."""
+        return bool(self.quadratic or len(self.knots) or self.categories)
+
     def _raw(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         part = np.clip(values[:, self.continuous], self.low, self.high)
         scaled = (part - self.mean) / self.sd
@@ -154,6 +159,17 @@ class Heads:
         """Logits of relative suitability, shape (N, T)."""
         with torch.inference_mode():
             return np.asarray(self.network(self.expansion(table)).numpy())  # (N, T)
+
+    def linear(self) -> tuple[Tensor, Tensor]:
+        """Weights (T, F) and offsets (T,) on the raw table, of linear heads without expansion."""
+        layer = self.network
+        if not isinstance(layer, nn.Linear) or self.expansion.expands:
+            raise ValueError("only linear heads on the table itself have weights on it")
+        e = self.expansion
+        scale = torch.from_numpy(e.sd * e.spread).float()  # (F,)
+        centre = torch.from_numpy(e.mean + e.sd * e.centre).float()  # (F,)
+        weight = layer.weight / scale  # (T, F)
+        return weight, layer.bias - weight @ centre
 
     def standardised(self, table: ArrayLike) -> NDArray[np.float32]:
         """Logits in standard deviations over the places trained on, shape (N, T)."""

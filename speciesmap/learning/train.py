@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import CombinedLoader
 from numpy.typing import NDArray
+from scipy.special import expit
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 
@@ -47,11 +48,18 @@ from speciesmap.learning.data import (
 from speciesmap.learning.evaluate import Calibration, calibrate, summarise
 from speciesmap.learning.modules import Crisp, Finetune, Masked, Stage
 from speciesmap.learning.streaming import StreamedBatches
+from speciesmap.learning.trust import (
+    calibrate_on_surveys,
+    clear_of,
+    measure_trust,
+    read_surveys,
+)
 from speciesmap.mapping.embed import choose_device
 from speciesmap.models import Architecture, SpeciesModel, load_model, save_model
 from speciesmap.models.encoders import ImageTower, computes_bfloat16
 from speciesmap.models.heads import TaxonHead
 from speciesmap.models.masked import MaskedAutoencoder
+from speciesmap.models.trust import Trust
 from speciesmap.observations.folds import separated, spatial_blocks
 from speciesmap.outputs import refuse_existing, replacing
 from speciesmap.progress import track
@@ -279,6 +287,7 @@ def finetune(
     )
     metrics: dict[str, Any] = {}
     calibrations: dict[str, Calibration] = {}
+    folds = None
     if config.validation is not None:
         folds = cross_validate(base, presences, background, config, work)
         metrics["validation"] = summarise(folds, sources.taxa)
@@ -287,6 +296,10 @@ def finetune(
         calibrations = calibrate(folds, sources.taxa, config.validation.prevalence)
     model, fitted = fit_taxa(base, presences, background, config, work)
     set_reference(model, background, rng, config.trainer.accelerator)
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    if config.validation is not None and config.validation.surveys is not None:
+        surveyed, curves = on_surveys(model, presences, background, config)
+        calibrations |= surveyed
     model.prevalence = {name: c.prevalence for name, c in calibrations.items()}
     with torch.no_grad():
         for k, taxon in enumerate(sources.taxa):
@@ -294,7 +307,59 @@ def finetune(
                 c = calibrations[taxon.name]
                 model.head.gain[k] *= c.slope
                 model.head.offset[k] = c.slope * model.head.offset[k] + c.intercept
+    model.trust = judge(model, presences, background, folds, calibrations, curves, config)
     return model, {**fitted, **metrics}
+
+
+def on_surveys(
+    model: SpeciesModel, presences: PairedRows, background: Places, config: FinetuneConfig
+) -> tuple[dict[str, Calibration], dict[str, tuple[list[float], list[float]]]]:
+    """Calibrate on surveyed places whose windows share no ground with a presence's."""
+    assert config.validation is not None and config.validation.surveys is not None
+    surveys = read_surveys(config.validation.surveys)
+    imagery = background.imagery
+    facts = presences.dataset.facts.iloc[presences.rows]
+    rows, cols = imagery.rowcol(surveys["lon"].to_numpy(), surveys["lat"].to_numpy())
+    trained = imagery.rowcol(facts["longitude"].to_numpy(), facts["latitude"].to_numpy())
+    height, width = imagery.shape
+    use = clear_of(rows, cols, *trained, model.window_px)
+    use &= (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
+    places = Places(imagery, rows[use], cols[use], model.window_px, model.fill)
+    vectors = embeddings(model, places, accelerator=config.trainer.accelerator)
+    with torch.inference_mode():
+        logits = model.head(vectors).double().numpy()  # (N, T)
+    return calibrate_on_surveys(logits, surveys[use], model.taxa, config.validation.calibration)
+
+
+def judge(
+    model: SpeciesModel,
+    presences: PairedRows,
+    background: Places,
+    folds: pd.DataFrame | None,
+    calibrations: Mapping[str, Calibration],
+    curves: Mapping[str, tuple[list[float], list[float]]],
+    config: FinetuneConfig,
+) -> Trust:
+    """Measure how far the maps of a calibrated model can be trusted."""
+    accelerator = config.trainer.accelerator
+    here = embeddings(model, presences, accelerator=accelerator)  # (N, D)
+    away = embeddings(model, background, accelerator=accelerator)  # (M, D)
+    labels = presences.labels[presences.rows]
+    with torch.inference_mode():
+        logits = model.head(torch.cat([here, away])).double().numpy()  # (N + M, T)
+    taxon = np.r_[labels, np.full(len(away), -1)]
+    values = {}
+    for k, name in enumerate(t.name for t in model.taxa):
+        value = logits[:, k]
+        if folds is not None:
+            c = calibrations.get(name, Calibration(1.0, 0.0, 0.0))
+            value = c.slope * folds[name].to_numpy() + c.intercept
+        value = expit(value)
+        if name in curves:
+            value = np.interp(value, *curves[name])
+        values[name] = value[taxon == k], value[taxon == -1]
+    fold = None if folds is None else folds["fold"].to_numpy()
+    return measure_trust(model, here, labels, away, fold, values, curves, config.seed)
 
 
 def fit_taxa(
@@ -322,6 +387,7 @@ def fit_taxa(
     model = copy.deepcopy(base)
     model.taxa = presences.taxa
     model.head = TaxonHead(len(model.taxa), model.dim)
+    model.trust = None
     accelerator = config.trainer.accelerator
     here = embeddings(model, presences, accelerator=accelerator)  # (N, D)
     labels = torch.from_numpy(presences.labels[presences.rows])  # (N,)

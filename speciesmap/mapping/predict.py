@@ -10,9 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from speciesmap.errors import QueryError, StoreError
+from speciesmap.mapping.applicability import applicable
 from speciesmap.mapping.cut import ahead
-from speciesmap.mapping.query import Query, score
+from speciesmap.mapping.query import Query, score, spread
+from speciesmap.models.trust import Applicability
 from speciesmap.progress import track
 from speciesmap.rasters.geotiff import MapWriter
 from speciesmap.rasters.store import TILE, EmbeddingStore
@@ -44,8 +49,13 @@ def write_maps(
     *,
     bbox: Sequence[float] | None = None,
     bbox_crs: Any = "EPSG:4326",
+    applicability: Applicability | None = None,
+    richness: Path | None = None,
 ) -> list[Map]:
     """Score a store against queries and write a Cloud-Optimized GeoTIFF for each.
+
+    Band 1 is the query's quantity, `uncertainty` follows where the query has members, and
+    `applicability`, 1 inside and 0 outside, where it is given.
 
     Args:
         store: Of embeddings.
@@ -53,6 +63,10 @@ def write_maps(
         folder: Where to write; exists.
         bbox: Area of interest: west, south, east, north. By default all that is encoded.
         bbox_crs: CRS of `bbox`.
+        applicability: Of the store's model.
+        richness: Where to write the number of taxa to be expected in each cell, the sum of the
+            probabilities of all taxa that have one (Calabrese et al. 2014); empty outside the
+            area of applicability.
 
     Returns:
         The maps, in the order of the queries.
@@ -90,21 +104,35 @@ def write_maps(
         for stem, query in zip(_unique([q.stem for q in queries]), queries, strict=True)
     ]
     for start in range(0, len(maps), MOST_OPEN_MAPS):
-        _write_maps(store, maps[start : start + MOST_OPEN_MAPS], rows, cols)
+        _write_maps(store, maps[start : start + MOST_OPEN_MAPS], rows, cols, applicability)
+    if richness is not None:
+        taxa = [q for q in queries if q.kind == "taxon" and q.quantity == "probability"]
+        _write_richness(store, taxa, richness, rows, cols, applicability)
     return maps
 
 
-def _write_maps(store: EmbeddingStore, maps: Sequence[Map], rows: slice, cols: slice) -> None:
+def _write_maps(
+    store: EmbeddingStore,
+    maps: Sequence[Map],
+    rows: slice,
+    cols: slice,
+    known: Applicability | None,
+) -> None:
     """Write maps in one pass over the store."""
     geobox = store.geobox[rows, cols]
     queries = [m.query for m in maps]
+    uncertain = [len(query.members) > 1 for query in queries]
     with ExitStack() as stack:
         writers = [
             stack.enter_context(
                 MapWriter(
                     m.path,
                     geobox,
-                    band=m.query.quantity,
+                    bands=[
+                        m.query.quantity,
+                        *(["uncertainty"] if spreads else []),
+                        *(["applicability"] if known else []),
+                    ],
                     tags={
                         "TAXON": m.query.label,
                         "QUERY": m.query.kind,
@@ -112,19 +140,53 @@ def _write_maps(store: EmbeddingStore, maps: Sequence[Map], rows: slice, cols: s
                     },
                 )
             )
-            for m in maps
+            for m, spreads in zip(maps, uncertain, strict=True)
         ]
-        blocks = list(_blocks(store, rows, cols))
-        read = ((block, store.read(*block)) for block in blocks)
-        for (block_rows, block_cols), vectors in track(ahead(read, 2), "Scoring", len(blocks)):
-            for left in range(block_cols.start, block_cols.stop, TILE):
-                tile = vectors[:, left - block_cols.start :][:, :TILE]
-                # tiles are scored whole: a product's last bit depends on the shapes of its factors
-                values = score(tile, queries)
-                inner_rows, row = _shared(block_rows.start, tile.shape[0], rows)
-                inner_cols, col = _shared(left, tile.shape[1], cols)
-                for writer, value in zip(writers, values, strict=True):
-                    writer.write(row, col, value[inner_rows, inner_cols])
+        for tile, row, col, inside in _tiles(store, rows, cols):
+            # tiles are scored whole: a product's last bit depends on the shapes of its factors
+            values = score(tile, queries)
+            inner = applicable(tile, known) if known else None
+            for writer, query, value, spreads in zip(
+                writers, queries, values, uncertain, strict=True
+            ):
+                bands = [value[inside]]
+                if spreads:
+                    bands.append(spread(tile, query)[inside])
+                if inner is not None:
+                    bands.append(inner[inside])
+                writer.write(row, col, np.stack(bands))
+
+
+def _write_richness(
+    store: EmbeddingStore,
+    queries: Sequence[Query],
+    path: Path,
+    rows: slice,
+    cols: slice,
+    known: Applicability | None,
+) -> None:
+    """Sum probabilities in a pass of its own, whatever the number of taxa."""
+    tags = {"TAXON": "Species richness", "QUERY": "richness", "MODEL": store.identity.model}
+    with MapWriter(path, store.geobox[rows, cols], bands=["richness"], tags=tags) as writer:
+        for tile, row, col, inside in _tiles(store, rows, cols):
+            total = score(tile, queries).sum(0)
+            if known is not None:
+                total[applicable(tile, known) == 0] = np.nan
+            writer.write(row, col, total[inside][None])
+
+
+def _tiles(
+    store: EmbeddingStore, rows: slice, cols: slice
+) -> Iterator[tuple[NDArray[Any], int, int, tuple[slice, slice]]]:
+    """Read whole tiles ahead; where each comes in the wanted range, and what of it is wanted."""
+    blocks = list(_blocks(store, rows, cols))
+    read = ((block, store.read(*block)) for block in blocks)
+    for (block_rows, block_cols), vectors in track(ahead(read, 2), "Scoring", len(blocks)):
+        for left in range(block_cols.start, block_cols.stop, TILE):
+            tile = vectors[:, left - block_cols.start :][:, :TILE]
+            inner_rows, row = _shared(block_rows.start, tile.shape[0], rows)
+            inner_cols, col = _shared(left, tile.shape[1], cols)
+            yield tile, row, col, (inner_rows, inner_cols)
 
 
 def _shared(start: int, count: int, wanted: slice) -> tuple[slice, int]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from speciesmap.models import SpeciesModel
 from speciesmap.taxa import find, slug
 
 TOGETHER = 16  # queries of one matrix product
+FEW = 25  # presences below which spatial folds say little (ENMeval leaves one out there)
 PROBIT_TO_LOGIT = 1.702  # the logistic curve nearest to the normal's (Camilli 1994)
 
 log = logging.getLogger("speciesmap")
@@ -37,6 +38,12 @@ class Query:
         gain: Positive slope, in logits per unit of cosine.
         offset: In logits.
         quantity: What the values are.
+        members: Heads fitted to parts of the training data, whose spread is the map's
+            uncertainty, in logits, float32, shape (M, D); M is 0 where there are none.
+        member_offsets: Theirs, shape (M,).
+        curve: Isotonic calibration, if any: values of the logistic curve, and the probabilities
+            they stand for.
+        thresholds: Values that bound a range, by rule, fixed at training.
     """
 
     label: str
@@ -45,6 +52,10 @@ class Query:
     gain: float
     offset: float
     quantity: Literal["suitability", "probability"]
+    members: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    member_offsets: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    curve: tuple[Sequence[float], Sequence[float]] | None = None
+    thresholds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def stem(self) -> str:
@@ -93,6 +104,22 @@ def taxon_query(model: SpeciesModel, name: str) -> Query:
     """
     position = find(name, model.taxa)
     label = model.taxa[position].name
+    trust = model.trust
+    known: dict[str, Any] = {}
+    if trust is not None:
+        known = {
+            "members": _array(trust.weight[position]),
+            "member_offsets": _array(trust.offset[position]),
+            "curve": trust.curves.get(label),
+            "thresholds": trust.thresholds.get(label, {}),
+        }
+        if trust.presences.get(label, FEW) < FEW:
+            log.warning(
+                "%s was learned from %d presences, fewer than %d: read its map as a sketch",
+                label,
+                trust.presences[label],
+                FEW,
+            )
     return Query(
         label=label,
         kind="taxon",
@@ -100,6 +127,7 @@ def taxon_query(model: SpeciesModel, name: str) -> Query:
         gain=float(model.head.gain[position].detach()),
         offset=float(model.head.offset[position].detach()),
         quantity="probability" if label in model.prevalence else "suitability",
+        **known,
     )
 
 
@@ -210,8 +238,29 @@ def score(vectors: NDArray[Any], queries: Sequence[Query]) -> NDArray[np.float32
     for start in range(0, padded, TOGETHER):
         block = slice(start, start + TOGETHER)
         torch.addmm(offsets[block], directions[block], places.T, out=values[block])
-    values = values[: len(queries)].sigmoid_()
-    return values.numpy().reshape(len(queries), *vectors.shape[:-1])
+    scored = values[: len(queries)].sigmoid_().numpy()
+    for value, query in zip(scored, queries, strict=True):
+        if query.curve is not None:
+            value[:] = np.interp(value, *query.curve)
+    return scored.reshape(len(queries), *vectors.shape[:-1])
+
+
+def spread(vectors: NDArray[Any], query: Query) -> NDArray[np.float32]:
+    """Standard deviation of a query's members at places, in the unit of its map.
+
+    Args:
+        vectors: Unit embeddings, shape (..., D); NaN where nothing is known.
+        query: With at least two members.
+
+    Returns:
+        0 or more, shape (...), NaN where the embedding is.
+    """
+    places = torch.from_numpy(np.ascontiguousarray(vectors)).reshape(-1, vectors.shape[-1]).float()
+    offsets = torch.from_numpy(query.member_offsets)[:, None]
+    values = torch.addmm(offsets, torch.from_numpy(query.members), places.T).sigmoid_()  # (M, N)
+    if query.curve is not None:
+        values = torch.from_numpy(np.interp(values.numpy(), *query.curve))
+    return np.asarray(values.std(0, correction=1).float().numpy().reshape(vectors.shape[:-1]))
 
 
 def _array(vector: Tensor) -> NDArray[np.float32]:

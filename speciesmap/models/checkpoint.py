@@ -14,6 +14,7 @@ from safetensors.torch import save_model as save_weights
 
 from speciesmap.errors import ModelError
 from speciesmap.models.crisp import Architecture, SpeciesModel
+from speciesmap.models.trust import Trust
 from speciesmap.taxa import Taxon
 
 WEIGHTS, CONFIG, TAXA = "model.safetensors", "config.json", "taxa.json"
@@ -39,6 +40,7 @@ def save_model(model: SpeciesModel, folder: Path | str, facts: Mapping[str, Any]
         "architecture": asdict(model.architecture),
         "prevalence": model.prevalence,
         "fingerprint": model.fingerprint,
+        "trust": model.trust.save(folder) if model.trust else None,
         **facts,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str))
@@ -105,6 +107,8 @@ def load_model(folder: Path | str) -> SpeciesModel:
             references=references,
         )
         load_weights(model, folder / WEIGHTS)
+        if facts.get("trust"):
+            model.trust = Trust.load(folder, facts["trust"])
     except FileNotFoundError as error:
         raise ModelError(
             f"{folder} lacks {Path(error.filename or WEIGHTS).name}; copy the checkpoint again"

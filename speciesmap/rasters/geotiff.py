@@ -103,12 +103,12 @@ class MapWriter:
     Args:
         path: Of the map; must not exist.
         geobox: Grid of the cells.
-        band: Description of its band, `"suitability"` or `"probability"`.
+        bands: Descriptions of its bands; the first is `"suitability"` or `"probability"`.
         tags: Kept in the file's default namespace.
     """
 
     def __init__(
-        self, path: Path | str, geobox: GeoBox, *, band: str, tags: Mapping[str, str]
+        self, path: Path | str, geobox: GeoBox, *, bands: Sequence[str], tags: Mapping[str, str]
     ) -> None:
         self.path = Path(path)
         self._beside = self.path.with_name(f".{self.path.stem}.part.tif")
@@ -117,7 +117,7 @@ class MapWriter:
             "w",
             driver="GTiff",
             **_grid(geobox),
-            count=1,
+            count=len(bands),
             dtype="float32",
             nodata=np.nan,
             tiled=True,
@@ -125,13 +125,13 @@ class MapWriter:
             blockysize=TILE_PX,
             bigtiff="IF_SAFER",
         )
-        self._raster.descriptions = (band,)
+        self._raster.descriptions = tuple(bands)
         self._raster.update_tags(AREA_OR_POINT="Area", **tags)
 
     def write(self, row: int, col: int, values: NDArray[np.float32]) -> None:
-        """Write a block of cells, shape (rows, columns), whose first cell is at (row, col)."""
-        height, width = values.shape
-        self._raster.write(values, 1, window=Window(col, row, width, height))
+        """Write a block, shape (bands, rows, columns), whose first cell is at (row, col)."""
+        _, height, width = values.shape
+        self._raster.write(values, window=Window(col, row, width, height))
 
     def __enter__(self) -> MapWriter:
         return self

@@ -1,0 +1,89 @@
+"""What a checkpoint knows about how far its maps can be trusted, fixed at training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+TRUST = "trust.safetensors"
+
+
+@dataclass(frozen=True)
+class Applicability:
+    """The training places, as distances to them are measured.
+
+    Attributes:
+        centre: Mean of the training embeddings, shape (D,).
+        axes: Their principal directions, shape (P, D).
+        places: Coordinates along the axes and, last, the length of what the axes leave over,
+            shape (R, P + 1).
+        mean_distance: Between two training places, on average.
+        threshold: Largest dissimilarity index that counts as known.
+    """
+
+    centre: Tensor
+    axes: Tensor
+    places: Tensor
+    mean_distance: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Figures of a fine-tuned model, by name of taxon.
+
+    Attributes:
+        weight: Heads fitted to parts of the training data, in logits of the map, shape (T, M, D).
+        offset: Theirs, shape (T, M).
+        applicability: Of all maps of the model, where it was measured.
+        thresholds: Values of the map that bound a range, by rule.
+        curves: Isotonic calibration: suitability and the probability it stands for.
+        presences: Number of records trained on.
+    """
+
+    weight: Tensor
+    offset: Tensor
+    applicability: Applicability | None = None
+    thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
+    curves: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+    presences: dict[str, int] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the tensors into a checkpoint's folder and give what its JSON keeps."""
+        tensors = {"weight": self.weight, "offset": self.offset}
+        known: dict[str, Any] | None = None
+        if self.applicability is not None:
+            a = self.applicability
+            tensors |= {"centre": a.centre, "axes": a.axes, "places": a.places}
+            known = {"mean_distance": a.mean_distance, "threshold": a.threshold}
+        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / TRUST)
+        return {
+            "applicability": known,
+            "thresholds": self.thresholds,
+            "curves": self.curves,
+            "presences": self.presences,
+        }
+
+    @classmethod
+    def load(cls, folder: Path, facts: dict[str, Any]) -> Trust:
+        """Read what `save` wrote; facts are those it gave."""
+        tensors = load_file(folder / TRUST)
+        known = facts["applicability"]
+        applicability = None
+        if known is not None:
+            applicability = Applicability(
+                tensors["centre"], tensors["axes"], tensors["places"], **known
+            )
+        curves = {name: (list(x), list(y)) for name, (x, y) in facts["curves"].items()}
+        return cls(
+            tensors["weight"],
+            tensors["offset"],
+            applicability,
+            facts["thresholds"],
+            curves,
+            facts["presences"],
+        )
