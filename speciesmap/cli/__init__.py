@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": "Map species, photos or text over an area.",
     "map": "Put maps into one interactive HTML page.",
     "view": "Show a map in full resolution in the browser.",
+    "benchmark": "Measure how fast this machine encodes.",
     "info": "Tell what a model, store, data set or map is.",
 }
 

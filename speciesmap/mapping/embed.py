@@ -260,7 +260,7 @@ def encode_tiles(
                 f"{store.path} was begun in {store.precision}, not {precision}; leave --precision "
                 "out, or use another path for the store"
             )
-        encoder = Encoder(model, place, batch_size, compiled)
+        encoder = Encoder(model, place, batch_size, compiled, spent)
         cut = partial(cut_windows, imagery, store, fill=model.fill, skip_unreadable=skip_unreadable)
 
         def encoded() -> Iterator[tuple[Batch, Tensor | None]]:
@@ -275,10 +275,10 @@ def encode_tiles(
                             assert whole is not None
                             sample = whole
                         settle_precision(encoder, store, precision, sample)
-                    with spent("encode", place):
+                    with spent("encode", encoder.stream):
                         parts.append(encoder.encode(batch.pixels))
                 if batch.layout is not None:
-                    with spent("encode", place):
+                    with spent("encode", encoder.stream):
                         vectors = encoder.assemble(parts, batch.layout)
                     yield batch, vectors
                 elif not batch.readable:

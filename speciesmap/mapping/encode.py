@@ -29,8 +29,8 @@ class Stopwatch:
     """Seconds that each stage of the engine takes, in whatever thread it runs.
 
     Attributes:
-        seconds: By stage: `read` and cut, `encode` (on a GPU, copying to it too), `write`, and
-            `wait`, the time in which the encoder had nothing to do because reading lagged behind.
+        seconds: By stage: `read` and cut, `copy` to a GPU, `encode`, `write`, and `wait`, the time
+            in which the encoder was given nothing because reading lagged behind.
     """
 
     def __init__(self) -> None:
@@ -38,11 +38,10 @@ class Stopwatch:
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def __call__(self, stage: str, device: torch.device | None = None) -> Iterator[None]:
-        """Time a block; on a GPU, the work that it queues."""
-        if device is not None and device.type == "cuda":
+    def __call__(self, stage: str, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
+        """Time a block, or the work that it queues on a GPU's stream."""
+        if stream is not None:
             ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-            stream = torch.cuda.current_stream(device)
             ends[0].record(stream)
             yield
             ends[1].record(stream)
@@ -89,8 +88,10 @@ class Encoder:
         windows: Windows encoded at once; 32 on a CPU, 256 on a GPU by default. Halved for good
             where memory runs out.
         compiled: Use `torch.compile`.
+        spent: Told how long copies take.
 
     Attributes:
+        compiled: Whether `torch.compile` is used.
         precision: `float32` or `bfloat16`; to be set before anything is encoded.
         windows: Most windows at once.
         pieces: Most pieces at once, which are as many pixels.
@@ -103,6 +104,7 @@ class Encoder:
         device: torch.device,
         windows: int | None = None,
         compiled: bool = False,
+        spent: Stopwatch | None = None,
     ) -> None:
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = device
@@ -114,13 +116,20 @@ class Encoder:
         self._piece: Encode = model.encode_aerial if tower is None else tower.encode_cells
         self._whole: Encode | None = None if tower is None else tower.encode_tokens
         self._share = 1.0  # of the batch that fits into memory
-        self._compiled = compiled
+        self.compiled = compiled
+        self.spent = spent or Stopwatch()
         if compiled:
             self._piece = _compile(self._piece)
             self._whole = self._whole and _compile(self._whole)
         self._copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @property
+    def stream(self) -> torch.cuda.Stream | None:
+        """The GPU's stream that encodes, if it is a GPU that does."""
+        cuda = self.device.type == "cuda"
+        return torch.cuda.current_stream(self.device) if cuda else None
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -173,7 +182,7 @@ class Encoder:
         """Copy to the device, on a GPU beside the encoding of what was copied before."""
         if self._copies is None:
             return pixels
-        with torch.cuda.stream(self._copies):
+        with torch.cuda.stream(self._copies), self.spent("copy", self._copies):
             copied = pixels.to(self.device, non_blocking=True)
         encoding = torch.cuda.current_stream(self.device)
         encoding.wait_stream(self._copies)
@@ -187,7 +196,7 @@ class Encoder:
         while start < len(inputs):
             size = max(1, int(most * self._share))
             part = inputs[start : start + size]
-            short = size - len(part) if self._compiled else 0  # it would be compiled for its size
+            short = size - len(part) if self.compiled else 0  # it would be compiled for its size
             if short:
                 part = torch.cat([part, part[:1].expand(short, *part.shape[1:])])
             try:
