@@ -15,19 +15,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import rasterio
+from numpy.typing import NDArray
 
 from speciesmap import __version__, outputs
-from speciesmap.errors import ConfigError, StoreError
+from speciesmap.errors import ConfigError, ModelError, StoreError
 from speciesmap.mapping.embed import Precision, embed
 from speciesmap.mapping.predict import Map, write_maps
-from speciesmap.mapping.query import Query, make_queries
+from speciesmap.mapping.query import Query, make_queries, without_calibration
 from speciesmap.mapping.ranges import draw_range, write_ranges
 from speciesmap.models import SpeciesModel, load_model, read_facts
 from speciesmap.present.qgis import write_project
 from speciesmap.present.stac import write_item
-from speciesmap.present.styles import write_qml
+from speciesmap.present.styles import MONTHS, write_qml
 from speciesmap.present.webmap import make_map
 from speciesmap.rasters.imagery import Imagery
 from speciesmap.rasters.store import EmbeddingStore, open_store
@@ -87,6 +89,7 @@ def predict(
     photos: Sequence[Path | str] = (),
     texts: Sequence[str] = (),
     queries: Sequence[Query] = (),
+    months: Sequence[int] = (),
     stride_px: int | None = None,
     bands: Sequence[str] | None = None,
     min_valid: float | None = None,
@@ -121,6 +124,9 @@ def predict(
         photos: Ground photos that together ask for one map.
         texts: Names or lineages, one map each.
         queries: Further queries, made by hand.
+        months: 1 to 12, for a model with metadata: each adds its vector to the stored embeddings,
+            and a map has a band for each. Values of a month are suitabilities: calibration,
+            uncertainty and thresholds were fitted without dates.
         stride_px: As for `embed`.
         bands: As for `embed`.
         min_valid: As for `embed`.
@@ -151,6 +157,9 @@ def predict(
     asked = list(queries)
     if species or photos or texts or not queries:
         asked = [*make_queries(model, species=species, photos=photos, texts=texts), *asked]
+    season = seasonal_vectors(model, months)
+    if season:
+        asked = [without_calibration(query) for query in asked]
     if imagery is not None:
         encode = partial(
             embed,
@@ -195,6 +204,7 @@ def predict(
             bbox_crs=bbox_crs,
             applicability=model.trust.applicability if model.trust else None,
             richness=folder / RICHNESS if len(likely) > 1 else None,
+            months=season,
         )
         bounded = [m for m in maps if m.query.thresholds]
         if bounded:
@@ -221,6 +231,7 @@ def predict(
             "bands": list(filled.identity.bands),
             "min_valid": filled.identity.min_valid,
             "seed": seed,
+            "months": list(season),
             "photos": {str(photo): _sha256(Path(photo)) for photo in photos},
             "maps": {m.path.name: _facts(m) for m in maps},
             "versions": {
@@ -261,6 +272,24 @@ def predict(
         item=out / "item.json",
         store=filled.path,
     )
+
+
+def seasonal_vectors(model: SpeciesModel, months: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+    """Give the vector that each month adds to embeddings, by the month's name, in float32.
+
+    Raises:
+        ModelError: The model was trained without metadata.
+        ConfigError: There is no such month.
+    """
+    if not months:
+        return {}
+    if model.metadata is None:
+        raise ModelError(
+            "the model was trained without dates, so it has no maps by month; leave --month out, "
+            "or train one with model.metadata"
+        )
+    vectors = [model.metadata.month(m).cpu().numpy() for m in months]
+    return {MONTHS[m - 1]: vector for m, vector in zip(months, vectors, strict=True)}
 
 
 def _refuse_other_model(store: EmbeddingStore, fingerprint: str) -> None:

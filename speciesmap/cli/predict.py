@@ -37,6 +37,11 @@ from speciesmap.cli.options import (
     "--text", "texts", multiple=True, metavar="TEXT", help="A name or lineage; repeatable."
 )
 @click.option("--qgis-project", is_flag=True, help="Also write DIR/maps.qgz, all maps grouped.")
+@click.option(
+    "--month",
+    type=click.Choice([*(str(number) for number in range(1, 13)), "all"]),
+    help="Map this month, or one band for each; of a model that was trained with dates.",
+)
 @out_option("DIR", "Folder to create.")
 @overwrite_option
 @json_option
@@ -45,6 +50,7 @@ def command(
     model: Path,
     imagery: str | None,
     store: Path | None,
+    month: str | None,
     out: Path,
     overwrite: bool,
     as_json: bool,
@@ -61,12 +67,22 @@ def command(
     Example:
       speciesmap predict runs/finetuned --imagery naip/ --species "Quercus agrifolia" --out maps
       speciesmap predict runs/finetuned --store maps.store.zarr --photo oak.jpg --out by_photo
+      speciesmap predict runs/birds --store birds.zarr --photo jay.jpg --month all --out by_month
     """
     if imagery is None and store is None:
         raise click.UsageError("Missing option '--imagery' or '--store'.")
     from speciesmap.atlas import predict
 
-    made = predict(model, imagery=imagery, store=store, out=out, overwrite=overwrite, **options)
+    months = range(1, 13) if month == "all" else [int(month)] if month else []
+    made = predict(
+        model,
+        imagery=imagery,
+        store=store,
+        months=months,
+        out=out,
+        overwrite=overwrite,
+        **options,
+    )
     print_result(
         made.path,
         as_json,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,7 @@ def write_maps(
     bbox_crs: Any = "EPSG:4326",
     applicability: Applicability | None = None,
     richness: Path | None = None,
+    months: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> list[Map]:
     """Score a store against queries and write a Cloud-Optimized GeoTIFF for each.
 
@@ -67,6 +68,9 @@ def write_maps(
         richness: Where to write the number of taxa to be expected in each cell, the sum of the
             probabilities of all taxa that have one (Calabrese et al. 2014); empty outside the
             area of applicability.
+        months: Vector that each month adds to every embedding, by the month's name. Several take
+            the place of band 1, by their names, and the tag QUANTITY tells what they are; a single
+            one is named in the tag MONTH.
 
     Returns:
         The maps, in the order of the queries.
@@ -104,7 +108,8 @@ def write_maps(
         for stem, query in zip(_unique([q.stem for q in queries]), queries, strict=True)
     ]
     for start in range(0, len(maps), MOST_OPEN_MAPS):
-        _write_maps(store, maps[start : start + MOST_OPEN_MAPS], rows, cols, applicability)
+        some = maps[start : start + MOST_OPEN_MAPS]
+        _write_maps(store, some, rows, cols, applicability, months or {})
     if richness is not None:
         taxa = [q for q in queries if q.kind == "taxon" and q.quantity == "probability"]
         _write_richness(store, taxa, richness, rows, cols, applicability)
@@ -117,6 +122,7 @@ def _write_maps(
     rows: slice,
     cols: slice,
     known: Applicability | None,
+    months: Mapping[str, NDArray[np.float32]],
 ) -> None:
     """Write maps in one pass over the store."""
     geobox = store.geobox[rows, cols]
@@ -129,7 +135,7 @@ def _write_maps(
                     m.path,
                     geobox,
                     bands=[
-                        m.query.quantity,
+                        *(months if len(months) > 1 else [m.query.quantity]),
                         *(["uncertainty"] if spreads else []),
                         *(["applicability"] if known else []),
                     ],
@@ -137,6 +143,8 @@ def _write_maps(
                         "TAXON": m.query.label,
                         "QUERY": m.query.kind,
                         "MODEL": store.identity.model,
+                        **({"QUANTITY": m.query.quantity} if len(months) > 1 else {}),
+                        **({"MONTH": next(iter(months))} if len(months) == 1 else {}),
                     },
                 )
             )
@@ -144,17 +152,28 @@ def _write_maps(
         ]
         for tile, row, col, inside in _tiles(store, rows, cols):
             # tiles are scored whole: a product's last bit depends on the shapes of its factors
-            values = score(tile, queries)
+            shown = [moved(tile, month) for month in months.values()] or [tile]
+            values = np.stack([score(vectors, queries) for vectors in shown], 1)  # (Q, months, ...)
             inner = applicable(tile, known) if known else None
             for writer, query, value, spreads in zip(
                 writers, queries, values, uncertain, strict=True
             ):
-                bands = [value[inside]]
+                bands = [month[inside] for month in value]
                 if spreads:
                     bands.append(spread(tile, query)[inside])
                 if inner is not None:
                     bands.append(inner[inside])
                 writer.write(row, col, np.stack(bands))
+
+
+def moved(vectors: NDArray[Any], month: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Add a month's vector to unit embeddings and make them unit again, shape (..., D) as given.
+
+    This is what `SpeciesModel.add_metadata` does, so nothing is encoded for another month.
+    """
+    shifted = vectors.astype(np.float32) + month
+    moved: NDArray[np.float32] = shifted / np.linalg.norm(shifted, axis=-1, keepdims=True)
+    return moved
 
 
 def _write_richness(

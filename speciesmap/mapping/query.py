@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +61,12 @@ class Query:
     def stem(self) -> str:
         """File name of its map without the suffix; photos and text say that they are that."""
         return slug(self.label) if self.kind == "taxon" else f"{self.kind}_{slug(self.label)}"
+
+
+def without_calibration(query: Query) -> Query:
+    """Give a query whose values only rank places, for embeddings other than calibrated on."""
+    plain = {f.name: getattr(query, f.name) for f in fields(Query)[:5]}
+    return Query(**plain, quantity="suitability")
 
 
 def make_queries(
