@@ -109,9 +109,12 @@ class StreamConfig(Strict):
 class DataConfig(Strict):
     """Where training data comes from: a paired data set, imagery, or both.
 
-    `background` is a number of places drawn at random from the imagery, or a file of points.
-    Rows of `withheld` taxa are never seen. `window_px` is the side of the model's window: without
-    a data set it must be given; of larger chips, training sees random crops and mapping the middle.
+    `background` is a number of places drawn from the imagery, at random or in proportion to the
+    raster of sampling effort that `bias` names, or a file of places. With `background_kind:
+    target-group` places where the group was recorded stand in for it, one per window: of the file
+    of records `target_group`, or of the data set. Both kinds are always evaluated. Rows of
+    `withheld` taxa are never seen. `window_px` is the side of the model's window: without a data
+    set it must be given; of larger chips, training sees random crops and mapping the middle.
 
     `dataset` is a folder or an address such as `hf://datasets/andyvhuynh/NatureMultiView`, of which
     `split` names the files to take, `one_per_observation`, `supervised` and `percent` the rows
@@ -129,6 +132,9 @@ class DataConfig(Strict):
     imagery: str | None = None
     window_px: int | None = Field(default=None, ge=8)
     background: Annotated[int, Field(ge=1)] | str = 10_000
+    background_kind: Literal["random", "target-group"] = "random"
+    bias: str | None = None
+    target_group: str | None = None
     withheld: list[str] = []
 
 
@@ -237,17 +243,26 @@ class CrossViewConfig(Strict):
 class ValidationConfig(Strict):
     """Spatial cross-validation before the final fit, and calibration where a prevalence is stated.
 
-    Folds are whole blocks of `block_m` metres; training windows that overlap a test window are
-    left out. `prevalence` is the share of places where a taxon is present, one for all or by name.
+    `method` makes the folds: whole blocks of `block_m` metres; `kmeans` regions; or `knndm`, which
+    tests as far from training as the imagery's places are from the records. Training windows that
+    overlap a test window are left out. `prevalence` is the share of places where a taxon is
+    present, one for all or by name.
     `surveys` is a table of presence and absence (lon, lat, taxon, present), which probabilities
     are calibrated on instead, at places that share no window with a presence.
     """
 
+    method: Literal["blocks", "kmeans", "knndm"] = "blocks"
     folds: int = Field(default=5, ge=2)
-    block_m: float = Field(gt=0)
+    block_m: float | None = Field(default=None, gt=0)
     prevalence: float | dict[str, float] | None = None
     surveys: str | None = None
     calibration: Literal["platt", "isotonic"] = "platt"
+
+    @model_validator(mode="after")
+    def _blocks_have_a_side(self) -> ValidationConfig:
+        if self.method == "blocks" and self.block_m is None:
+            raise ValueError("folds by blocks need block_m, the side of a block in metres")
+        return self
 
 
 class PretrainConfig(Strict):

@@ -77,6 +77,7 @@ def test_a_mapping_is_read_and_left_as_it_is() -> None:
         (pretrain(method="clip"), "method = 'clip'"),
         (pretrain(data=3), "data = 3"),
         (pretrain(data={"background": 0}), r"data.background\S* = 0"),
+        (finetune(validation={"folds": 2}), "validation = .*blocks need block_m"),
         (pretrain(masked={"decoder_dim": 66}), "masked.decoder_dim = 66.*multiple of 4"),
     ],
 )

@@ -39,6 +39,8 @@ def folds_table(seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     taxon = np.r_[np.repeat(NAMES, 40), np.repeat("", 200)]
     table = pd.DataFrame({"taxon": taxon, "fold": np.arange(len(taxon)) % 4})
+    table["background"] = np.where(taxon == "", "random", "")
+    table["longitude"], table["latitude"] = rng.normal(size=(2, len(taxon)))
     for name in NAMES:
         table[name] = rng.normal(size=len(taxon)) + (taxon == name)
     return table
@@ -51,7 +53,33 @@ def test_a_taxon_is_judged_against_background_and_not_against_other_taxa() -> No
     assert before[NAMES[0]]["presences"] == 40
     others = table["taxon"].isin(NAMES[1:])
     table.loc[others, NAMES[0]] = 100.0
-    assert summarise(table, TAXA)[NAMES[0]] == before[NAMES[0]]
+    after = summarise(table, TAXA)[NAMES[0]]
+    assert after.pop("auc_target_group") == 0 < before[NAMES[0]].pop("auc_target_group") < 1
+    assert after == before[NAMES[0]]
+    assert after["auc"] == after["auc_random"]
+
+
+def test_folds_that_had_no_presence_to_learn_from_are_left_out() -> None:
+    table = folds_table()
+    unlearnt = table["fold"] == 1
+    table.loc[unlearnt, NAMES[0]] = np.nan
+    found = summarise(table, TAXA)[NAMES[0]]
+    assert found == summarise(table[~unlearnt], TAXA)[NAMES[0]]
+    assert found["presences"] == 30
+    assert calibrate(table, TAXA, 0.1)[NAMES[0]] == calibrate(table[~unlearnt], TAXA, 0.1)[NAMES[0]]
+
+
+def test_both_kinds_of_background_are_judged_whichever_was_trained_on() -> None:
+    table = folds_table()
+    table.loc[table["background"] == "random", NAMES[0]] = -100.0
+    group = table[table["taxon"] == ""].assign(background="target-group", **{NAMES[0]: 100.0})
+    table = pd.concat([table, group], ignore_index=True)
+    for kind, value in (("random", 1.0), ("target-group", 0.0)):
+        found = summarise(table, TAXA, kind)[NAMES[0]]
+        assert (found["auc_random"], found["auc_target_group"]) == (1.0, 0.0)
+        assert found["auc"] == value
+    alone = folds_table().query(f"taxon in ['', '{NAMES[0]}']")
+    assert summarise(alone, TAXA[:1])[NAMES[0]]["auc_target_group"] is None
 
 
 @pytest.mark.parametrize(("slope", "intercept"), [(2.0, -1.5), (0.6, -3.0), (1.0, -1.0)])

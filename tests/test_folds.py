@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
 from speciesmap.errors import ObservationsError
-from speciesmap.observations.background import random_background, target_group
+from speciesmap.observations.background import biased_background, random_background, target_group
 from speciesmap.observations.folds import (
     fold_distances,
     kmeans_folds,
@@ -246,6 +246,30 @@ def test_background_keeps_to_the_land(tmp_path: Path) -> None:
         imagery, 200, 5, np.random.default_rng(0), land=lambda rows, cols: rows > 30
     )
     assert rows.min() > 30
+
+
+def test_background_follows_a_raster_of_effort_on_any_grid(tmp_path: Path) -> None:
+    valid = np.ones((200, 300), dtype=bool)
+    valid[:, :50] = False
+    imagery = raster(tmp_path / "a.tif", valid)
+    effort = np.array([[0, 1, 3, 2, 0, 0]] * 2, dtype=np.float32)
+    with rasterio.open(
+        tmp_path / "bias.tif", "w", driver="GTiff", width=6, height=2, count=1, dtype="float32",
+        crs="EPSG:32611", transform=Affine(50, 0, 380_000, 0, -100, 3_760_000),
+    ) as file:  # fmt: skip
+        file.write(effort, 1)
+    bias = open_imagery(tmp_path / "bias.tif")
+    rows, cols = biased_background(imagery, 2000, 1, np.random.default_rng(0), bias)
+    assert rows.shape == cols.shape == (2000,)
+    assert len({*zip(rows, cols, strict=True)}) == 2000, "no place twice"
+    share = np.bincount((cols // 50).astype(int), minlength=6) / 2000
+    np.testing.assert_allclose(share, [0, 1 / 6, 1 / 2, 1 / 3, 0, 0], atol=0.04)
+    with pytest.raises(ObservationsError, match="only 30000 of 30001 background places"):
+        biased_background(imagery, 30_001, 1, np.random.default_rng(0), bias)
+    with rasterio.open(tmp_path / "bias.tif", "r+") as file:
+        file.write(-effort, 1)
+    with pytest.raises(ObservationsError, match="holds -3 as an effort"):
+        biased_background(imagery, 9, 1, np.random.default_rng(0), open_imagery(bias.source))
 
 
 def test_target_group_keeps_the_most_certain_record_of_each_cell() -> None:

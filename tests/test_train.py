@@ -18,11 +18,18 @@ from torch import Tensor
 
 from speciesmap.config import load_config
 from speciesmap.datasets.paired import PairedDataset
-from speciesmap.errors import ConfigError, DatasetError, ModelError, OutputError
+from speciesmap.errors import (
+    ConfigError,
+    DatasetError,
+    ModelError,
+    ObservationsError,
+    OutputError,
+)
 from speciesmap.learning.data import PairedRows, draw_background, open_sources
 from speciesmap.learning.modules import Crisp, Finetune
 from speciesmap.learning.train import ByPlace, train
 from speciesmap.models import load_model, read_facts, save_model
+from speciesmap.rasters.imagery import open_imagery
 from speciesmap.taxa import Taxon
 
 NAMES = [taxon.name for taxon in TAXA]
@@ -144,6 +151,58 @@ def test_finetuning_validates_by_folds_and_calibrates(
 
     assert taxon_query(model, NAMES[0]).quantity == "probability"
     assert taxon_query(model, NAMES[1]).quantity == "suitability"
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "file"),
+    [("kmeans", "random", True), ("knndm", "target-group", False), ("blocks", "random", False)],
+)
+def test_both_kinds_of_background_are_evaluated_whatever_makes_the_folds(
+    scene: TinyScene, untrained: Path, tmp_path: Path, method: str, kind: str, file: bool
+) -> None:
+    changes = tune(scene, untrained, freeze_encoder=True, align=0.0)
+    changes["validation"] = {"folds": 2, "method": method, "block_m": 40}
+    changes["data"]["background_kind"] = kind
+    height, width = open_imagery(scene.imagery).shape
+    if file:
+        rows, cols = np.random.default_rng(0).uniform(0, 1, (2, 90)) * [[height], [width]]
+        x, y = open_imagery(scene.imagery).xy(rows, cols)
+        text = [f"{lon},{lat},{k % 2}" for k, (lon, lat) in enumerate(zip(x, y, strict=True))]
+        group = tmp_path / "group.csv"
+        group.write_text("longitude,latitude,obscured\n" + "\n".join(text) + "\n")
+        changes["data"]["target_group"] = str(group)
+    run = train(load_config(changes), tmp_path / "run")
+    folds = pd.read_parquet(run / "folds.parquet")
+    counts = folds["background"].value_counts().to_dict()
+    assert counts[""] == 36 and counts["random"] == 30
+    if method == "blocks":
+        assert "target-group" not in counts, "the other taxa's records are the group"
+    else:
+        assert 2 <= counts["target-group"] <= (45 if file else 36), "one per window, none obscured"
+    assert set(folds["fold"]) == {0, 1}
+    assert (folds["taxon"] == "").equals(folds["background"] != "")
+    for facts in read_facts(run)["metrics"]["validation"].values():
+        assert facts["auc_random"] is not None and facts["auc_target_group"] is not None
+        assert facts["auc"] == facts["auc_" + kind.replace("-", "_")]
+    trained_on = folds["background"].isin(["", kind])
+    for k in (0, 1):
+        held = folds["fold"] == k
+        assert 0 < folds["trained"][held].iloc[0] <= (trained_on & ~held).sum()
+
+
+def test_a_file_of_background_gives_its_places_on_the_imagery(
+    scene: TinyScene, tmp_path: Path
+) -> None:
+    imagery = open_imagery(scene.imagery)
+    x, y = imagery.xy([20.5, 30.5, -500.0], [40.5, 50.5, 10.0])
+    path = tmp_path / "away.csv"
+    rows = [f"{lon},{lat},0" for lon, lat in zip(x, y, strict=True)]
+    path.write_text("\n".join(["longitude,latitude,presence", *rows]) + "\n")
+    places = draw_background(imagery, 16, str(path), np.random.default_rng(0))
+    np.testing.assert_allclose([places.rows, places.cols], [[20.5, 30.5], [40.5, 50.5]], atol=1e-6)
+    path.write_text(f"longitude,latitude\n{x[2]},{y[2]}\n")
+    with pytest.raises(ObservationsError, match="none of the 1 places of"):
+        draw_background(imagery, 16, str(path), np.random.default_rng(0))
 
 
 def test_a_frozen_encoder_keeps_its_embeddings(

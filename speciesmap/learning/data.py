@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,13 +20,19 @@ from speciesmap.config import DataConfig
 from speciesmap.datasets.birds import BirdDataset, open_dataset
 from speciesmap.datasets.nature_multi_view import chosen_rows
 from speciesmap.datasets.paired import PairedDataset
-from speciesmap.errors import ConfigError, DatasetError
+from speciesmap.errors import ConfigError, DatasetError, ObservationsError
 from speciesmap.models.crisp import to_square
-from speciesmap.observations.background import random_background
-from speciesmap.observations.read import read_observations
+from speciesmap.observations.background import (
+    biased_background,
+    random_background,
+    target_group,
+)
+from speciesmap.observations.read import read_places
 from speciesmap.rasters.imagery import Imagery, open_imagery
 from speciesmap.rasters.windows import window_start
 from speciesmap.taxa import Taxon
+
+log = logging.getLogger("speciesmap")
 
 KEEP_BELOW = 1 << 30  # bytes of decoded images that are kept rather than read again each epoch
 
@@ -336,27 +343,78 @@ def draw_background(
     background: int | str,
     rng: np.random.Generator,
     fill: Sequence[float] | None = None,
+    *,
+    bias: str | None = None,
 ) -> Places:
     """Give background places of an imagery.
 
     Args:
         imagery: The study area, where `background` is a number.
         window_px: Side of a window; at least half of it is valid at a drawn place.
-        background: How many to draw at random, or a file of points.
+        background: How many to draw at random, or a file of places.
         rng: Source of randomness.
         fill: What stands in for invalid pixels, per band in raw units; 0 by default.
+        bias: Raster of relative sampling effort that a number is drawn in proportion to.
 
     Returns:
         The places.
 
     Raises:
-        ObservationsError: The file cannot be read, or the imagery is too small.
+        ObservationsError: The file cannot be read, none of its places is on the imagery, or the
+            imagery is too small.
     """
-    if isinstance(background, int):
-        rows, cols = random_background(imagery, background, window_px, rng)
+    if not isinstance(background, int):
+        rows, cols = imagery.rowcol(*_on(imagery, background, np.inf))
+    elif bias is not None:
+        rows, cols = biased_background(imagery, background, window_px, rng, open_imagery(bias))
     else:
-        points = read_observations(background, taxon="background")
-        rows, cols = imagery.rowcol(points["longitude"], points["latitude"])
+        rows, cols = random_background(imagery, background, window_px, rng)
     return Places(
         imagery, rows, cols, window_px, [0.0] * len(imagery.bands) if fill is None else fill
     )
+
+
+def target_group_places(sources: Sources, records: str | None, fill: Sequence[float]) -> Places:
+    """Give the places where a whole group was recorded, one per window.
+
+    Args:
+        sources: The study area, and the data set whose records count where there is no file.
+        records: File of records of the group, any taxon; those less certain than half a window are
+            left out.
+        fill: What stands in for invalid pixels, per band in raw units.
+
+    Returns:
+        The places.
+
+    Raises:
+        ObservationsError: The file cannot be read, or none of its places is on the imagery.
+    """
+    assert sources.imagery is not None and sources.dataset is not None
+    window_m = sources.window_px * sources.resolution_m
+    if records is not None:
+        longitude, latitude = _on(sources.imagery, records, window_m / 2)
+    else:
+        facts = sources.dataset.facts.iloc[sources.rows]
+        longitude, latitude = facts["longitude"].to_numpy(), facts["latitude"].to_numpy()
+    table = pd.DataFrame(
+        {"longitude": longitude, "latitude": latitude, "taxon": "", "uncertainty_m": np.nan}
+    )
+    table = target_group(table, window_m)
+    rows, cols = sources.imagery.rowcol(table["longitude"], table["latitude"])
+    return Places(sources.imagery, rows, cols, sources.window_px, fill)
+
+
+def _on(
+    imagery: Imagery, path: str, uncertainty_max_m: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Longitudes and latitudes of a file's places on an imagery."""
+    longitude, latitude = read_places(path, uncertainty_max_m=uncertainty_max_m)
+    inside = imagery.contains(longitude, latitude)
+    if not inside.any():
+        raise ObservationsError(
+            f"none of the {len(inside)} places of {path} is on {imagery.source}; give background "
+            "from the imagery's extent"
+        )
+    if not inside.all():
+        log.info("%d of %d places of %s are on the imagery", inside.sum(), len(inside), path)
+    return longitude[inside], latitude[inside]

@@ -31,23 +31,42 @@ class Calibration:
     prevalence: float
 
 
-def summarise(folds: pd.DataFrame, taxa: Sequence[Taxon]) -> dict[str, Any]:
+def summarise(
+    folds: pd.DataFrame, taxa: Sequence[Taxon], background: str = "random"
+) -> dict[str, Any]:
     """Area under the ROC curve of held-out presences against held-out background.
 
     Args:
         folds: What `cross_validate` gives.
         taxa: Its taxa.
+        background: The kind that the model was trained on.
 
     Returns:
         For each taxon by name: `auc` over all folds' scores pooled, `auc_folds` one by one (None
-        where a fold has no presence), `presences`.
+        where a fold has no presence), `presences`, less those of folds whose training had none
+        (a NaN score); and the pooled AUC against either kind of
+        background, `auc_random` and `auc_target_group`. Without target-group places the records of
+        the other taxa are these, one per place; of a single taxon it is None.
     """
+    kind = folds["background"].to_numpy()
+    place = ~folds.duplicated(["longitude", "latitude"]).to_numpy()
     summary: dict[str, Any] = {}
     for taxon in taxa:
-        part = folds[folds["taxon"].isin([taxon.name, ""])]
-        present = (part["taxon"] == taxon.name).to_numpy()
-        score = part[taxon.name].to_numpy()
-        summary[taxon.name] = fold_auc(present, score, part["fold"].to_numpy())
+        score, fold = folds[taxon.name].to_numpy(), folds["fold"].to_numpy()
+        scored = np.isfinite(score)
+        here = (folds["taxon"] == taxon.name).to_numpy() & scored
+        group = kind == "target-group"
+        if not group.any():
+            group = (kind == "") & (folds["taxon"] != taxon.name).to_numpy() & place
+        against = {"random": (kind == "random") & scored, "target-group": group & scored}
+        part = here | against[background]
+        summary[taxon.name] = {
+            **fold_auc(here[part], score[part], fold[part]),
+            **{
+                f"auc_{name.replace('-', '_')}": auc(here[here | away], score[here | away])
+                for name, away in against.items()
+            },
+        }
     return summary
 
 
@@ -100,12 +119,12 @@ def calibrate(
         if isinstance(prevalence, dict)
         else {taxon.name: float(prevalence) for taxon in taxa}
     )
-    away = (folds["taxon"] == "").to_numpy()
     found = {}
     for taxon in taxa:
-        here = (folds["taxon"] == taxon.name).to_numpy()
+        logit = folds[taxon.name].to_numpy()
+        away = (folds["taxon"] == "").to_numpy() & np.isfinite(logit)
+        here = (folds["taxon"] == taxon.name).to_numpy() & np.isfinite(logit)
         if taxon.name in stated and here.any():
-            logit = folds[taxon.name].to_numpy()
             found[taxon.name] = _calibrate(logit[here], logit[away], stated[taxon.name])
     return found
 

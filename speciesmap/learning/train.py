@@ -44,6 +44,7 @@ from speciesmap.learning.data import (
     as_is,
     draw_background,
     open_sources,
+    target_group_places,
 )
 from speciesmap.learning.evaluate import Calibration, calibrate, summarise
 from speciesmap.learning.modules import Crisp, Finetune, Masked, Stage
@@ -60,7 +61,13 @@ from speciesmap.models.encoders import ImageTower, computes_bfloat16
 from speciesmap.models.heads import TaxonHead
 from speciesmap.models.masked import MaskedAutoencoder
 from speciesmap.models.trust import Trust
-from speciesmap.observations.folds import separated, spatial_blocks
+from speciesmap.observations.folds import (
+    kmeans_folds,
+    knndm,
+    nearest_fold,
+    separated,
+    spatial_blocks,
+)
 from speciesmap.outputs import refuse_existing, replacing
 from speciesmap.progress import track
 
@@ -69,6 +76,7 @@ log = logging.getLogger("speciesmap")
 REFERENCES = 1024  # windows of the training landscape kept as the yardstick of untrained queries
 STATE = Path("state", "last.ckpt")  # where an interrupted run goes on from, in its folder
 FOLDS = "folds"  # scores of the folds of a validation that are done
+AREA = 1000  # places of the imagery that folds by `knndm` are matched to
 STATISTICS = 2048  # windows that band means and deviations are measured on
 
 
@@ -282,18 +290,28 @@ def finetune(
         )
     image_px = base.ground.image_px if base.ground and sources.dataset.has_ground else None
     presences = PairedRows(sources.dataset, sources.rows, sources.taxa, image_px, sources.window_px)
-    background = draw_background(
-        sources.imagery, sources.window_px, config.data.background, rng, base.fill
+    data, area = config.data, (sources.imagery, sources.window_px)
+    grouped = data.background_kind == "target-group"
+    background = (
+        target_group_places(sources, data.target_group, base.fill)
+        if grouped
+        else draw_background(*area, data.background, rng, base.fill, bias=data.bias)
     )
     metrics: dict[str, Any] = {}
     calibrations: dict[str, Calibration] = {}
-    folds = None
+    own = None
     if config.validation is not None:
-        folds = cross_validate(base, presences, background, config, work)
-        metrics["validation"] = summarise(folds, sources.taxa)
+        other = None
+        if grouped:
+            other = draw_background(*area, data.background, rng, base.fill)
+        elif data.target_group is not None:
+            other = target_group_places(sources, data.target_group, base.fill)
+        folds = cross_validate(base, presences, background, config, work, other)
+        metrics["validation"] = summarise(folds, sources.taxa, data.background_kind)
         if work is not None:
             folds.to_parquet(work / "folds.parquet")
-        calibrations = calibrate(folds, sources.taxa, config.validation.prevalence)
+        own = folds[folds["background"].isin(["", data.background_kind])]
+        calibrations = calibrate(own, sources.taxa, config.validation.prevalence)
     model, fitted = fit_taxa(base, presences, background, config, work)
     set_reference(model, background, rng, config.trainer.accelerator)
     curves: dict[str, tuple[list[float], list[float]]] = {}
@@ -307,7 +325,7 @@ def finetune(
                 c = calibrations[taxon.name]
                 model.head.gain[k] *= c.slope
                 model.head.offset[k] = c.slope * model.head.offset[k] + c.intercept
-    model.trust = judge(model, presences, background, folds, calibrations, curves, config)
+    model.trust = judge(model, presences, background, own, calibrations, curves, config)
     return model, {**fitted, **metrics}
 
 
@@ -353,7 +371,8 @@ def judge(
         value = logits[:, k]
         if folds is not None:
             c = calibrations.get(name, Calibration(1.0, 0.0, 0.0))
-            value = c.slope * folds[name].to_numpy() + c.intercept
+            held_out = c.slope * folds[name].to_numpy() + c.intercept
+            value = np.where(np.isfinite(held_out), held_out, value)
         value = expit(value)
         if name in curves:
             value = np.interp(value, *curves[name])
@@ -393,7 +412,7 @@ def fit_taxa(
     labels = torch.from_numpy(presences.labels[presences.rows])  # (N,)
     away = embeddings(model, background, REFERENCES, accelerator).mean(0)  # (D,)
     with torch.no_grad():
-        for k in range(len(model.taxa)):
+        for k in torch.unique(labels).tolist():
             model.head.weight[k] = F.normalize(here[labels == k].mean(0) - away, dim=0)
     model.train()
     if config.freeze_encoder:
@@ -415,8 +434,9 @@ def cross_validate(
     background: Places,
     config: FinetuneConfig,
     work: Path | None = None,
+    other: Places | None = None,
 ) -> pd.DataFrame:
-    """Fine-tune with whole blocks held out in turn, and score what was held out.
+    """Fine-tune with whole folds held out in turn, and score what was held out.
 
     Training windows that overlap a held-out window are left out.
 
@@ -426,55 +446,104 @@ def cross_validate(
         background: Places of the study area; its imagery gives the grid.
         config: The stage, with `validation`.
         work: Folder where each fold's scores are kept, so that a run that goes on repeats none.
+        other: Places of the other kind of background, scored and never trained on.
 
     Returns:
         One row per presence and background place: longitude, latitude, taxon (empty for
-        background), fold, trained (windows trained on in that fold), and a logit per taxon, by
-        its name.
+        background), background (its kind, empty for presences), fold, trained (windows trained on
+        in that fold), and a logit per taxon, by its name, NaN where the fold's training had no
+        presence of it.
     """
     assert config.validation is not None
     imagery = background.imagery
     facts = presences.dataset.facts.iloc[presences.rows]
     rows, cols = imagery.rowcol(facts["longitude"].to_numpy(), facts["latitude"].to_numpy())
-    rows, cols = np.r_[rows, background.rows], np.r_[cols, background.cols]
-    count = len(presences)
-    folds = spatial_blocks(
-        cols * imagery.resolution_m,
-        rows * imagery.resolution_m,
-        block_m=config.validation.block_m,
-        folds=config.validation.folds,
-        seed=config.seed,
-        weight=np.r_[np.ones(count), np.zeros(len(background))],
-    )
+    others = [background] if other is None else [background, other]
+    rows = np.concatenate([rows, *(places.rows for places in others)])
+    cols = np.concatenate([cols, *(places.cols for places in others)])
+    count, end = len(presences), len(presences) + len(background)
+    folds = _folds(rows, cols, count, background, config)
     logits = np.empty((len(rows), len(presences.taxa)))
     trained = np.empty(len(rows), dtype=np.int64)
     for k in track(range(config.validation.folds), "Cross-validating"):
         use = separated(cols, rows, folds, k, presences.dataset.window_px + 1)
         held = folds == k
-        trained[held] = use.sum()
+        trained[held] = use[:end].sum()
         kept = None if work is None else work / FOLDS / f"{k}.npy"
         if kept is not None and kept.exists():
             logits[held] = np.load(kept)
             continue
         model, _ = fit_taxa(
-            base, presences.subset(use[:count]), background.subset(use[count:]), config
+            base, presences.subset(use[:count]), background.subset(use[count:end]), config
         )
         accelerator = config.trainer.accelerator
         parts = [
             embeddings(model, presences.subset(held[:count]), accelerator=accelerator),
-            embeddings(model, background.subset(held[count:]), accelerator=accelerator),
+            embeddings(model, background.subset(held[count:end]), accelerator=accelerator),
         ]
+        if other is not None:
+            parts.append(embeddings(model, other.subset(held[end:]), accelerator=accelerator))
         with torch.inference_mode():
             logits[held] = model.head(torch.cat(parts)).numpy()
+        known = presences.labels[presences.rows[use[:count]]]
+        untrained = np.setdiff1d(np.arange(len(presences.taxa)), known)
+        logits[np.ix_(held, untrained)] = np.nan
         if kept is not None and process_rank() == 0:
             with replacing(kept, overwrite=True) as beside:
                 np.save(beside, logits[held])
     x, y = imagery.xy(rows, cols)
-    names = np.r_[facts["name"].to_numpy(dtype=object), np.full(len(background), "", object)]
+    names = np.r_[facts["name"].to_numpy(dtype=object), np.full(len(rows) - count, "", object)]
+    kinds = ["random", "target-group"]
+    if config.data.background_kind != "random":
+        kinds.reverse()
     table = pd.DataFrame(
-        {"longitude": x, "latitude": y, "taxon": names, "fold": folds, "trained": trained}
+        {
+            "longitude": x,
+            "latitude": y,
+            "taxon": names,
+            "background": np.repeat(["", *kinds], [count, end - count, len(rows) - end]),
+            "fold": folds,
+            "trained": trained,
+        }
     )
     return table.join(pd.DataFrame(logits, columns=[taxon.name for taxon in presences.taxa]))
+
+
+def _folds(
+    rows: NDArray[np.float64],
+    cols: NDArray[np.float64],
+    count: int,
+    background: Places,
+    config: FinetuneConfig,
+) -> NDArray[np.int64]:
+    """Make the folds of the presences, the first `count` places, and of the rest, shape (N,)."""
+    chosen = config.validation
+    assert chosen is not None
+    imagery = background.imagery
+    x, y = cols * imagery.resolution_m, rows * imagery.resolution_m
+    if chosen.block_m is not None and chosen.method == "blocks":
+        return spatial_blocks(
+            x,
+            y,
+            block_m=chosen.block_m,
+            folds=chosen.folds,
+            seed=config.seed,
+            weight=np.arange(len(rows)) < count,
+        )
+    if chosen.method == "kmeans":
+        fold = kmeans_folds(x[:count], y[:count], folds=chosen.folds, seed=config.seed)
+    else:
+        area = draw_background(imagery, 1, AREA, np.random.default_rng(config.seed))
+        fold = knndm(
+            x[:count],
+            y[:count],
+            area.cols * imagery.resolution_m,
+            area.rows * imagery.resolution_m,
+            folds=chosen.folds,
+            seed=config.seed,
+        )
+    rest = nearest_fold(x[:count], y[:count], fold, x[count:], y[count:])
+    return np.concatenate([fold, rest])
 
 
 def build(

@@ -81,6 +81,63 @@ def random_background(
     return rows.astype(np.float64) + 0.5, cols.astype(np.float64) + 0.5
 
 
+def biased_background(
+    imagery: Imagery,
+    count: int,
+    window_px: int,
+    rng: np.random.Generator,
+    bias: Imagery,
+    *,
+    min_valid: float = 0.5,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Draw pixel centres in proportion to a raster of sampling effort, without repetition.
+
+    Background with the presences' own sampling bias cancels it (Phillips et al. 2009). Places are
+    chosen among at most 200,000 pixels, or twenty times as many as are asked for, drawn uniformly.
+
+    Args:
+        imagery: Where to draw; its extent is the study area.
+        count: How many places.
+        window_px: Side of the window that will be cut there, in pixels.
+        rng: Source of randomness.
+        bias: Relative effort in its first band, on any grid; where it is 0, missing or the raster
+            ends, nothing is drawn.
+        min_valid: Least share of valid pixels in a window, 0 to 1.
+
+    Returns:
+        Continuous rows and columns of the places, shape (count,) each.
+
+    Raises:
+        ObservationsError: An effort is negative, or too few places have any.
+    """
+    height, width = imagery.shape
+    pool = rng.choice(
+        height * width, size=min(height * width, max(200_000, 20 * count)), replace=False
+    ).astype(np.int64)
+    effort = bias.sample(*imagery.xy(pool // width + 0.5, pool % width + 0.5))[0]
+    if np.nanmin(effort, initial=0.0) < 0:
+        raise ObservationsError(
+            f"{bias.source} holds {np.nanmin(effort):g} as an effort; give 0 or more, in "
+            "proportion to how much a place was visited"
+        )
+    pool, effort = pool[effort > 0], effort[effort > 0]
+    # the largest of log(effort) + Gumbel noise are a draw in proportion without replacement
+    order = pool[np.argsort(-np.log(effort) - rng.gumbel(size=len(pool)))]
+    found: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
+    for part in np.array_split(order, max(1, len(order) // (2 * count))):
+        found.append(part[_usable(imagery, part, window_px, min_valid, None)])
+        if sum(map(len, found)) >= count:
+            break
+    chosen = np.concatenate(found)[:count]
+    if len(chosen) < count:
+        raise ObservationsError(
+            f"only {len(chosen)} of {count} background places have any effort in {bias.source} and "
+            f"a valid window of {imagery.source}; ask for fewer, or check that the rasters overlap"
+        )
+    rows, cols = np.divmod(chosen, width)
+    return rows.astype(np.float64) + 0.5, cols.astype(np.float64) + 0.5
+
+
 def _usable(
     imagery: Imagery,
     pixels: NDArray[np.int64],
