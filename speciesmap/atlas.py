@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -31,10 +31,12 @@ from speciesmap.present.qgis import write_project
 from speciesmap.present.stac import write_item
 from speciesmap.present.styles import MONTHS, write_qml
 from speciesmap.present.webmap import make_map
-from speciesmap.rasters.imagery import Imagery
+from speciesmap.rasters.files import is_remote
+from speciesmap.rasters.imagery import Imagery, Opening
 from speciesmap.rasters.store import EmbeddingStore, open_store
 
 if TYPE_CHECKING:
+    import geopandas as gpd
     import xarray
 
 PAGE_MAPS = 48  # more do not fit in a page at a useful size; the GeoTIFFs are all there
@@ -100,7 +102,10 @@ def predict(
     skip_unreadable: bool = False,
     any_resolution: bool = False,
     qgis_project: bool = False,
+    observations: gpd.GeoDataFrame | None = None,
+    title: str = "",
     overwrite: bool = False,
+    **opening: Unpack[Opening],
 ) -> Prediction:
     """Map species, photos or text over an area.
 
@@ -137,7 +142,10 @@ def predict(
         skip_unreadable: As for `embed`.
         any_resolution: As for `embed`.
         qgis_project: Also write `maps.qgz`, a QGIS project that groups all maps.
+        observations: Records to show on the page, as `read_observations` gives them.
+        title: Heading of the page.
         overwrite: Replace the folder.
+        opening: Which scenes and which grid, as for `open_imagery`.
 
     Returns:
         The files.
@@ -176,6 +184,7 @@ def predict(
             compiled=compiled,
             skip_unreadable=skip_unreadable,
             any_resolution=any_resolution,
+            **opening,
         )
         if store is None:
             own = out.with_name(out.name + STORE_SUFFIX)
@@ -219,7 +228,16 @@ def predict(
         if len(tifs) > PAGE_MAPS:
             log.warning("map.html shows the first %d of %d maps", PAGE_MAPS, len(tifs))
         base = imagery.source if isinstance(imagery, Imagery) else imagery
-        make_map(tifs[:PAGE_MAPS], folder / "map.html", base=base)
+        if base is not None and is_remote(str(base)):
+            base = None
+            log.info("map.html has no imagery under the maps, which would be read from afar again")
+        make_map(
+            tifs[:PAGE_MAPS],
+            folder / "map.html",
+            observations=observations,
+            base=base,
+            title=title,
+        )
         record = {
             "speciesmap": __version__,
             "model": {"path": source, "fingerprint": filled.identity.model},

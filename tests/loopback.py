@@ -32,7 +32,7 @@ class Server:
         drop: How many bodies are still cut off after half of their bytes.
         truncated: File names whose ranges beyond the header lack their second half, always.
         etags: Overrides, by file name.
-        honest: Whether requests must carry `sig=secret`.
+        token: What `sig` must be in every query, if anything.
     """
 
     folder: Path
@@ -169,3 +169,23 @@ def stac_api(
     finally:
         process.terminate()
         process.wait()
+
+
+@contextmanager
+def serving_apart(folder: Path) -> Iterator[str]:
+    """Serve a folder from another process, for clients that hold this one's interpreter lock."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+if __name__ == "__main__":
+    with serving(Path(sys.argv[1])) as running:
+        print(running.address, flush=True)
+        threading.Event().wait()

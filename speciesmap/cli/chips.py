@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
 from speciesmap.cli.options import (
     PATH,
-    imagery_option,
+    imagery_options,
     json_option,
     logging_options,
     out_option,
@@ -20,11 +21,10 @@ from speciesmap.cli.options import (
 
 @click.command("chips")
 @click.argument("observations", type=PATH)
-@imagery_option
+@imagery_options
 @click.option("--photos", type=PATH, metavar="DIR", help="Folder of ground photos.")
 @out_option("DATASET", "Folder to create.")
 @click.option("--window-px", default=256, show_default=True, help="Side of a window in pixels.")
-@click.option("--bands", metavar="B,...", help="Bands to use, in order: red,green,blue,nir.")
 @click.option("--taxon", metavar="NAME", help="Scientific name for rows that carry none.")
 @click.option("--photo-px", default=512, show_default=True, help="Longest side of a stored photo.")
 @click.option(
@@ -48,7 +48,9 @@ def command(
     photos: Path | None,
     out: Path,
     window_px: int,
-    bands: str | None,
+    bands: tuple[str, ...] | None,
+    bbox: tuple[float, ...] | None,
+    bbox_crs: str,
     taxon: str | None,
     photo_px: int,
     min_valid: float,
@@ -57,6 +59,7 @@ def command(
     seed: int,
     overwrite: bool,
     as_json: bool,
+    **opening: Any,
 ) -> None:
     """Cut a paired photo and aerial data set.
 
@@ -78,9 +81,12 @@ def command(
     from speciesmap.rasters.imagery import open_imagery
 
     refuse_existing(out, overwrite)
+    records = read_observations(observations, taxon=taxon)
+    if bbox is None and not records.empty:
+        bbox, bbox_crs = tuple(records.total_bounds), "EPSG:4326"
     report = make_chips(
-        read_observations(observations, taxon=taxon),
-        open_imagery(imagery, bands.replace(",", " ").split() if bands else None),
+        records,
+        open_imagery(imagery, bands, bbox=bbox, bbox_crs=bbox_crs, **opening),
         out,
         window_px=window_px,
         photos=photos,

@@ -10,9 +10,7 @@ import click
 
 from speciesmap.cli.options import (
     PATH,
-    bbox_crs_option,
-    bbox_option,
-    imagery_option,
+    imagery_options,
     json_option,
     logging_options,
     out_option,
@@ -23,31 +21,10 @@ from speciesmap.cli.options import (
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def split_bands(
-    ctx: click.Context, param: click.Parameter, value: str | None
-) -> tuple[str, ...] | None:
-    """Read `red,green,nir=4`."""
-    if value is None:
-        return None
-    names = tuple(name.strip() for name in value.split(",") if name.strip())
-    if not names:
-        raise click.BadParameter("name at least one band")
-    return names
-
-
 def encoding_options(command: F) -> F:
     """Add what decides how imagery is encoded."""
     for option in reversed(
         (
-            imagery_option,
-            click.option(
-                "--bands",
-                metavar="B,B,...",
-                callback=split_bands,
-                help="Bands in the model's order: names or numbers of the file, or name=number.",
-            ),
-            bbox_option,
-            bbox_crs_option,
             click.option(
                 "--stride-px",
                 type=click.IntRange(min=1),
@@ -93,7 +70,7 @@ def encoding_options(command: F) -> F:
         )
     ):
         command = option(command)
-    return command
+    return imagery_options(command)
 
 
 @click.command("embed")

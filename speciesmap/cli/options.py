@@ -46,7 +46,10 @@ def logging_options(command: F) -> F:
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 imagery_option = click.option(
-    "--imagery", metavar="SRC", help="GeoTIFF or VRT, or a folder or glob of them."
+    "--imagery",
+    metavar="SRC",
+    help="GeoTIFF, VRT or tile index; folder or glob of them; https:// or s3:// address of a "
+    "GeoTIFF; STAC collection, stac+https://host/path#collection.",
 )
 bbox_option = click.option(
     "--bbox",
@@ -58,6 +61,59 @@ bbox_option = click.option(
 bbox_crs_option = click.option(
     "--bbox-crs", default="EPSG:4326", show_default=True, help="CRS of --bbox."
 )
+
+
+def split_bands(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[str, ...] | None:
+    """Read `red,green,nir=4`."""
+    if value is None:
+        return None
+    names = tuple(name.strip() for name in value.replace(",", " ").split())
+    if not names:
+        raise click.BadParameter("name at least one band")
+    return names
+
+
+def imagery_options(command: F) -> F:
+    """Add what says which imagery is read, where, on which grid and which of its bands."""
+    for option in reversed(
+        (
+            imagery_option,
+            click.option(
+                "--bands",
+                metavar="B,B,...",
+                callback=split_bands,
+                help="Bands in the model's order: names or numbers of the file, or name=number.",
+            ),
+            bbox_option,
+            bbox_crs_option,
+            click.option("--datetime", metavar="WHEN", help="STAC: 2018, 2018-06 or FROM/TO."),
+            click.option(
+                "--query",
+                multiple=True,
+                metavar="CONDITION",
+                help="STAC: a property, such as eo:cloud_cover<10; repeatable.",
+            ),
+            click.option(
+                "--first",
+                type=click.Choice(["newest", "least-cloudy"]),
+                default="newest",
+                show_default=True,
+                help="Which scene counts where several overlap.",
+            ),
+            click.option("--crs", metavar="CRS", help="CRS of the grid that scenes are read on."),
+            click.option(
+                "--resolution-m",
+                type=click.FloatRange(min=0, min_open=True),
+                metavar="M",
+                help="Side of that grid's pixels, metres.",
+            ),
+            click.option("--like", type=PATH, metavar="RASTER", help="Take this raster's grid."),
+        )
+    ):
+        command = option(command)
+    return command
 
 
 def out_option(metavar: str, help: str = "Where to write.") -> Callable[[F], F]:

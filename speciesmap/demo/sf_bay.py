@@ -23,7 +23,6 @@ from speciesmap.models import load_model, read_facts
 from speciesmap.observations.background import random_background
 from speciesmap.observations.read import read_observations
 from speciesmap.present.page import Scene
-from speciesmap.present.webmap import make_map
 from speciesmap.rasters.imagery import Imagery, open_imagery
 
 TAXON = "Ariolimax"
@@ -74,16 +73,15 @@ def run(out: Path, seed: int = 0) -> SceneResult:
         [*places, f"init={pretrained}", f"data.dataset={out / 'chips'}"],
     )
     model = train(tune, out / "model")
-    prediction = predict(model, imagery=source, out=out / "maps", store=out / "store.zarr")
-    maps = {TAXON: prediction.maps[0].path}
-    make_map(
-        list(maps.values()),
-        prediction.html,
+    prediction = predict(
+        model,
+        imagery=source,
+        out=out / "maps",
+        store=out / "store.zarr",
         observations=observations,
-        base=source,
         title="Banana slugs around San Francisco Bay",
-        overwrite=True,
     )
+    maps = {TAXON: prediction.maps[0].path}
 
     folds = pd.read_parquet(model / "folds.parquet")
     table = [{"method": "speciesmap", **figures(read_facts(model)["metrics"]["validation"][TAXON])}]

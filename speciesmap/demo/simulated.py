@@ -24,7 +24,6 @@ from speciesmap.mapping.query import Query, photo_query, taxon_query, text_query
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.observations.read import read_observations
 from speciesmap.present.page import Scene
-from speciesmap.present.webmap import make_map
 from speciesmap.rasters.imagery import open_imagery
 from speciesmap.simulate import Scene as Landscape
 from speciesmap.simulate import simulate
@@ -87,14 +86,6 @@ def run(out: Path, seed: int = 0) -> SceneResult:
     tune = load_config(shipped_config("demo_finetune.yaml"), [*study.data, f"init={pretrained}"])
     folder = train(tune, out / "model")
     prediction, maps = map_taxa(study, folder, out)
-    make_map(
-        [made.path for made in prediction.maps],
-        prediction.html,
-        observations=observations,
-        base=landscape.aerial,
-        title="A simulated landscape",
-        overwrite=True,
-    )
     table = measure(study, maps, baseline(study, load_model(folder).fill))
     means = mean_rho(table)
     control = next(row for row in table if row["role"] == "control")
@@ -182,6 +173,8 @@ def map_taxa(
         store=out / "store.zarr",
         out=out / "maps",
         queries=ask(load_model(folder), study.landscape.taxa, study.photos),
+        observations=study.observations,
+        title="A simulated landscape",
     )
     maps: dict[str, dict[str, Path]] = {way: {} for way in WAYS.values()}
     for made in prediction.maps:

@@ -18,25 +18,24 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from speciesmap.errors import ConfigError, ImageryError, StoreError
+from speciesmap.errors import ConfigError, StoreError
 from speciesmap.mapping.cut import Batch, Layout, ahead, cut_windows
 from speciesmap.mapping.encode import Encoder, Stopwatch
+from speciesmap.mapping.fit import fit_imagery, lay_out
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.progress import track
-from speciesmap.rasters.imagery import Imagery, open_imagery
+from speciesmap.rasters.imagery import Imagery, Opening
 from speciesmap.rasters.store import EmbeddingStore, Identity, open_store
-from speciesmap.rasters.windows import WindowGrid, cells_in
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
 MIN_VALID = 0.5
-MOST_RESOLUTION_RATIO = 1.5  # beyond it an encoder sees objects of sizes it was not shown
 WAITING_BATCHES = 3
 WAITING_TILES = 2
 
@@ -62,6 +61,7 @@ def embed(
     workers: int = 0,
     scheduler: str | None = None,
     overwrite: bool = False,
+    **opening: Unpack[Opening],
 ) -> EmbeddingStore:
     """Encode the windows of some imagery into an embedding store.
 
@@ -72,7 +72,8 @@ def embed(
         imagery: Imagery, or what `open_imagery` takes.
         out: The store, a folder named `*.zarr`.
         bbox: Area of interest: west, south, east, north. All of the imagery by default. Tiles of
-            32 x 32 cells that it touches are encoded whole.
+            32 x 32 cells that it touches are encoded whole. Of imagery on servers the store holds
+            the area alone, and nothing else is read.
         bbox_crs: CRS of `bbox`.
         stride_px: Side of a cell in pixels; a quarter of the window by default, or what an
             existing store has.
@@ -92,6 +93,7 @@ def embed(
             are several; in this process by default. Model and imagery must be given as paths.
         scheduler: Address of a Dask scheduler, whose workers encode; they must see the same files.
         overwrite: Start an existing store afresh.
+        opening: Which scenes and which grid, as for `open_imagery`.
 
     Returns:
         The store.
@@ -115,7 +117,15 @@ def embed(
         )
     if isinstance(model, str | Path):
         model = load_model(model)
-    imagery = fit_imagery(model, imagery, bands=bands, any_resolution=any_resolution)
+    imagery = fit_imagery(
+        model,
+        imagery,
+        bands=bands,
+        bbox=bbox,
+        bbox_crs=bbox_crs,
+        any_resolution=any_resolution,
+        **opening,
+    )
     out = Path(out)
     if overwrite and out.exists():
         shutil.rmtree(open_store(out).path)
@@ -123,22 +133,18 @@ def embed(
     if existing is not None:
         stride_px = stride_px or existing.identity.stride_px
         min_valid = existing.identity.min_valid if min_valid is None else min_valid
+    stride_px = max(1, model.window_px // 4) if stride_px is None else stride_px
+    imagery, cells, area = lay_out(imagery, model.window_px, stride_px, bbox, bbox_crs)
     identity = Identity(
         model=model.fingerprint,
         window_px=model.window_px,
-        stride_px=max(1, model.window_px // 4) if stride_px is None else stride_px,
+        stride_px=stride_px,
         bands=imagery.bands,
         imagery=imagery.fingerprint,
         min_valid=MIN_VALID if min_valid is None else min_valid,
     )
     if not 0 <= identity.min_valid <= 1:
         raise ConfigError(f"--min-valid {min_valid} is not a share; give a number from 0 to 1")
-    cells = WindowGrid(imagery.shape, identity.window_px, identity.stride_px).geobox(imagery.geobox)
-    area = (
-        (slice(0, cells.shape[0]), slice(0, cells.shape[1]))
-        if bbox is None
-        else cells_in(bbox, cells, bbox_crs)
-    )
     if existing is not None:
         existing.refuse_other(identity)
     store = existing or EmbeddingStore.create(
@@ -168,49 +174,6 @@ def embed(
     else:
         encode_tiles(model, imagery, store, todo, **settings)
     return store
-
-
-def fit_imagery(
-    model: SpeciesModel,
-    imagery: Imagery | Path | str,
-    *,
-    bands: Sequence[str] | None = None,
-    any_resolution: bool = False,
-) -> Imagery:
-    """Open imagery and give its bands in the model's order.
-
-    Args:
-        model: Says which bands and which size of pixels it was trained on.
-        imagery: Imagery, or what `open_imagery` takes.
-        bands: As `Imagery.select` takes them. Names that are the model's may come in any order;
-            other bands are taken in the order given.
-        any_resolution: Accept pixels of another size.
-
-    Raises:
-        ImageryError: Bands or resolution do not fit the model.
-    """
-    if not isinstance(imagery, Imagery):
-        imagery = open_imagery(imagery)
-    if bands is not None:
-        imagery = imagery.select(bands)
-    wanted = tuple(model.bands)
-    name = Path(imagery.source).name
-    if set(wanted) <= set(imagery.bands) and (bands is None or len(bands) == len(wanted)):
-        imagery = imagery.select(wanted)
-    elif bands is None or len(bands) != len(wanted):
-        raise ImageryError(
-            f"{name} has {len(imagery.bands)} bands ({', '.join(imagery.bands)}), the model was "
-            f"trained on {len(wanted)} ({', '.join(wanted)}); choose with --bands or use another "
-            "model"
-        )
-    ratio = imagery.resolution_m / model.resolution_m
-    if not any_resolution and not 1 / MOST_RESOLUTION_RATIO <= ratio <= MOST_RESOLUTION_RATIO:
-        raise ImageryError(
-            f"{name} has pixels of {imagery.resolution_m:.3g} m, the model was trained on "
-            f"{model.resolution_m:.3g} m; resample the imagery with gdalwarp -tr, or pass "
-            "--any-resolution to go on regardless"
-        )
-    return imagery
 
 
 def encode_tiles(

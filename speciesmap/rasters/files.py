@@ -51,6 +51,16 @@ GDAL_DEFAULTS = {
     "CPL_VSIL_CURL_NON_CACHED": "/vsicurl",  # what a closed file gave is not believed again
 }
 
+TALKATIVE = (  # libraries that log addresses
+    "rasterio._err",
+    "rasterio._env",
+    "rasterio._base",
+    "rasterio._filepath",
+    "urllib3.connectionpool",
+    "urllib3.util.retry",
+    "pystac_client.stac_api_io",
+)
+
 log = logging.getLogger("speciesmap")
 
 for _name, _value in GDAL_DEFAULTS.items():
@@ -66,8 +76,21 @@ def is_remote(path: str) -> bool:
 def public(text: str) -> str:
     """Give an address, or a text that holds some, without queries and user parts."""
     text = re.sub(r"/?vsicurl\?\S*?url=([^\s&'\",]+)", lambda m: unquote(m[1]), text)
+    text = re.sub(r"((?:GET|HEAD|POST) [^\s?]*)\?\S*", r"\1", text)
     text = re.sub(r"([a-zA-Z][\w+.-]*://)[^\s/@?#'\"]*@", r"\1", text)
-    return re.sub(r"([a-zA-Z][\w+.-]*://[^\s?#'\"]*)\?[^\s#'\"]*", r"\1", text)
+    return re.sub(r"([a-zA-Z][\w+.-]*://[^\s?#'\"]*)\?[^\s#'\",]*", r"\1", text)
+
+
+class _Discreet(logging.Filter):
+    """Takes credentials out of what libraries log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = public(record.getMessage()), ()
+        return True
+
+
+for _name in TALKATIVE:
+    logging.getLogger(_name).addFilter(_Discreet())
 
 
 def reason(error: BaseException) -> str:
@@ -100,7 +123,7 @@ def open_raster(path: Path | str, signer: str | None = None) -> DatasetReader:
     """
     name = str(path)
     try:
-        raster = rasterio.open(_virtual(signed(name, signer)))
+        raster = _open(_virtual(signed(name, signer)))
         if raster.crs is None and raster.gcps[0]:
             return WarpedVRT(
                 raster,
@@ -122,6 +145,13 @@ def open_raster(path: Path | str, signer: str | None = None) -> DatasetReader:
             f"{path} cannot be opened as a raster ({reason(error)}); it is damaged, truncated or "
             "of a format that GDAL does not read"
         ) from error
+
+
+def _open(path: str) -> DatasetReader:
+    if path.startswith(tuple(f"/{cloud}/" for cloud in CLOUDS.values())):
+        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # no sidecars are looked for
+            return rasterio.open(path)
+    return rasterio.open(path)
 
 
 def _virtual(path: str) -> str:

@@ -89,17 +89,13 @@ def find_scenes(
             "STAC is searched by the package pystac-client, which is not installed; "
             "pip install 'speciesmap[stac]'"
         ) from error
+    interval = _interval(pystac_client, datetime)
     try:
-        items = list(_search(pystac_client, address, collection, area, datetime, conditions))
+        items = list(_search(pystac_client, address, collection, area, interval, conditions))
     except (OSError, pystac_client.exceptions.APIError, LookupError) as error:
         raise ImageryError(
             f"{public(source)} cannot be searched ({reason(error)[:300]}); check the address, the "
             "name of the collection and the network"
-        ) from error
-    except ValueError as error:
-        raise ConfigError(
-            f"--datetime {datetime} is no date that STAC knows ({error}); give 2018, 2018-06-01 "
-            "or 2018-01-01/2019-12-31"
         ) from error
     if not items:
         asked = "".join([f" in {datetime}" * bool(datetime), *(f" with {c}" for c in query)])
@@ -114,22 +110,36 @@ def find_scenes(
     return [_scene(item, wanted, signer) for item in items]
 
 
+def _interval(pystac_client: Any, datetime: str | None) -> str:
+    """Write a date, month, year or two of them as pystac-client does: in full."""
+    try:
+        asked = pystac_client.ItemSearch(url="", datetime=datetime).get_parameters()
+    except Exception as error:  # pystac-client raises no narrower one
+        raise ConfigError(
+            f"--datetime {datetime} is no date that STAC knows ({error}); give 2018, 2018-06-01 "
+            "or 2018-01-01/2019-12-31"
+        ) from error
+    return str(asked.get("datetime", ""))
+
+
 def _search(
     pystac_client: Any,
     address: str,
     collection: str,
     area: Sequence[float],
-    datetime: str | None,
+    interval: str,
     conditions: Sequence[Condition],
 ) -> Iterator[dict[str, Any]]:
     """Items of an area as plain dictionaries, each once."""
     retry = importlib.import_module("urllib3").Retry(
-        total=10, backoff_factor=0.3, status_forcelist=[429, 500, 502, 503, 504]
+        total=10,
+        connect=2,
+        backoff_factor=0.2,
+        backoff_max=10,
+        status_forcelist=[429, 500, 502, 503, 504],
     )
     api = pystac_client.stac_api_io.StacApiIO(max_retries=retry)
     catalog = pystac_client.Client.open(address.removeprefix("file://"), stac_io=api)
-    asked = pystac_client.ItemSearch(url=address, datetime=datetime).get_parameters()
-    interval = asked.get("datetime", "")
     searchable = catalog.conforms_to("ITEM_SEARCH")
     filterable = catalog.conforms_to("QUERY")
     seen = set()

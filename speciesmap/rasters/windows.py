@@ -74,6 +74,18 @@ class WindowGrid:
         """Row and column of the first pixel of a cell's window."""
         return (row + self.first) * self.stride_px, (col + self.first) * self.stride_px
 
+    def pixels(self, rows: slice, cols: slice) -> tuple[int, int, int, int]:
+        """The smallest raster within this one whose cells are the given ones.
+
+        Returns:
+            Its first row and column, height and width, in pixels.
+        """
+        sides = [
+            (r.stop - r.start - 1 + self.first) * self.stride_px + self.window_px // 2 + 1
+            for r in (rows, cols)
+        ]
+        return rows.start * self.stride_px, cols.start * self.stride_px, sides[0], sides[1]
+
     def geobox(self, imagery: GeoBox) -> GeoBox:
         """Grid of the cells on Earth.
 
