@@ -233,7 +233,7 @@ def test_an_area_across_the_antimeridian_is_one_area(tmp_path: Path) -> None:
     assert imagery.geobox.crs == "EPSG:32601"
     assert imagery.geobox.shape[1] < 400
     assert open_imagery(path).read(0, 0, *grid.shape)[1].all()
-    with pytest.raises(AreaError, match="west -122.1 is not below its east -122.6"):
+    with pytest.raises(AreaError, match=r"west -122.1 is not below its east -122.6"):
         cells_in((-122.1, 37, -122.6, 38), grid)
 
 
@@ -336,5 +336,5 @@ def test_what_is_no_tile_index_is_refused(tmp_path: Path) -> None:
         '{"type":"FeatureCollection","features":[{"type":"Feature","properties":{"a":1},'
         '"geometry":{"type":"Point","coordinates":[0,0]}}]}'
     )
-    with pytest.raises(ImageryError, match="no column 'location'.*gdaltindex"):
+    with pytest.raises(ImageryError, match=r"no column 'location'.*gdaltindex"):
         open_imagery(tmp_path / "b.geojson")

@@ -8,8 +8,13 @@ from typing import Any
 
 import click
 
-from speciesmap.cli.embed import split_bands
-from speciesmap.cli.options import PATH, imagery_option, json_option, logging_options
+from speciesmap.cli.options import (
+    PATH,
+    imagery_option,
+    json_option,
+    logging_options,
+    split_bands,
+)
 
 
 @click.command("benchmark")

@@ -25,9 +25,9 @@ from speciesmap.mapping.embed import (
     Precision,
     choose_device,
     encode_tiles,
-    fit_imagery,
 )
 from speciesmap.mapping.encode import Encoder, Stopwatch
+from speciesmap.mapping.fit import fit_imagery
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import Imagery

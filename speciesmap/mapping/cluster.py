@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from speciesmap.errors import ClusterError, DependencyError, SpeciesmapError
-from speciesmap.mapping.embed import Precision, encode_tiles, fit_imagery
+from speciesmap.mapping.embed import Precision, encode_tiles
+from speciesmap.mapping.fit import fit_imagery
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.progress import track
 from speciesmap.rasters.imagery import Imagery
@@ -40,7 +41,7 @@ class Job:
 
     Attributes:
         model: Folder of the model.
-        imagery: What `open_imagery` takes.
+        imagery: Closed, with the paths of its files.
         store: Path of the store.
         bands: As for `embed`.
         any_resolution: As for `embed`.
@@ -54,7 +55,7 @@ class Job:
     """
 
     model: str
-    imagery: str
+    imagery: Imagery
     store: str
     bands: tuple[str, ...] | None
     any_resolution: bool

@@ -119,7 +119,7 @@ def embed(
         model = load_model(model)
     imagery = fit_imagery(
         model,
-        imagery,
+        named[1] if workers or scheduler else imagery,
         bands=bands,
         bbox=bbox,
         bbox_crs=bbox_crs,
@@ -164,7 +164,7 @@ def embed(
 
         job = Job(
             model=named[0],
-            imagery=named[1],
+            imagery=imagery,
             store=str(out.absolute()),
             bands=None if bands is None else tuple(bands),
             any_resolution=any_resolution,
