@@ -353,6 +353,10 @@ DEFECTS: dict[str, tuple[str, str]] = {
         "species,latitude,longitude\nA b,1,2\nA b,1,2,3\n",
         "line 3 has 4 fields, the header 3; quote",
     ),
+    "decimal commas among commas": (
+        "species,latitude,longitude\nA b,37,5,-122,5\nA b,37,25,-122,25\n",
+        "line 2 and those below have more than the header's 3 fields; quote fields",
+    ),
     "prose": ("These are my observations\n", "no line of column names"),
 }
 

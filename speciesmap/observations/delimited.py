@@ -7,6 +7,7 @@ import csv
 import io
 import logging
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO
@@ -21,6 +22,7 @@ CHUNK_ROWS = 50_000
 HEAD_BYTES = 65_536
 BLOCK_BYTES = 1 << 20
 LONGEST_LINE_BYTES = 1 << 24
+QUOTE = "quote fields that hold the delimiter or a decimal comma, or export the table again"
 EMPTY = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "\\N")
 
 Opener = Callable[[], IO[bytes]]
@@ -218,11 +220,17 @@ def chunks(
                 na_values=list(EMPTY),
                 chunksize=CHUNK_ROWS,
             ) as rows:
-                yield from rows
+                while (chunk := _next(rows)) is not None:
+                    yield chunk
     except UnicodeError as error:
         raise ObservationsError(
             f"{name} is not {encoding.upper()} throughout ({error.args[-1]}); convert it, for "
             f"example with `iconv -f {encoding.upper()} -t UTF-8 -c`"
+        ) from error
+    except pd.errors.ParserWarning as error:
+        raise ObservationsError(
+            f"{name} line {header_lines + 1} and those below have more than the header's "
+            f"{len(columns)} fields; {QUOTE}"
         ) from error
     except (pd.errors.ParserError, csv.Error) as error:
         raise ObservationsError(f"{name} {_damage(str(error))}") from error
@@ -234,15 +242,19 @@ def chunks(
         ) from error
 
 
+def _next(rows: Iterator[pd.DataFrame]) -> pd.DataFrame | None:
+    """Parse the next chunk; pandas only warns before it cuts the ends off rows that are long."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        return next(rows, None)
+
+
 def _damage(message: str) -> str:
     """Say in words what pandas' parser met."""
     ragged = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", message)
     if ragged:
         wanted, line, seen = ragged.groups()
-        return (
-            f"line {line} has {seen} fields, the header {wanted}; quote fields that hold the "
-            "delimiter or a decimal comma, or export the table again"
-        )
+        return f"line {line} has {seen} fields, the header {wanted}; {QUOTE}"
     return f"is damaged: {' '.join(message.split())}; mend that line or export it again"
 
 
