@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ from speciesmap.cli.options import (
     type=click.Choice([*(str(number) for number in range(1, 13)), "all"]),
     help="Map this month, or one band for each; of a model that was trained with dates.",
 )
+@click.option(
+    "--dry-run", is_flag=True, help="Print what would be read, encoded and stored, and how long."
+)
 @out_option("DIR", "Folder to create.")
 @overwrite_option
 @json_option
@@ -54,6 +58,7 @@ def command(
     out: Path,
     overwrite: bool,
     as_json: bool,
+    dry_run: bool,
     **options: Any,
 ) -> None:
     """Map species, photos or text over an area.
@@ -71,6 +76,11 @@ def command(
     """
     if imagery is None and store is None:
         raise click.UsageError("Missing option '--imagery' or '--store'.")
+    if dry_run:
+        if imagery is None:
+            raise click.UsageError("--dry-run tells what --imagery costs; give it.")
+        _print_plan(model, imagery, as_json, options)
+        return
     from speciesmap.atlas import predict
 
     months = range(1, 13) if month == "all" else [int(month)] if month else []
@@ -92,3 +102,37 @@ def command(
         item=made.item,
         store=made.store,
     )
+
+
+PLANNED = {
+    *("bbox", "bbox_crs", "stride_px", "bands", "batch_size", "device", "any_resolution"),
+    *("crs", "resolution_m", "like", "datetime", "query", "first"),
+}
+
+
+def _print_plan(model: Path, imagery: str, as_json: bool, options: dict[str, Any]) -> None:
+    from dataclasses import asdict
+    from datetime import timedelta
+
+    from speciesmap.mapping.plan import plan
+
+    found = plan(model, imagery, **{name: options[name] for name in PLANNED})
+    if as_json:
+        click.echo(json.dumps(asdict(found)))
+        return
+    read = f"{found.read_bytes / 1e6:,.1f} MB" if found.read_bytes else "unknown"
+    for name, value in (
+        ("imagery", f"{found.imagery}, {found.scenes} scenes"),
+        ("grid", found.grid),
+        ("pixels", f"{found.pixels:,}"),
+        ("windows", f"{found.windows:,}"),
+        ("cells", f"{found.cells[0]} rows x {found.cells[1]} columns"),
+        ("to read", read),
+        ("store", f"{found.store_bytes / 1e6:,.1f} MB"),
+        (
+            "time",
+            f"about {timedelta(seconds=round(found.seconds))} at "
+            f"{found.windows_per_s:,.0f} windows/s",
+        ),
+    ):
+        click.echo(f"{name:10} {value}")

@@ -31,6 +31,7 @@ from speciesmap.rasters.scenes import (
     Scene,
     describe_file,
     describe_files,
+    file_bytes,
     list_files,
     pixel_type,
     refuse_unlike,
@@ -121,6 +122,21 @@ class Imagery:
     def scenes(self) -> int:
         """How many scenes it is made of."""
         return len(self._members)
+
+    @property
+    def grid_in_words(self) -> str:
+        """A line that tells its CRS, pixels, origin and shape."""
+        return in_words(self.geobox)
+
+    def bytes_in(self, row: int, col: int, height: int, width: int) -> int:
+        """Estimate how many bytes of its files hold a rectangle, by shares of their areas."""
+        total = 0.0
+        for m in self._members:
+            shared = _shared(m, row, col, height, width)
+            if shared is not None:
+                share = (shared[2] - shared[0]) * (shared[3] - shared[1]) / (m.height * m.width)
+                total += share * sum(file_bytes(p.file) for p, _, _ in self._used(m))
+        return round(total)
 
     @property
     def remote(self) -> bool:
