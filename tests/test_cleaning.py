@@ -180,7 +180,7 @@ def test_strays_of_windows_1252_in_a_utf_8_file_are_read_and_said(
         got = read_observations(tmp_path / "a.csv")
     utf8, strays = "José Ñandú 木", "José \u2019t Hooft"
     assert got["observer"].tolist() == [utf8] * 3 + [strays] * 2 + [utf8] * 3
-    assert "2 lines are not UTF-8, the first is line 5" in caplog.text
+    assert "2 lines not UTF-8 read as Windows-1252, the first is line 5" in caplog.text
     (tmp_path / "b.csv").write_bytes("species,latitude,longitude\nAcer é,1,2\n".encode("latin-1"))
     assert read_observations(tmp_path / "b.csv")["taxon"].tolist() == ["Acer é"]
 
@@ -225,6 +225,18 @@ def test_a_file_cut_off_or_a_lost_quotation_mark_is_refused_with_its_line(tmp_pa
     plain(tmp_path / "b.csv", text + "Acer rubrum,37,-122,plain words\n" * 80_000)
     with pytest.raises(ObservationsError, match="quotation mark opened after line 3 is not"):
         read_observations(tmp_path / "b.csv")
+
+
+def test_what_users_take_for_a_table_is_named(tmp_path: Path) -> None:
+    page = plain(tmp_path / "gbif.csv", "<!DOCTYPE html>\n<html><body>Log in</body></html>")
+    with pytest.raises(ObservationsError, match="is a web page"):
+        read_observations(page)
+    (tmp_path / "a.csv").write_bytes(bytes.fromhex("d0cf11e0a1b11ae1") + bytes(600))
+    with zipfile.ZipFile(tmp_path / "b.csv", "w") as archive:
+        archive.writestr("xl/workbook.xml", "<workbook/>")
+    for name in ("a.csv", "b.csv"):
+        with pytest.raises(ObservationsError, match="is an Excel workbook; save its sheet as CSV"):
+            read_observations(tmp_path / name)
 
 
 def test_a_table_of_one_endless_line_is_refused(tmp_path: Path) -> None:

@@ -325,6 +325,10 @@ DEFECTS: dict[str, tuple[str, str]] = {
         "species,latitude,longitude\nA b,-122.5,37.5\nA b,-122.4,37.4\n",
         r"rows 1 \(-122.5\), 2 \(-122.4\): latitude is out of range.*look swapped",
     ),
+    "swapped in a row": (
+        "species,latitude,longitude\nA b,37.5,-122.5\nA b,-122.4,37.4\n",
+        r"row 2 \(-122.4\): latitude is out of range.*look swapped in these rows: exchange them",
+    ),
     "projected": (
         "species,latitude,longitude\nA b,37.5,-122.5\nA b,4150000,560000\n",
         r"row 2 \(4150000.0\): latitude is out of range, -90 to 90; give decimal degrees",

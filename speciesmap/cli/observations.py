@@ -17,6 +17,22 @@ from speciesmap.cli.options import (
     print_result,
 )
 
+WORDS = {
+    "present": "recorded as absent",
+    "wild": "fossil, zoo or garden specimens",
+    "zero": "at longitude 0, latitude 0",
+    "centroids": "at a country's central point",
+    "institutions": "near an institution",
+    "captive": "captive, cultivated or introduced",
+    "year_min": "too old",
+    "uncertainty_max_m": "too uncertain",
+    "obscured": "at an obscured place",
+    "research": "not research grade",
+    "duplicates": "repeats of taxon, place and day",
+    "cell_m": "others in the same cell",
+    "thin_m": "nearer than the distance asked for",
+}
+
 
 @click.command("observations")
 @click.argument("inputs", nargs=-1, required=True, type=PATH, metavar="INPUT...")
@@ -103,5 +119,5 @@ def command(
     log = logging.getLogger("speciesmap")
     log.info("%d of %d rows kept", report["kept"], report["read"])
     for rule, count in report["dropped"].items():
-        log.info("%8d dropped by %s", count, rule)
+        log.info("%8d dropped: %s", count, WORDS.get(rule, rule))
     print_result(report.pop("path"), as_json, **report)

@@ -95,8 +95,8 @@ class Utf8(io.RawIOBase):
             whole = self._utf8(text)
             if self._mended:
                 log.warning(
-                    "%s: %d lines are not UTF-8, the first is line %d; read as Windows-1252",
-                    self._name, self._mended, self._first,
+                    "%s: %d line%s not UTF-8 read as Windows-1252, the first is line %d",
+                    self._name, self._mended, "s"[: self._mended > 1], self._first,
                 )  # fmt: skip
             return whole
         end = block.rfind(b"\n") + 1

@@ -18,6 +18,8 @@ from speciesmap.observations.archive import archive
 from speciesmap.observations.delimited import CHUNK_ROWS, Opener, delimited
 
 IMAGES = ("gl_image", "rs_image")
+OLE = bytes.fromhex("d0cf11e0a1b11ae1")
+"""First bytes of Excel's old workbooks."""
 PLACES = ("longitude", "latitude", "lon", "lat", "lng", "decimallongitude", "decimallatitude")
 """Columns that a geometry stands in for."""
 
@@ -45,6 +47,12 @@ def frames(path: Path) -> Iterator[pd.DataFrame]:
     text = head.removeprefix(b"\xef\xbb\xbf").strip()
     if not text:
         raise ObservationsError(f"{path} is empty; export the observations again")
+    if text[:200].lower().startswith((b"<!doctype html", b"<html")):
+        raise ObservationsError(
+            f"{path} is a web page, not a table; download the table itself, perhaps after a login"
+        )
+    if head.startswith(OLE):
+        raise _workbook(path)
     if head.startswith(b"PK\x03\x04"):
         yield from _zipped(path)
     elif head.startswith(b"PAR1"):
@@ -55,6 +63,10 @@ def frames(path: Path) -> Iterator[pd.DataFrame]:
         yield from delimited(_opener(path), str(path))
     else:
         yield _vector(path)
+
+
+def _workbook(path: Path) -> ObservationsError:
+    return ObservationsError(f"{path} is an Excel workbook; save its sheet as CSV UTF-8")
 
 
 def _opener(path: Path) -> Opener:
@@ -72,6 +84,8 @@ def _zipped(path: Path) -> Iterator[pd.DataFrame]:
                     openers[PurePosixPath(n).name] = partial(zipped.open, n)
                 yield from archive(path, openers)
                 return
+            if "xl/workbook.xml" in names:
+                raise _workbook(path)
             tables = [n for n in names if n.lower().endswith((".csv", ".tsv", ".txt"))]
             tables = [n for n in tables if not PurePosixPath(n).name.lower().startswith("readme")]
             if len(tables) == 1:

@@ -360,7 +360,10 @@ class _Rows:
         numbers = pd.to_numeric(read.where(words != ""), errors="coerce").astype(np.float64)
         wrong = np.flatnonzero(needed & (words != "") & ~np.isfinite(numbers))
         if wrong.size:
-            raise self._wrong(wrong, words, f"{fact} is no number", "mend or remove these rows")
+            remedy = "mend or remove these rows"
+            if fact in ("longitude", "latitude"):
+                remedy = "write decimal degrees, such as -122.25, or remove these rows"
+            raise self._wrong(wrong, words, f"{fact} is no number", remedy)
         return numbers
 
     def _position(self, needed: pd.Series) -> tuple[pd.Series, pd.Series, bool]:
@@ -374,12 +377,11 @@ class _Rows:
             if not wrong.size:
                 continue
             remedy = "give decimal degrees (EPSG:4326), or a vector file that says its CRS"
-            if (
-                fact == "latitude"
-                and (longitude.abs() <= 90).all()
-                and (latitude.abs() <= 180).all()
-            ):
+            swapped = fact == "latitude" and (longitude.iloc[wrong].abs() <= 90).all()
+            if swapped and (latitude.iloc[wrong].abs() <= 180).all():
                 remedy = "latitude and longitude look swapped: exchange the two columns' names"
+                if (latitude.abs() <= 90).any():
+                    remedy = "latitude and longitude look swapped in these rows: exchange them"
             what = f"{fact} is out of range, -{limit} to {limit}"
             raise self._wrong(wrong, degrees, what, remedy)
         return longitude, latitude, commas
