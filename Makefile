@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint benchmark-sdm clean
+.PHONY: demo test lint benchmark benchmark-sdm clean
 
 demo: $(STAMP)
 	$(BIN)/speciesmap demo --out demo --overwrite
@@ -15,6 +15,19 @@ lint: $(STAMP)
 	$(BIN)/ruff check speciesmap tests
 	$(BIN)/ruff format --check speciesmap tests
 	$(BIN)/mypy
+
+# the engine against torchgeo, terratorch, geoai and xbatcher, which live in their own environment
+PEERS := benchmarks/engine/.venv
+benchmark: $(STAMP) $(PEERS)/.installed
+	$(BIN)/python benchmarks/engine/run.py $(BIN)/python $(PEERS)/bin/python
+	$(BIN)/python benchmarks/engine/growth.py
+
+$(PEERS)/.installed: benchmarks/engine/requirements.txt
+	test -d $(PEERS) || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --upgrade pip
+	$(PEERS)/bin/pip install --quiet $$(grep -E '^(torch|torchvision)==' constraints.txt) \
+	  --requirement benchmarks/engine/requirements.txt
+	touch $@
 
 # heads on covariates against MaxEnt on the NCEAS benchmark (R package disdat, its data as .rds)
 DISDAT ?= ../shared/data/disdat
@@ -31,4 +44,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv demo build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv $(PEERS) demo build dist .mypy_cache .pytest_cache .ruff_cache

@@ -538,3 +538,20 @@ def test_compiling_changes_no_vector_and_says_what_it_cost(
     assert contents(store.path) == contents(whole.path)
     assert set(shapes) == {(32, 3, 16, 16)}, "one shape is compiled, short batches are filled up"
     assert caplog.text.count("torch.compile took") == 1
+
+
+def test_memory_of_batches_is_used_again_only_when_asked(tmp_path: Path) -> None:
+    imagery = open_imagery(scene(tmp_path / "a.tif", (150, 300)))
+    store = embed(FakeModel(), imagery, tmp_path / "s.zarr", precision="float32")
+    tiles = list(store.tiles_in(*(slice(0, side) for side in store.geobox.shape)))
+    fill = FakeModel().fill
+    kept = list(cut.cut_windows(imagery, store, tiles, fill, 100))
+    seen: list[torch.Tensor] = []
+    places = set()
+    for batch in cut.cut_windows(imagery, store, tiles, fill, 100, reuse=2):
+        if batch.pixels is not None:
+            seen.append(batch.pixels.clone())
+            places.add(batch.pixels.data_ptr())
+    assert len(places) == 2 < len(seen)
+    fresh = [b.pixels for b in kept if b.pixels is not None]
+    assert all(torch.equal(a, b) for a, b in zip(seen, fresh, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -68,6 +69,7 @@ def cut_windows(
     piece_px: int | None = None,
     pin: bool = False,
     skip_unreadable: bool = False,
+    reuse: int | None = None,
 ) -> Iterator[Batch]:
     """Read tiles and cut them into batches of windows, or of the squares that make up windows.
 
@@ -83,6 +85,8 @@ def cut_windows(
         piece_px: Side of the squares, which divides the window; whole windows by default.
         pin: Use page-locked memory, for copies to a GPU.
         skip_unreadable: Go on where a tile cannot be read, and name it.
+        reuse: A batch's memory is written again after so many more batches. Memory that is given
+            back and asked for again leaves holes between what stays, and the process grows.
 
     Yields:
         Batches in the order of the tiles; a tile ends with the batch that has its layout, or that
@@ -91,9 +95,11 @@ def cut_windows(
     Raises:
         ImageryError: A tile cannot be read.
     """
+    piece = piece_px or store.identity.window_px
+    buffers = _buffers((batch_size, len(imagery.bands), piece, piece), imagery.dtype, pin, reuse)
     for tile in tiles:
         try:
-            yield from _cut_tile(imagery, store, tile, fill, batch_size, piece_px, pin)
+            yield from _cut_tile(imagery, store, tile, fill, piece, buffers)
         except ImageryError as error:
             if not skip_unreadable:
                 raise ImageryError(
@@ -109,13 +115,11 @@ def _cut_tile(
     store: EmbeddingStore,
     tile: tuple[int, int],
     fill: Sequence[float],
-    batch_size: int,
-    piece_px: int | None,
-    pin: bool,
+    piece: int,
+    buffers: Iterator[Tensor],
 ) -> Iterator[Batch]:
     identity = store.identity
     side, stride = identity.window_px, identity.stride_px
-    piece = piece_px or side
     grid = WindowGrid(imagery.shape, side, stride)
     rows, cols = store.cells(tile)
     wide = (cols.stop - cols.start - 1) * stride + side
@@ -147,18 +151,30 @@ def _cut_tile(
             numbers[place] = len(numbers)
             y, x = place // wide - offset, place % wide
             if buffer is None:
-                kind = torch.from_numpy(np.empty(0, pixels.dtype)).dtype
-                shape = (batch_size, len(pixels), piece, piece)
-                buffer = torch.empty(shape, dtype=kind, pin_memory=pin)
+                buffer = next(buffers)
             buffer.numpy()[filled] = pixels[:, y : y + piece, x : x + piece]
             filled += 1
-            if filled == batch_size:
+            if filled == len(buffer):
                 yield Batch(tile, buffer)
                 buffer, filled = None, 0
         cut = np.array([numbers[place] for place in places.tolist()])
         pieces.append(cut[inverse].reshape(len(i), -1))
     layout = Layout(np.concatenate(slots), np.concatenate(pieces))
     yield Batch(tile, None if buffer is None else buffer[:filled], layout)
+
+
+def _buffers(
+    shape: tuple[int, ...], dtype: np.dtype[Any], pin: bool, reuse: int | None
+) -> Iterator[Tensor]:
+    """Memory for batches: always other, or so many by turns."""
+    kind = torch.from_numpy(np.empty(0, _torch_type(dtype))).dtype
+    ring: list[Tensor] = []
+    while reuse is None or len(ring) < reuse:
+        buffer = torch.empty(shape, dtype=kind, pin_memory=pin)
+        if reuse is not None:
+            ring.append(buffer)
+        yield buffer
+    yield from itertools.cycle(ring)
 
 
 def _usable(
@@ -180,11 +196,16 @@ def _usable(
     return np.asarray((counts > 0) & (counts >= min_valid * side * side))
 
 
+def _torch_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Type that torch has and that holds the values of one it may lack."""
+    if dtype.name in EXACT_IN_TORCH:
+        return dtype
+    return np.dtype({"uint16": np.int32, "uint32": np.int64}.get(dtype.name, np.float32))
+
+
 def _filled(pixels: NDArray[Any], valid: NDArray[np.bool_], fill: Sequence[float]) -> NDArray[Any]:
     """Give invalid pixels the fill value, in a type that torch has."""
-    if pixels.dtype.name not in EXACT_IN_TORCH:
-        exact = {"uint16": np.int32, "uint32": np.int64}.get(pixels.dtype.name, np.float32)
-        pixels = pixels.astype(exact)
+    pixels = pixels.astype(_torch_type(pixels.dtype), copy=False)
     invalid = ~valid
     if invalid.any():
         for band, value in zip(pixels, fill, strict=True):

@@ -228,7 +228,14 @@ def encode_tiles(
 
         def encoded() -> Iterator[tuple[Batch, Tensor | None]]:
             pin, parts = place.type == "cuda", list[Tensor]()
-            source = cut(tiles, batch_size=encoder.pieces, piece_px=encoder.piece_px, pin=pin)
+            source = cut(
+                tiles,
+                batch_size=encoder.pieces,
+                piece_px=encoder.piece_px,
+                pin=pin,
+                # one that is encoded, those that wait, one that is filled; a GPU copies later
+                reuse=None if pin else WAITING_BATCHES + 2,
+            )
             for batch in spent.waiting(ahead(spent.reading(source), WAITING_BATCHES)):
                 if batch.pixels is not None:
                     if encoder.precision is None:

@@ -1,0 +1,238 @@
+"""One contestant in one process: `sides.py NAME SCENE MODEL`, prints one JSON object.
+
+All take the windows of one GeoTIFF through one encoder and score them against one direction; the
+scores are given back sorted, because the grids are walked in different orders. The time runs from
+the first pixel read to the last output written; imports, the loading of weights and one batch to
+warm up are left out. The encoder alone, on windows in memory, is measured in the same process just
+before and just after.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import rasterio
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+WINDOW, STRIDE, CELL, BATCH = 256, 128, 64, 32
+WARM_S = 8.0
+
+
+class PlainEncoder(torch.nn.Module):
+    """The aerial tower of a plain model, from its weights alone; raw pixels to scores (N,)."""
+
+    def __init__(self, folder: Path, query: torch.Tensor) -> None:
+        super().__init__()
+        weights = {
+            name.removeprefix("aerial."): tensor
+            for name, tensor in load_file(folder / "model.safetensors").items()
+            if name.startswith("aerial.")
+        }
+        facts = json.loads((folder / "config.json").read_text())["architecture"]
+        self.backbone = timm.create_model(
+            facts["aerial"]["backbone"], img_size=WINDOW, num_classes=0, in_chans=3
+        )
+        self.project = torch.nn.Linear(self.backbone.num_features, facts["dim"])
+        self.register_buffer("mean", weights["mean"])
+        self.register_buffer("std", weights["std"])
+        self.load_state_dict(weights)
+        self.query = query
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        features = self.project(self.backbone((pixels.float() - self.mean) / self.std))
+        scores = F.normalize(features, dim=1) @ self.query
+        self.seen.append(scores)
+        return scores
+
+    def maps(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Scores spread over their windows, (N, 1, H, W), for tools that stitch images."""
+        return self(pixels)[:, None, None, None].expand(-1, 1, *pixels.shape[-2:]).contiguous()
+
+
+def torchgeo(encoder: PlainEncoder, scene: Path) -> None:
+    from torch.utils.data import DataLoader
+    from torchgeo.datasets import RasterDataset, stack_samples
+    from torchgeo.samplers import GridGeoSampler
+
+    class Scene(RasterDataset):
+        filename_glob = scene.name
+        is_image = True
+
+    data = Scene(scene.parent)
+    sampler = GridGeoSampler(data, size=WINDOW, stride=STRIDE)
+    for batch in DataLoader(data, batch_size=BATCH, sampler=sampler, collate_fn=stack_samples):
+        encoder(batch["image"])
+
+
+def terratorch(encoder: PlainEncoder, scene: Path) -> None:
+    from terratorch.tasks.tiled_inference import tiled_inference
+
+    with rasterio.open(scene) as raster:
+        pixels = torch.from_numpy(raster.read()).float()[None]
+    tiled_inference(
+        encoder.maps,
+        pixels,
+        out_channels=1,
+        crop=WINDOW,
+        stride=STRIDE,
+        delta=0,
+        padding=False,
+        blend_overlaps=False,
+        batch_size=BATCH,
+        device="cpu",
+    )
+
+
+def geoai(encoder: PlainEncoder, scene: Path) -> None:
+    from geoai.inference import predict_geotiff
+
+    class Maps(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return encoder.maps(pixels)
+
+    with tempfile.TemporaryDirectory() as folder:
+        predict_geotiff(
+            Maps(),
+            str(scene),
+            f"{folder}/out.tif",
+            tile_size=WINDOW,
+            overlap=WINDOW - STRIDE,
+            batch_size=BATCH,
+            blend_mode="none",
+            preprocess_fn=lambda tile: tile.astype(np.float32),
+            device="cpu",
+            verbose=False,
+        )
+
+
+def xbatcher(encoder: PlainEncoder, scene: Path) -> None:
+    import rioxarray
+    import xbatcher
+
+    opened = rioxarray.open_rasterio(scene, chunks=None)
+    overlap = {"y": WINDOW - STRIDE, "x": WINDOW - STRIDE}
+    size = {"band": 3, "y": WINDOW, "x": WINDOW}
+    waiting = []
+    for window in xbatcher.BatchGenerator(opened, input_dims=size, input_overlap=overlap):
+        waiting.append(torch.from_numpy(np.ascontiguousarray(window.values)))
+        if len(waiting) == BATCH:
+            encoder(torch.stack(waiting))
+            waiting = []
+    if waiting:
+        encoder(torch.stack(waiting))
+
+
+PEERS: dict[str, Callable[[PlainEncoder, Path], None]] = {
+    "torchgeo": torchgeo,
+    "terratorch": terratorch,
+    "geoai": geoai,
+    "xbatcher": xbatcher,
+}
+
+
+def peer(name: str, scene: Path, folder: Path, query: torch.Tensor) -> dict[str, object]:
+    encoder = PlainEncoder(folder, query).eval()
+    windows = some_windows(scene)
+    with torch.inference_mode():
+        before = rate(lambda: encoder(windows), len(windows))
+        encoder.seen.clear()
+        started = time.perf_counter()
+        PEERS[name](encoder, scene)
+        elapsed = time.perf_counter() - started
+        scores = torch.cat(encoder.seen)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        after = rate(lambda: encoder(windows), len(windows))
+    return {
+        "version": version({"geoai": "geoai-py"}.get(name, name)),
+        "windows_per_s": len(scores) / elapsed,
+        "encoder_windows_per_s": (before + after) / 2,
+        "memory_mb": memory,
+        "scores": scores.sort().values.tolist(),
+    }
+
+
+def ours(name: str, scene: Path, folder: Path, query: torch.Tensor) -> dict[str, object]:
+    import speciesmap
+    from speciesmap.mapping.embed import embed
+    from speciesmap.mapping.encode import Encoder
+
+    model = speciesmap.load_model(folder)
+    precision = "bfloat16" if "bfloat16" in name else "float32"
+    windows, seen, real = some_windows(scene), [], Encoder.assemble
+
+    def assemble(self, encoded, layout):  # type: ignore[no-untyped-def]
+        vectors = real(self, encoded, layout)
+        if vectors is not None:
+            seen.append(vectors @ query)
+        return vectors
+
+    def alone() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            model.encode_aerial(windows)
+
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as out:
+        before = rate(alone, len(windows))
+        Encoder.assemble = assemble  # type: ignore[method-assign]
+        started = time.perf_counter()
+        embed(
+            model,
+            scene,
+            f"{out}/s.zarr",
+            stride_px=CELL if model.factored else STRIDE,
+            min_valid=1.0,  # windows inside the raster only, as the others have them
+            precision=precision,  # type: ignore[arg-type]
+            batch_size=BATCH,
+        )
+        elapsed = time.perf_counter() - started
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        after = rate(alone, len(windows))
+    scores = torch.cat(seen)
+    return {
+        "version": speciesmap.__version__,
+        "windows_per_s": len(scores) / elapsed,
+        "encoder_windows_per_s": (before + after) / 2,
+        "memory_mb": memory,
+        "scores": scores.sort().values.tolist(),
+    }
+
+
+def some_windows(scene: Path) -> torch.Tensor:
+    """A batch of the scene's windows in memory, uint8."""
+    with rasterio.open(scene) as raster:
+        pixels = torch.from_numpy(raster.read())
+    windows = pixels.unfold(1, WINDOW, STRIDE).unfold(2, WINDOW, STRIDE).flatten(1, 2)
+    return windows[:, :BATCH].transpose(0, 1).contiguous()  # (BATCH, 3, WINDOW, WINDOW)
+
+
+def rate(work: Callable[[], object], count: int) -> float:
+    """Windows per second after one call that does not count."""
+    work()
+    calls, started = 0, time.perf_counter()
+    while calls == 0 or time.perf_counter() - started < WARM_S:
+        work()
+        calls += 1
+    return calls * count / (time.perf_counter() - started)
+
+
+def main() -> None:
+    name, scene, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    dim = json.loads((folder / "config.json").read_text())["architecture"]["dim"]
+    query = F.normalize(torch.randn(dim, generator=torch.manual_seed(1)), dim=0)
+    result = (peer if name in PEERS else ours)(name, scene, folder, query)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
