@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -45,19 +47,36 @@ def replacing(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
-        if (path.is_symlink() or path.exists()) and (path.is_dir() or beside.is_dir()):
+        if not (path.is_symlink() or path.exists()) or not (path.is_dir() or beside.is_dir()):
+            beside.replace(path)
+        elif not _exchange(beside, path):
             old = path.with_name(f".{path.stem}.{token}.old{path.suffix}")
             path.rename(old)
-            beside.rename(path)
+            try:
+                beside.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
             _remove(old)
-        else:
-            beside.replace(path)
     except PermissionError as error:
         raise OutputError(
             f"cannot write {path}: {error.strerror}; choose a folder that you may write"
         ) from error
     finally:
         _remove(beside)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step (Linux's renameat2), if the system and its disk can do that.
+
+    A folder cannot be renamed onto another that holds files, and with two renames there is a
+    moment without either.
+    """
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return (
+        rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
+    )
 
 
 def _remove(path: Path) -> None:

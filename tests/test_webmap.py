@@ -255,10 +255,10 @@ def test_thumbnails_come_from_the_folder_and_from_nowhere_else(tmp_path: Path) -
     (folder / "no.jpg").write_text("no photo")
     (folder / "link.jpg").symlink_to(tmp_path / "out.jpg")
     table = records(
-        7,
+        9,
         photo=["in.jpg", "../out.jpg", str(tmp_path / "out.jpg"), "closed.jpg", "no.jpg",
-               "link.jpg", "gone.jpg"],
-        license=["CC-BY"] * 3 + ["all rights reserved"] + ["CC-BY"] * 3,
+               "link.jpg", "gone.jpg", "a" * 5000, "in\0.jpg"],
+        license=["CC-BY"] * 3 + ["all rights reserved"] + ["CC-BY"] * 5,
     )  # fmt: skip
     html = make_map(
         [write_map(tmp_path / "a.tif", ramp())],

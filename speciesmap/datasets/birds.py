@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from speciesmap.datasets.paired import PairedDataset, open_paired
+from speciesmap.datasets.photos import open_photo
 from speciesmap.datasets.splits import hold_out_places, leaks, rank_of
 from speciesmap.errors import DatasetError
 from speciesmap.taxa import Taxon
@@ -128,9 +129,8 @@ class BirdDataset:
 
 def _open_image(file: Path) -> Image.Image:
     try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return open_photo(file)
+    except ValueError as error:
         raise DatasetError(
             f"{file} does not decode ({error}); fetch it again, or delete it to have its row left "
             "out and counted"

@@ -16,9 +16,10 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import fsspec
 import numpy as np
@@ -27,7 +28,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+from pydantic import BaseModel, Field, ValidationError
 
 from speciesmap.datasets.columns import AERIAL, GROUND, SIDECAR, decode_windows
 from speciesmap.datasets.nature_multi_view import (
@@ -36,6 +38,7 @@ from speciesmap.datasets.nature_multi_view import (
     read_taxonomy,
     remote_files,
 )
+from speciesmap.datasets.photos import open_photo
 from speciesmap.errors import DatasetError
 from speciesmap.outputs import replacing
 from speciesmap.progress import track
@@ -130,8 +133,8 @@ class PairedDataset:
         if encoded is None:
             return None
         try:
-            return ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            return open_photo(io.BytesIO(encoded))
+        except ValueError as error:
             raise DatasetError(
                 f"{self.path}: the photo of row {row} does not decode ({error}); "
                 "make the data set again with `speciesmap chips`"
@@ -235,7 +238,12 @@ def _decoded(
     for file in dataset._files:
         parquet = _open_parquet(file)
         columns = [AERIAL, *([GROUND] if GROUND in parquet.schema_arrow.names else [])]
-        for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
+        batches = parquet.iter_batches(BATCH_ROWS, columns=columns)
+        while True:
+            with _damage_named(file):
+                batch = next(batches, None)
+            if batch is None:
+                break
             yield _images_of(dataset, batch, file, first, shape)
             first += batch.num_rows
 
@@ -349,10 +357,35 @@ def _cache_folder() -> Path:
     return folder
 
 
+@contextmanager
+def _damage_named(file: Path | str) -> Iterator[None]:
+    """Turn what Arrow meets in a damaged file into words."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"{file} is damaged ({reason}); copy the data set again") from error
+
+
+class _Lineage(BaseModel):
+    name: Annotated[str, Field(pattern=r"\S")]
+    lineage: list[str]
+
+
+class _Sidecar(BaseModel):
+    """What is read from `dataset.json`; further keys are other readers' business."""
+
+    bands: list[str] = []
+    resolution_m: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    dtype: Literal["uint8", "uint16", "int16", "uint32", "int32", "float32", "float64"] = "uint8"
+    photos: int = 0
+    taxa: list[_Lineage] = []
+
+
 def _open_parquet(file: Path | str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file if isinstance(file, Path) else fsspec.open(file).open())
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{file} is not a readable Parquet file: {error}") from error
 
 
@@ -403,7 +436,8 @@ def open_paired(
             if len(files) > 4
             else map(_read_facts, files)
         )
-    table = pa.concat_tables([part for part, _, _ in parts], promote_options="permissive")
+    with _damage_named(str(path)):
+        table = pa.concat_tables([part for part, _, _ in parts], promote_options="permissive")
     if not table.num_rows:
         raise DatasetError(f"{path} has no rows; make the data set again with other observations")
     facts = table.to_pandas()
@@ -413,7 +447,8 @@ def open_paired(
         for k, rows in enumerate(counts)
     ]
 
-    head = next(_open_parquet(files[0]).iter_batches(1, columns=[AERIAL]))
+    with _damage_named(files[0]):
+        head = next(_open_parquet(files[0]).iter_batches(1, columns=[AERIAL]))
     window = decode_windows(head.column(AERIAL), f"{AERIAL} of {files[0]}")[0]
     if window.shape[1] != window.shape[2]:
         raise DatasetError(
@@ -462,7 +497,8 @@ def _read_facts(file: Path | str) -> tuple[pa.Table, bool, list[int]]:
                 f"{file} has no column {column!r}; a paired data set has the columns of "
                 "Nature Multi-View"
             )
-    table = parquet.read(columns=[n for n in names if n not in (AERIAL, GROUND)])
+    with _damage_named(file):
+        table = parquet.read(columns=[n for n in names if n not in (AERIAL, GROUND)])
     rows = [parquet.metadata.row_group(k).num_rows for k in range(parquet.metadata.num_row_groups)]
     if kept is not None:
         notes = json.dumps({"ground": GROUND in names, "rows": rows})
@@ -487,9 +523,15 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
         raise DatasetError(f"{path} is not readable JSON ({error}); make the data set again") from (
             error
         )
-    if not isinstance(notes, dict):
-        raise DatasetError(f"{path} holds {type(notes).__name__}, not an object; make it again")
-    return notes
+    try:
+        _Sidecar.model_validate(notes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise DatasetError(
+            f"{path} is damaged: {where} {first['msg'].lower()}; make the data set again"
+        ) from error
+    return dict(notes)
 
 
 def _taxa(

@@ -53,8 +53,8 @@ class StreamedBatches:
     ) -> None:
         if not isinstance(rows.dataset, PairedDataset):
             raise ConfigError(
-                f"data.stream reads Parquet in Nature Multi-View's columns, and {rows.dataset.path} "
-                "is a folder of images; leave data.stream out"
+                f"data.stream reads Parquet in Nature Multi-View's columns, and "
+                f"{rows.dataset.path} is a folder of images; leave data.stream out"
             )
         self.rows = rows
         self.stream = Stream(rows.dataset, rows.rows, batch_size, buffer_rows, seed)

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from speciesmap.datasets.photos import open_photo
 from speciesmap.errors import QueryError
 from speciesmap.models import SpeciesModel
 from speciesmap.taxa import find, slug
@@ -212,9 +213,8 @@ def _open_photo(path: Path) -> Image.Image:
     if not path.is_file():
         raise QueryError(f"photo {path} does not exist; check the name")
     try:
-        with Image.open(path) as photo:
-            return ImageOps.exif_transpose(photo).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return open_photo(path)
+    except ValueError as error:
         raise QueryError(
             f"photo {path} cannot be read ({error}); give a JPEG, PNG or WebP file that opens"
         ) from error

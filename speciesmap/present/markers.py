@@ -6,15 +6,14 @@ import base64
 import io
 import math
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
+from speciesmap.datasets.photos import open_photo
 from speciesmap.errors import ObservationsError
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 OBSERVATIONS = 20_000
 THUMBNAIL_PX = 200
 THUMBNAIL_BYTES = 1_500_000  # of all thumbnails together
-PHOTO_PIXELS = 100_000_000  # of a photo; larger ones are not opened
 PHOTO_HOSTS = 12  # that the page may ask for photos
 
 OPEN_LICENCE = re.compile(
@@ -135,8 +133,11 @@ def _thumbnails(photos: Sequence[str], folder: Path) -> Iterator[tuple[str, str]
     local = [i for i, photo in enumerate(photos) if photo and "://" not in photo]
     left = THUMBNAIL_BYTES
     for i in np.random.default_rng(0).permutation(local):
-        path = (root / photos[i]).resolve()
-        if not path.is_relative_to(root) or not path.is_file():
+        try:
+            path = (root / photos[i]).resolve()
+            if not path.is_relative_to(root) or not path.is_file():
+                continue
+        except (OSError, ValueError):  # a name that no file can have
             continue
         picture = _thumbnail(path)
         left -= len(picture)
@@ -149,15 +150,10 @@ def _thumbnails(photos: Sequence[str], folder: Path) -> Iterator[tuple[str, str]
 def _thumbnail(path: Path) -> str:
     """Reduce a photo to a small WebP in base64; nothing where it cannot be read."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            if image.width * image.height > PHOTO_PIXELS:
-                return ""
-            image.draft("RGB", (THUMBNAIL_PX, THUMBNAIL_PX))
-            small = ImageOps.exif_transpose(image).convert("RGB")
-            small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-            stream = io.BytesIO()
-            small.save(stream, "WEBP", quality=68)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+        small = open_photo(path, THUMBNAIL_PX)
+    except ValueError:
         return ""
+    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    stream = io.BytesIO()
+    small.save(stream, "WEBP", quality=68)
     return base64.b64encode(stream.getvalue()).decode()

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 import rasterio
+from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.env import set_gdal_config
 from rasterio.errors import RasterioError
@@ -133,7 +134,7 @@ def open_raster(path: Path | str, signer: str | None = None) -> DatasetReader:
                 add_alpha="alpha" not in (c.name for c in raster.colorinterp),
             )
         return raster
-    except (RasterioError, OSError) as error:
+    except (RasterioError, CPLE_BaseError, OSError) as error:
         if is_remote(name):
             raise ImageryError(
                 f"{public(name)} cannot be opened ({reason(error)}); check the address, the right "

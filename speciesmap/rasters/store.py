@@ -12,7 +12,9 @@ import errno
 import fcntl
 import json
 import math
+import os
 import shutil
+import struct
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 TILE = 32  # cells along a tile's side: 1,024 windows, many batches, about 1 MB of vectors
 METADATA = "zarr.json"
 VECTORS = "vectors"
+BLOSC_HEADER = struct.Struct("<4sIII")  # flags, bytes decoded, block size, bytes of the file
 SPATIAL_REF = "spatial_ref"
 
 
@@ -90,7 +93,12 @@ class EmbeddingStore:
             transform = Affine.from_gdal(*map(float, str(georeference["GeoTransform"]).split()))
             rows, cols, self.dim = self._vectors.shape
             self.geobox = GeoBox((rows, cols), transform, str(georeference["crs_wkt"]))
-        except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+            layout = (self._vectors.dtype, self._vectors.chunks)
+            if layout != (np.dtype(np.float16), (TILE, TILE, self.dim)):
+                raise ValueError(f"{layout[0]} vectors in chunks of {layout[1]}")
+        except StoreError:
+            raise
+        except Exception as error:  # zarr, odc-geo and pyproj raise classes of their own
             raise StoreError(
                 f"{path} is not an embedding store ({error}); make one with `speciesmap embed`"
             ) from error
@@ -177,11 +185,10 @@ class EmbeddingStore:
 
     def done(self) -> tuple[slice, slice] | None:
         """Smallest ranges of cells that hold every tile that is done, or `None`."""
-        tiles = [
-            tile
-            for tile in self.tiles_in(*(slice(0, side) for side in self.geobox.shape))
-            if self.has(tile)
-        ]
+        high, wide = self.tiles
+        names = [file.parts[-3:-1] for file in (self.path / VECTORS / "c").glob("*/*/0")]
+        tiles = [(int(i), int(j)) for i, j in names if i.isdecimal() and j.isdecimal()]
+        tiles = [(i, j) for i, j in tiles if i < high and j < wide]
         if not tiles:
             return None
         corners = [self.cells(tile) for tile in tiles]
@@ -209,13 +216,32 @@ class EmbeddingStore:
             StoreError: A chunk is damaged.
         """
         try:
+            for tile in self.tiles_in(rows, cols):
+                self._refuse_alien(tile)
             return np.asarray(self._vectors[rows, cols])
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, TypeError) as error:
             raise StoreError(
                 f"{self.path} cannot be read at rows {rows.start} to {rows.stop}, columns "
                 f"{cols.start} to {cols.stop} ({error}); delete its damaged chunk and run "
                 "`speciesmap embed` again"
             ) from error
+
+    def _refuse_alien(self, tile: tuple[int, int]) -> None:
+        """Look at a chunk's header, which says how much memory decoding takes (Blosc 1 format).
+
+        Raises:
+            ValueError: It is not a chunk of this store's size.
+        """
+        key = self._vectors.metadata.encode_chunk_key((*tile, 0))
+        try:
+            with (self.path / VECTORS / key).open("rb") as file:
+                head = file.read(BLOSC_HEADER.size)
+                length = os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            return
+        size = TILE * TILE * self.dim * 2
+        if len(head) < BLOSC_HEADER.size or BLOSC_HEADER.unpack(head)[1::2] != (size, length):
+            raise ValueError(f"chunk {key} does not hold {size} bytes")
 
     @property
     def precision(self) -> str | None:

@@ -1,0 +1,523 @@
+"""Damaged and hostile input for every reader but that of observations.
+
+Run all of them, each on many inputs:
+
+    python tests/fuzz/readers.py --inputs 10000
+
+A reader may refuse with a SpeciesmapError. Any other exception, more than ten seconds, more than
+1 GB above the start, a file written outside its folder, or a program started is a finding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import geopandas as gpd
+import hypothesis.strategies as st
+import numpy as np
+import torch
+import yaml
+from hypothesis import HealthCheck, Phase, given, settings
+from odc.geo.geobox import GeoBox
+from PIL import Image
+from rasterio.transform import from_origin
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tiny import tiny_model, tiny_scene
+
+from speciesmap.config import load_config, shipped_config
+from speciesmap.datasets.paired import open_paired
+from speciesmap.errors import SpeciesmapError
+from speciesmap.mapping.query import photo_query
+from speciesmap.models import load_model
+from speciesmap.models.checkpoint import save_model
+from speciesmap.present.markers import pack_records
+from speciesmap.present.styles import Legend, style_elements
+from speciesmap.present.webmap import make_map, script_json
+from speciesmap.rasters.geotiff import write_geotiff
+from speciesmap.rasters.imagery import open_imagery
+from speciesmap.rasters.store import EmbeddingStore, Identity, open_store
+
+SECONDS = 10
+BYTES = 1 << 30
+
+Run = Callable[[Any], None]
+
+FORBIDDEN = {
+    "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class",
+    "socket.connect", "webbrowser.open",
+}  # fmt: skip
+watched: list[Path] = []
+
+
+class Breach(BaseException):
+    """Input that made the reader do what no input may."""
+
+
+def audit(event: str, arguments: tuple[Any, ...]) -> None:
+    """Refuse programs, unpickling, and writing outside the folder that is watched."""
+    if not watched:
+        return
+    if event in FORBIDDEN:
+        raise Breach(f"{event} {arguments!r:.100}")
+    if event == "open" and isinstance(arguments[0], str) and isinstance(arguments[1], str):
+        writes = set(arguments[1]) & set("wax+")
+        place = Path(arguments[0]).absolute()
+        if writes and not place.is_relative_to(watched[-1]) and place != Path(os.devnull):
+            raise Breach(f"wrote {place}")
+
+
+sys.addaudithook(audit)
+
+
+@contextmanager
+def bounded(folder: Path) -> Iterator[None]:
+    """Bound the time and the memory of one reading, and watch what it does."""
+
+    def stop(*_: Any) -> None:
+        raise Breach(f"took more than {SECONDS} s")
+
+    old = signal.signal(signal.SIGALRM, stop)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, hard))
+    signal.alarm(SECONDS)
+    watched.append(folder)
+    try:
+        yield
+    except MemoryError as error:
+        raise Breach("took more than 1 GB") from error
+    finally:
+        watched.pop()
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+# ---- strategies
+
+ODD = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 3), st.sampled_from([2**31, 2**63, 10**12, -(2**40)]),
+    st.floats(), st.text(max_size=12), st.just([]), st.just({}), st.just([[]]),
+    st.sampled_from(["../../x", "/etc/passwd", "nan", "1e400", "!!python/object:os.system x"]),
+)  # fmt: skip
+
+
+@st.composite
+def damaged(draw: Any, originals: list[bytes]) -> bytes:
+    """A file with bytes changed, cut out, repeated or added, mostly near its head."""
+    data = bytearray(draw(st.sampled_from(originals)))
+    for _ in range(draw(st.integers(1, 6))):
+        if not data:
+            break
+        near = min(len(data), draw(st.sampled_from([16, 64, 512, 4096, 1 << 30])))
+        at = draw(st.integers(0, near - 1))
+        what = draw(st.sampled_from(["set", "set", "word", "cut", "end", "copy", "put"]))
+        if what == "set":
+            data[at] = draw(st.integers(0, 255))
+        elif what == "word":
+            word = draw(st.sampled_from([0, 1, 0xFFFF, 0xFFFFFFFF, 0x7FFFFFFF, 0x80000000]))
+            data[at : at + 4] = word.to_bytes(4, draw(st.sampled_from(["little", "big"])))
+        elif what == "cut":
+            del data[at : at + draw(st.integers(1, 64))]
+        elif what == "end":
+            del data[at:]
+        elif what == "copy":
+            data[at:at] = data[at : at + draw(st.integers(1, 64))]
+        else:
+            data[at:at] = draw(st.binary(max_size=16))
+    return bytes(data)
+
+
+@st.composite
+def twisted(draw: Any, originals: list[Any]) -> Any:
+    """A JSON-like value with some of its parts replaced, removed, renamed or nested."""
+    value = copy.deepcopy(draw(st.sampled_from(originals)))
+    for _ in range(draw(st.integers(1, 3))):
+        node = value
+        for _ in range(draw(st.integers(0, 4))):
+            inner = list(node.values() if isinstance(node, dict) else node)
+            inner = [child for child in inner if isinstance(child, dict | list) and child]
+            if not inner:
+                break
+            node = draw(st.sampled_from(inner))
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        if not keys:
+            continue
+        key = draw(st.sampled_from(keys))
+        what = draw(st.sampled_from(["odd", "odd", "gone", "name", "nest"]))
+        if what == "odd":
+            node[key] = draw(ODD)
+        elif what == "gone":
+            del node[key]
+        elif what == "name" and isinstance(node, dict):
+            node[draw(st.text(max_size=8))] = node.pop(key)
+        else:
+            node[key] = [node[key]]
+    return value
+
+
+# ---- readers: each prepares originals in a folder, and gives inputs and how to read one
+
+
+def config(folder: Path) -> tuple[Any, Run]:
+    """Training configurations, as bytes and as YAML of the wrong kind."""
+    names = ("demo_crisp.yaml", "demo_landsat_finetune.yaml", "demo_landsat_mae.yaml")
+    files = [shipped_config(name).read_bytes() for name in names]
+    trees = [yaml.safe_load(file) for file in files]
+    pairs = zip("abcdef", "bcdefg", strict=True)
+    levels = [f"{c}: &{c} [{chr(44).join([f'*{p}'] * 9)}]\n" for p, c in pairs]
+    bomb = b"a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(levels).encode()
+    nested = b"[" * 5000
+    path = folder / "config.yaml"
+
+    def read(content: bytes | Any) -> None:
+        if not isinstance(content, bytes):
+            content = yaml.safe_dump(content, allow_unicode=True).encode("utf-8", "replace")
+        path.write_bytes(content)
+        load_config(path)
+
+    return st.one_of(damaged([*files, bomb, nested]), twisted(trees)), read
+
+
+def changes(folder: Path) -> tuple[Any, Run]:
+    """Assignments of --set."""
+    keys = st.sampled_from(
+        ["optim.lr", "model.dim", "data", "stage", "seed", "model.aerial.kwargs"]
+    )
+    source = shipped_config("demo_crisp.yaml")
+    value = st.one_of(st.text(max_size=40), ODD.map(str))
+    change = st.one_of(st.text(max_size=60), st.builds("{}={}".format, keys, value))
+
+    return st.lists(change, min_size=1, max_size=3), lambda words: load_config(source, words)
+
+
+def images(folder: Path) -> list[bytes]:
+    """Photos with EXIF, and one that is far larger than its file."""
+    exif = Image.Exif()
+    exif[274], exif[0x8769] = 6, {0x9003: "2020:01:01 00:00:00"}
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(0, 255, (40, 56, 3)).astype(np.uint8))
+    found = []
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF"):
+        buffer = io.BytesIO()
+        photo.save(buffer, kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP") else {}))
+        found.append(buffer.getvalue())
+    buffer = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(buffer, "PNG")
+    return [*found, buffer.getvalue()]
+
+
+def photo(folder: Path) -> tuple[Any, Run]:
+    """Ground photos of a query."""
+    path = folder / "photo.jpg"
+    model = SimpleNamespace(
+        ground=True, dim=4, reference=torch.zeros(0, 4), eval=lambda: None,
+        encode_ground=lambda pictures: torch.ones(len(pictures), 4),
+    )  # fmt: skip
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        photo_query(model, [path])  # type: ignore[arg-type]
+
+    return damaged(images(folder)), read
+
+
+def thumbnail(folder: Path) -> tuple[Any, Run]:
+    """Photos of observations on a page, and the names that records give them."""
+    (folder / "photos").mkdir()
+    name = st.one_of(
+        st.just("photo.jpg"), st.text(max_size=30),
+        st.sampled_from(["../secret.jpg", "/etc/passwd", "photo.jpg/", "\0", "a" * 5000]),
+    )  # fmt: skip
+
+    table = gpd.GeoDataFrame(
+        {"taxon": ["a"], "longitude": [0.0], "latitude": [0.0], "license": ["CC0"], "photo": [""]}
+    )
+
+    def read(content: tuple[str, bytes]) -> None:
+        (folder / "photos" / "photo.jpg").write_bytes(content[1])
+        table["photo"] = [content[0]]
+        pack_records(table, folder / "photos")
+
+    read(("photo.jpg", images(folder)[0]))
+
+    return st.tuples(name, damaged(images(folder))), read
+
+
+def tiffs(folder: Path) -> list[bytes]:
+    """Imagery and a map."""
+    rng = np.random.default_rng(0)
+    grid = GeoBox((40, 48), from_origin(560000, 4150000, 10, 10), "EPSG:32610")
+    pixels = rng.integers(0, 255, (3, 40, 48)).astype(np.uint8)
+    write_geotiff(folder / "rgb.tif", pixels, grid, bands=["red", "green", "blue"], nodata=0)
+    values = rng.random((1, 40, 48)).astype(np.float32)
+    write_geotiff(folder / "map.tif", values, grid, bands=["suitability"], nodata=np.nan)
+    return [(folder / name).read_bytes() for name in ("rgb.tif", "map.tif")]
+
+
+def geotiff(folder: Path) -> tuple[Any, Run]:
+    """Headers and pixels of imagery."""
+    originals = tiffs(folder)
+    path = folder / "x.tif"
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        imagery = open_imagery(path)
+        imagery.read(-4, -4, 32, 32)
+        assert imagery.resolution_m > 0
+
+    return damaged(originals), read
+
+
+def map_page(folder: Path) -> tuple[Any, Run]:
+    """Maps on their way into a page."""
+    originals = tiffs(folder)
+    path, out = folder / "x.tif", folder / "page.html"
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        make_map([path], out, overwrite=True)
+
+    return damaged(originals), read
+
+
+def checkpoint(folder: Path) -> tuple[Any, Run]:
+    """Configs, taxa and weights of models, also of other shapes."""
+    source, place = folder / "source", folder / "model"
+    save_model(tiny_model(), source, {"training": {"seed": 0}})
+    save_model(tiny_model(dim=8, bands=3), folder / "other", {})
+    shutil.copytree(source, place)
+    weights = [(folder / name / "model.safetensors").read_bytes() for name in ("source", "other")]
+    trees = {n: json.loads((source / n).read_text()) for n in ("config.json", "taxa.json")}
+    content = st.one_of(
+        st.tuples(st.just("model.safetensors"), damaged(weights)),
+        st.tuples(st.just("config.json"), twisted([trees["config.json"]])),
+        st.tuples(st.just("config.json"), damaged([(source / "config.json").read_bytes()])),
+        st.tuples(st.just("taxa.json"), twisted([trees["taxa.json"]])),
+    )
+
+    def read(change: tuple[str, Any]) -> None:
+        name, data = change
+        data = data if isinstance(data, bytes) else json.dumps(data).encode()
+        (place / name).write_bytes(data)
+        try:
+            load_model(place)
+        finally:
+            shutil.copyfile(source / name, place / name)
+
+    return content, read
+
+
+def store(folder: Path) -> tuple[Any, Run]:
+    """Metadata and chunks of embedding stores."""
+    source = folder / "source.zarr"
+    identity = Identity("0" * 16, 16, 4, ("red",), "1" * 16, 0.5)
+    grid = GeoBox((40, 40), from_origin(560000, 4150000, 10, 10), "EPSG:32610")
+    made = EmbeddingStore.create(source, identity, grid, 8, source="a.tif")
+    vectors = np.full((32, 32, 8), 0.25, np.float16)
+    made.write((0, 0), vectors)
+    files = [p.relative_to(source) for p in sorted(source.rglob("*")) if p.is_file()]
+    place = folder / "store.zarr"
+    shutil.copytree(source, place)
+
+    def of(file: Path) -> Any:
+        data = (source / file).read_bytes()
+        broken = damaged([data])
+        if file.name == "zarr.json":
+            broken = st.one_of(broken, twisted([json.loads(data)]))
+        return st.tuples(st.just(file), st.one_of(broken, st.just(None)))
+
+    def read(change: tuple[Path, Any]) -> None:
+        file, data = change
+        if data is None:
+            (place / file).unlink()
+        else:
+            (place / file).write_bytes(
+                data if isinstance(data, bytes) else json.dumps(data).encode()
+            )
+        try:
+            opened = open_store(place)
+            opened.read(slice(0, 40), slice(0, 40))
+            opened.done()
+        finally:
+            shutil.copyfile(source / file, place / file)
+
+    return st.sampled_from(files).flatmap(of), read
+
+
+def paired(folder: Path) -> tuple[Any, Run]:
+    """Parquet files and notes of paired data sets."""
+    scene = tiny_scene(folder, rows=12)
+    source, place = scene.chips, folder / "place"
+    shutil.copytree(source, place)
+    files = [p.relative_to(source) for p in sorted(source.rglob("*")) if p.is_file()]
+
+    def of(file: Path) -> Any:
+        data = (source / file).read_bytes()
+        broken = damaged([data, data[::-1]])  # its index lies at the end
+        if file.suffix == ".json":
+            broken = st.one_of(broken, twisted([json.loads(data)]))
+        return st.tuples(st.just(file), broken)
+
+    def read(change: tuple[Path, Any]) -> None:
+        file, data = change
+        if file.suffix == ".parquet" and data[:4] != b"PAR1":
+            data = data[::-1]
+        (place / file).write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
+        try:
+            dataset = open_paired(place)
+            dataset.aerial([0, len(dataset) - 1])
+            dataset.ground([0])
+        finally:
+            shutil.copyfile(source / file, place / file)
+
+    return st.sampled_from(files).flatmap(of), read
+
+
+TEXT = st.one_of(
+    st.text(max_size=60),
+    st.sampled_from(
+        ["</script><script>alert(1)</script>", "<!--", "]]>", "&lt;", "\u2028", "\ud800", "{{7*7}}",
+         "{% raw %}", "' onload='x", "\x00", "javascript:alert(1)", "<svg/onload=x>"]
+    ),
+).flatmap(lambda text: st.text(max_size=8).map(lambda more: text + more))  # fmt: skip
+
+
+def html_text(folder: Path) -> tuple[Any, Run]:
+    """Strings on their way into pages and QGIS files."""
+    import html.parser
+    import xml.etree.ElementTree as ElementTree
+
+    class Tags(html.parser.HTMLParser):
+        def __init__(self) -> None:
+            super().__init__(convert_charrefs=True)
+            self.seen: list[str] = []
+
+        def handle_starttag(self, tag: str, attributes: Any) -> None:
+            self.seen.append(tag)
+
+    def read(text: str) -> None:
+        page = f"<p><script type='application/json'>{script_json({text: [text]})}</script><b>x</b>"
+        tags = Tags()
+        tags.feed(page)
+        assert tags.seen == ["p", "script", "b"], text
+        for element in style_elements(Legend(text, text, text, 0.0, 1.0)):
+            ElementTree.fromstring(ElementTree.tostring(element, encoding="unicode"))
+
+    return TEXT, read
+
+
+READERS: dict[str, Callable[[Path], tuple[Any, Run]]] = {
+    "config": config,
+    "changes": changes,
+    "photo": photo,
+    "thumbnail": thumbnail,
+    "geotiff": geotiff,
+    "map_page": map_page,
+    "checkpoint": checkpoint,
+    "store": store,
+    "paired": paired,
+    "html_text": html_text,
+}
+
+
+def fuzz(name: str, inputs: int, seed: int | None = 0) -> tuple[Counter[str], dict[str, str]]:
+    """Read many inputs.
+
+    Args:
+        name: Of a reader.
+        inputs: How many.
+        seed: Of the inputs.
+
+    Returns:
+        How many were read and how many refused; and one input of each finding.
+    """
+    random.seed(seed)
+    outcome: Counter[str] = Counter()
+    findings: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        strategy, read = READERS[name](Path(folder))
+
+        @settings(
+            max_examples=inputs,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(strategy)
+        def one(content: Any) -> None:
+            try:
+                with bounded(Path(folder)):
+                    read(content)
+                outcome["read"] += 1
+            except SpeciesmapError as error:
+                outcome["refused"] += 1
+                assert "\n" not in str(error).strip() or len(str(error)) < 4000
+            except (Exception, Breach) as error:
+                outcome["finding"] += 1
+                trace = error.__traceback__
+                last = trace
+                while trace is not None:
+                    if "speciesmap/" in trace.tb_frame.f_code.co_filename:
+                        last = trace
+                    trace = trace.tb_next
+                place = ""
+                if last is not None:
+                    file = Path(last.tb_frame.f_code.co_filename).name
+                    place = f"{file}:{last.tb_lineno}"
+                findings.setdefault(
+                    f"{type(error).__name__} at {place}", f"{error!s:.160} <- {content!r:.400}"
+                )
+
+        try:
+            one()
+        finally:
+            logging.disable(logging.NOTSET)
+    return outcome, findings
+
+
+def main() -> None:
+    """Fuzz readers by name and print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("readers", nargs="*", default=list(READERS))
+    parser.add_argument("--inputs", type=int, default=10_000)
+    arguments = parser.parse_args()
+    found = False
+    for name in arguments.readers:
+        start = time.perf_counter()
+        outcome, findings = fuzz(name, arguments.inputs)
+        seconds = time.perf_counter() - start
+        print(
+            f"{name}: {sum(outcome.values())} inputs, {dict(outcome)}, {seconds:.0f} s", flush=True
+        )
+        for where, example in findings.items():
+            print(f"  {where}: {example}", flush=True)
+        found = found or bool(findings)
+    sys.exit(int(found))
+
+
+if __name__ == "__main__":
+    main()

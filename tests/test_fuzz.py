@@ -1,0 +1,138 @@
+"""A short run of tests/fuzz/readers.py, and what its long runs found."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import rasterio
+from odc.geo.geobox import GeoBox
+from PIL import Image
+from rasterio.control import GroundControlPoint
+from rasterio.transform import from_origin
+from tiny import tiny_scene
+
+from speciesmap.datasets.paired import open_paired
+from speciesmap.datasets.photos import MOST_PIXELS, open_photo
+from speciesmap.errors import DatasetError, ImageryError, QueryError, StoreError
+from speciesmap.mapping.query import photo_query
+from speciesmap.rasters.imagery import open_raster
+from speciesmap.rasters.store import EmbeddingStore, Identity, open_store
+
+sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
+from readers import READERS, fuzz
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_no_reader_answers_damage_with_anything_but_words(name: str) -> None:
+    outcome, findings = fuzz(name, 15)
+    assert not findings
+    assert sum(outcome.values()) >= 5
+
+
+def bomb() -> bytes:
+    buffer = io.BytesIO()
+    side = int(MOST_PIXELS**0.5) + 9
+    Image.new("1", (side, side)).save(buffer, "PNG")
+    assert buffer.tell() < 100_000
+    return buffer.getvalue()
+
+
+def test_a_photo_that_explodes_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    (tmp_path / "bomb.png").write_bytes(bomb())
+    with pytest.raises(QueryError, match="million are decoded"):
+        photo_query(SimpleNamespace(ground=True), [tmp_path / "bomb.png"])  # type: ignore[arg-type]
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (9000, 9000), (200, 30, 30)).save(buffer, "JPEG")
+    photo = open_photo(buffer, 512)
+    assert max(photo.size) < 1200
+    assert photo.getpixel((5, 5))[0] > 150  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["a.eps", "a.xbm", "a.txt"])
+def test_formats_that_are_no_photos_are_not_tried(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(ValueError, match="cannot identify"):
+        open_photo(tmp_path / name)
+
+
+def test_a_raster_with_too_few_control_points_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "one.tif"
+    points = [GroundControlPoint(0, 0, 1, 1)]
+    with rasterio.open(
+        path, "w", driver="GTiff", width=4, height=4, count=1, dtype="uint8", gcps=points,
+        crs="EPSG:4326",
+    ) as raster:  # fmt: skip
+        raster.write(np.ones((1, 4, 4), np.uint8))
+    with pytest.raises(ImageryError, match=r"one\.tif"):
+        open_raster(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"taxa": [{"lineage": []}]}, "taxa.0.name"),
+        ({"taxa": [{"name": " ", "lineage": []}]}, "taxa.0.name"),
+        ({"taxa": [{"name": "a", "lineage": [None]}]}, "taxa.0.lineage.0"),
+        ({"taxa": 3}, "taxa"),
+        ({"resolution_m": ["x"]}, "resolution_m"),
+        ({"resolution_m": 0}, "resolution_m"),
+        ({"dtype": "object"}, "dtype"),
+        ({"bands": [1, 2, 3, 4]}, "bands.0"),
+    ],
+)
+def test_notes_of_a_data_set_are_checked(tmp_path: Path, change: object, said: str) -> None:
+    chips = tiny_scene(tmp_path, rows=6).chips
+    notes = json.loads((chips / "dataset.json").read_text())
+    (chips / "dataset.json").write_text(json.dumps(notes | change))  # type: ignore[operator]
+    with pytest.raises(DatasetError, match=said):
+        open_paired(chips)
+
+
+def test_a_damaged_page_of_parquet_is_named(tmp_path: Path) -> None:
+    chips = tiny_scene(tmp_path, rows=6).chips
+    [file] = chips.rglob("*.parquet")
+    data = bytearray(file.read_bytes())
+    data[4:400] = b"\xff" * 396
+    file.write_bytes(bytes(data))
+    with pytest.raises(DatasetError, match=r"train-.*parquet"):
+        open_paired(chips).ground([0])
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    grid = GeoBox((40, 40), from_origin(560000, 4150000, 10, 10), "EPSG:32610")
+    identity = Identity("0" * 16, 16, 4, ("red",), "1" * 16, 0.5)
+    made = EmbeddingStore.create(tmp_path / "s.zarr", identity, grid, 8, source="a.tif")
+    made.write((0, 0), np.full((32, 32, 8), 0.25, np.float16))
+    return made.path
+
+
+@pytest.mark.parametrize("what", ["short", "huge", "other"])
+def test_a_chunk_that_is_not_the_stores_is_not_decoded(store: Path, what: str) -> None:
+    chunk = store / "vectors/c/0/0/0"
+    data = bytearray(chunk.read_bytes())
+    if what == "short":
+        data = data[:1]
+    elif what == "huge":
+        data[4:8] = (2**31 - 1).to_bytes(4, "little")
+    else:
+        data[4:8] = (64).to_bytes(4, "little")
+    chunk.write_bytes(bytes(data))
+    with pytest.raises(StoreError, match="does not hold 16384 bytes"):
+        open_store(store).read(slice(0, 32), slice(0, 32))
+
+
+def test_a_store_of_another_layout_is_refused(store: Path) -> None:
+    for file in (store / "zarr.json", store / "vectors/zarr.json"):
+        file.write_text(file.read_text().replace('"float16"', '"float64"'))
+    with pytest.raises(StoreError, match="float64"):
+        open_store(store)
