@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from rasterio.errors import RasterioError
 
+from speciesmap.errors import ImageryError
 from speciesmap.outputs import replacing
 from speciesmap.rasters.imagery import open_raster
 
@@ -123,7 +125,11 @@ def seasonal(dataset: Any) -> bool:
 
 
 def band_range(dataset: Any, band: int) -> tuple[float, float]:
-    """Smallest and largest value of a band, from its statistics or a reduced reading."""
+    """Smallest and largest value of a band, from its statistics or a reduced reading.
+
+    Raises:
+        ImageryError: It cannot be read.
+    """
     statistics = dataset.tags(band)
     try:
         low = float(statistics["STATISTICS_MINIMUM"])
@@ -133,7 +139,13 @@ def band_range(dataset: Any, band: int) -> tuple[float, float]:
     except (KeyError, ValueError):
         reduce = max(1.0, max(dataset.shape) / 1024)
         shape = tuple(max(1, round(side / reduce)) for side in dataset.shape)
-        pixels = dataset.read(band, out_shape=shape, masked=True).astype(np.float64)
+        try:
+            pixels = dataset.read(band, out_shape=shape, masked=True).astype(np.float64)
+        except (RasterioError, OSError) as error:
+            raise ImageryError(
+                f"{dataset.name} cannot be read ({error}); it is damaged or truncated: copy or "
+                "make it again"
+            ) from error
         values = pixels.filled(np.nan)
         values = values[np.isfinite(values)]
         low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)

@@ -16,7 +16,6 @@ import io
 import json
 import logging
 import os
-import random
 import resource
 import shutil
 import signal
@@ -37,6 +36,7 @@ import numpy as np
 import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as repeatable
 from odc.geo.geobox import GeoBox
 from PIL import Image
 from rasterio.transform import from_origin
@@ -441,7 +441,7 @@ READERS: dict[str, Callable[[Path], tuple[Any, Run]]] = {
 }
 
 
-def fuzz(name: str, inputs: int, seed: int | None = 0) -> tuple[Counter[str], dict[str, str]]:
+def fuzz(name: str, inputs: int, seed: int = 0) -> tuple[Counter[str], dict[str, str]]:
     """Read many inputs.
 
     Args:
@@ -452,7 +452,6 @@ def fuzz(name: str, inputs: int, seed: int | None = 0) -> tuple[Counter[str], di
     Returns:
         How many were read and how many refused; and one input of each finding.
     """
-    random.seed(seed)
     outcome: Counter[str] = Counter()
     findings: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -460,6 +459,7 @@ def fuzz(name: str, inputs: int, seed: int | None = 0) -> tuple[Counter[str], di
         logging.disable(logging.CRITICAL)
         strategy, read = READERS[name](Path(folder))
 
+        @repeatable(seed)
         @settings(
             max_examples=inputs,
             deadline=None,
