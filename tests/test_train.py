@@ -17,7 +17,7 @@ from tiny import BANDS, TAXA, TinyScene, tiny_model, tiny_scene
 from torch import Tensor
 
 from speciesmap.config import load_config
-from speciesmap.datasets.paired import PairedDataset
+from speciesmap.datasets.paired import PairedDataset, open_paired
 from speciesmap.errors import (
     ConfigError,
     DatasetError,
@@ -180,6 +180,8 @@ def test_both_kinds_of_background_are_evaluated_whatever_makes_the_folds(
     else:
         assert 2 <= counts["target-group"] <= (45 if file else 36), "one per window, none obscured"
     assert set(folds["fold"]) == {0, 1}
+    known = open_paired(scene.chips).facts["observation_uuid"]
+    assert folds["observation_id"].tolist()[:36] == known.tolist()
     assert (folds["taxon"] == "").equals(folds["background"] != "")
     for facts in read_facts(run)["metrics"]["validation"].values():
         assert facts["auc_random"] is not None and facts["auc_target_group"] is not None

@@ -449,10 +449,10 @@ def cross_validate(
         other: Places of the other kind of background, scored and never trained on.
 
     Returns:
-        One row per presence and background place: longitude, latitude, taxon (empty for
-        background), background (its kind, empty for presences), fold, trained (windows trained on
-        in that fold), and a logit per taxon, by its name, NaN where the fold's training had no
-        presence of it.
+        One row per presence and background place: observation_id and taxon (empty for
+        background), longitude, latitude, background (its kind, empty for presences), fold, trained
+        (windows trained on in that fold), and a logit per taxon, by its name, NaN where the fold's
+        training had no presence of it.
     """
     assert config.validation is not None
     imagery = background.imagery
@@ -492,12 +492,14 @@ def cross_validate(
             with replacing(kept, overwrite=True) as beside:
                 np.save(beside, logits[held])
     x, y = imagery.xy(rows, cols)
-    names = np.r_[facts["name"].to_numpy(dtype=object), np.full(len(rows) - count, "", object)]
+    nothing = np.full(len(rows) - count, "", object)
+    names = np.r_[facts["name"].to_numpy(dtype=object), nothing]
     kinds = ["random", "target-group"]
     if config.data.background_kind != "random":
         kinds.reverse()
     table = pd.DataFrame(
         {
+            "observation_id": np.r_[facts["observation_uuid"].to_numpy(dtype=object), nothing],
             "longitude": x,
             "latitude": y,
             "taxon": names,
