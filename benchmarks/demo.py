@@ -1,13 +1,17 @@
-"""The simulated scene of the demo over several seeds, and what pre-training on pairs is worth.
+"""The demo's scenes over several seeds, and what pre-training on pairs is worth.
 
-    python benchmarks/simulated.py --out runs/simulated --seeds 0 1 2
-    python benchmarks/simulated.py --out runs/simulated --seeds 0 1 2 --pretraining
+    python benchmarks/demo.py simulated --out runs/demo --seeds 0 1 2
+    python benchmarks/demo.py pretraining --out runs/demo --seeds 0 1 2
+    python benchmarks/demo.py sf-bay --out runs/demo --seeds 0 1 2
 
-The first form runs `speciesmap demo --scene simulated` for each seed. The second then asks what the
-pairs taught: the aerial encoder is frozen after pre-training, and only the taxa's vectors are
-learned on it (no photos, no names). It does so for the true pairs, for pairs whose windows were
-shuffled between places, and for an encoder that never trained; and it asks each of the three by
-photos and by name as they are. Each seed is another landscape with other species' niches.
+`simulated` and `sf-bay` run `speciesmap demo --scene NAME` for each seed. A seed of the simulated
+scene is another landscape with other niches; one of the Bay scene deals other folds and background,
+the presences stay.
+
+`pretraining` asks what the simulated scene's pairs teach: the aerial encoder is frozen after
+pre-training, and only the taxa's vectors are learned on it (no photos, no names). It does so for
+the true pairs, for pairs whose windows were shuffled between places, and for an encoder that never
+trained; and it asks each of the three by photos and by name as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from speciesmap.config import load_config, shipped_config
-from speciesmap.demo import simulated
+from speciesmap.demo import sf_bay, simulated
 from speciesmap.learning.train import train
 
 
@@ -39,16 +43,24 @@ def shuffle_windows(chips: Path, out: Path, seed: int) -> None:
     pq.write_table(dealt, out / "data" / source.name)
 
 
-def whole(out: Path, seed: int) -> dict[str, Any]:
-    """The demo's scene: mean rho by way of asking, the control and the withheld species."""
+def simulated_scene(out: Path, seed: int) -> list[dict[str, Any]]:
+    """Mean rho by way of asking, and rho of the control and of the withheld species."""
     metrics = simulated.run(out, seed).metrics
     rows = {row["role"]: row for row in metrics["taxa"]}
     control, withheld = rows["control"], rows["withheld"]
-    return {
-        **metrics["mean_rho"],
-        **{f"control {way}": control[f"rho {way}"] for way in simulated.WAYS.values()},
-        **{f"withheld {way}": withheld[f"rho {way}"] for way in ("photos", "name")},
-    }
+    return [
+        {
+            **metrics["mean_rho"],
+            **{f"control {way}": control[f"rho {way}"] for way in simulated.WAYS.values()},
+            **{f"withheld {way}": withheld[f"rho {way}"] for way in ("photos", "name")},
+        }
+    ]
+
+
+def bay_scene(out: Path, seed: int) -> list[dict[str, Any]]:
+    """Area under the ROC curve on held-out blocks, by method, folds pooled."""
+    table = sf_bay.run(out, seed).metrics["cross_validation"]
+    return [{row["method"]: row["AUC"] for row in table}]
 
 
 def pretraining(out: Path, seed: int) -> list[dict[str, Any]]:
@@ -73,19 +85,18 @@ def pretraining(out: Path, seed: int) -> list[dict[str, Any]]:
     return table
 
 
+MEASURES = {"simulated": simulated_scene, "pretraining": pretraining, "sf-bay": bay_scene}
+
+
 def main() -> None:
     """Run, and print JSON lines as they come."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("measure", choices=MEASURES)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--pretraining", action="store_true")
     arguments = parser.parse_args()
     for seed in arguments.seeds:
-        if arguments.pretraining:
-            rows = pretraining(arguments.out / f"pretraining-{seed}", seed)
-        else:
-            rows = [whole(arguments.out / f"seed-{seed}", seed)]
-        for row in rows:
+        for row in MEASURES[arguments.measure](arguments.out / f"{arguments.measure}-{seed}", seed):
             rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
             print(json.dumps({"seed": seed, **rounded}), flush=True)
 
