@@ -40,7 +40,8 @@ def shuffle_windows(chips: Path, out: Path, seed: int) -> None:
     order = np.random.default_rng(seed).permutation(len(table))
     column = table.column_names.index("rs_image")
     dealt = table.set_column(column, table.schema.field(column), table["rs_image"].take(order))
-    pq.write_table(dealt, out / "data" / source.name)
+    groups = pq.ParquetFile(source).metadata
+    pq.write_table(dealt, out / "data" / source.name, row_group_size=groups.row_group(0).num_rows)
 
 
 def simulated_scene(out: Path, seed: int) -> list[dict[str, Any]]:
