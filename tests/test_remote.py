@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -510,6 +511,6 @@ def test_nothing_of_stac_is_imported_for_a_file(tmp_path: Path) -> None:
         "if m in sys.modules]))"
     )
     run = subprocess.run(
-        ["python", "-c", f"import json; {code}"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", f"import json; {code}"], capture_output=True, text=True, check=True
     )
     assert json.loads(run.stdout) == []
