@@ -300,14 +300,57 @@ class FinetuneConfig(Strict):
     trainer: TrainerConfig = TrainerConfig()
 
 
-Config = Annotated[PretrainConfig | FinetuneConfig, Field(discriminator="stage")]
+class SplitsConfig(Strict):
+    """Three ways: files named by split, as the hub has them, or whole blocks of `block_m` metres.
 
-_adapter: TypeAdapter[PretrainConfig | FinetuneConfig] = TypeAdapter(Config)
+    Blocks go by tenths: seven to training, one to validation, two to testing.
+    """
+
+    train: str = "train"
+    validation: str = "validation"
+    test: str = "test"
+    block_m: float | None = Field(default=None, gt=0)
 
 
-def load_config(
-    source: Path | str | Mapping[str, Any], changes: Sequence[str] = ()
-) -> PretrainConfig | FinetuneConfig:
+class ClassifyConfig(Strict):
+    """Naming the taxon of a place from its photo, its window or both, with few labels or many.
+
+    Every combination of `views`, `modes` and `percent` is trained, stopped when the
+    species-averaged top-1 of the validation rows has not risen for `patience` epochs, and tested
+    once. A taxon is frequent from `frequent_from` training observations on and rare below
+    `common_from` (the many-, medium- and few-shot classes of Liu et al. 2019). `init` is a model,
+    or several by name.
+    """
+
+    stage: Literal["classify"]
+    init: str | dict[str, str]
+    seed: int = 0
+    data: DataConfig
+    splits: SplitsConfig = SplitsConfig()
+    views: list[Literal["ground", "aerial", "both"]] = Field(
+        default=["ground", "aerial", "both"], min_length=1
+    )
+    modes: list[Literal["probe", "finetune"]] = Field(default=["probe", "finetune"], min_length=1)
+    percent: list[float] = Field(
+        default=[0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 100.0], min_length=1
+    )
+    frequent_from: int = Field(default=100, ge=1)
+    common_from: int = Field(default=20, ge=1)
+    patience: int = Field(default=5, ge=1)
+    probe_lr: float = Field(default=1e-2, gt=0)
+    augment: ViewsConfig = ViewsConfig()
+    optim: OptimConfig = OptimConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+
+AnyConfig = PretrainConfig | FinetuneConfig | ClassifyConfig
+Config = Annotated[AnyConfig, Field(discriminator="stage")]
+STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "classify": ClassifyConfig}
+
+_adapter: TypeAdapter[AnyConfig] = TypeAdapter(Config)
+
+
+def load_config(source: Path | str | Mapping[str, Any], changes: Sequence[str] = ()) -> AnyConfig:
     """Read a training configuration.
 
     Args:
@@ -382,7 +425,7 @@ def _assign(content: dict[str, Any], keys: Sequence[str], value: Any, change: st
 def _explain(error: ValidationError) -> str:
     """The first thing that is wrong, in words."""
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part not in ("pretrain", "finetune")]
+    path = [str(part) for part in first["loc"] if part not in STAGES]
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
         known = _keys_at(first["loc"])
@@ -391,13 +434,15 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"key {where!r} is missing; see configs/ for examples"
     if first["type"].startswith("union_tag"):
-        return f"'stage' must be pretrain or finetune, got {first['input'].get('stage')!r}"
+        return (
+            f"'stage' must be pretrain, finetune or classify, got {first['input'].get('stage')!r}"
+        )
     return f"{where} = {first['input']!r}: {first['msg'].lower()}"
 
 
 def _keys_at(location: Sequence[int | str]) -> list[str]:
     """Keys known in the section where a location's last part was found."""
-    section: Any = PretrainConfig if location[0] == "pretrain" else FinetuneConfig
+    section: Any = STAGES[str(location[0])]
     for part in location[1:-1]:
         annotation = section.model_fields[part].annotation
         options = [a for a in (annotation, *get_args(annotation)) if _is_section(a)]

@@ -70,8 +70,11 @@ def test_a_mapping_is_read_and_left_as_it_is() -> None:
         ),
         (pretrain(init="run"), r"unknown key 'init'"),
         (pretrain(optim={"qqqqqqq": 1}), r"unknown key 'optim.qqqqqqq'; did you mean 'batch_size'"),
-        (finetune(stage="fine-tune"), "'stage' must be pretrain or finetune, got 'fine-tune'"),
-        ({"data": {}}, "'stage' must be pretrain or finetune, got None"),
+        (
+            finetune(stage="fine-tune"),
+            "'stage' must be one of pretrain, finetune, classify, got 'fine-tune'",
+        ),
+        ({"data": {}}, "'stage' must be one of pretrain, finetune, classify, got None"),
         ({"stage": "finetune", "data": {}}, "key 'init' is missing"),
         (pretrain(optim={"lr": -1}), r"optim.lr = -1: input should be greater than 0"),
         (pretrain(method="clip"), "method = 'clip'"),

@@ -35,15 +35,23 @@ def command(
 
     Stage `pretrain` learns a joint space of aerial windows, ground photos and names (method crisp)
     or features from imagery alone (method mae). Stage `finetune` learns embeddings of taxa from
-    presences against background. Paths in the configuration are relative to where you are.
+    presences against background. Stage `classify` compares how well photos, windows and both name
+    taxa, with few labels and many, and writes one table. Paths in the configuration are relative
+    to where you are.
 
     \b
     Example:
       speciesmap train configs/demo_crisp.yaml --set data.dataset=chips --out runs/pretrained
     """
-    from speciesmap.config import load_config
+    from speciesmap.config import ClassifyConfig, load_config
     from speciesmap.learning.train import train
     from speciesmap.models import read_facts
 
-    path = train(load_config(config, changes), out, resume=resume, overwrite=overwrite)
+    stage = load_config(config, changes)
+    path = train(stage, out, resume=resume, overwrite=overwrite)
+    if isinstance(stage, ClassifyConfig):
+        from speciesmap.learning.classify import read_results
+
+        options.print_result(path, as_json, **read_results(path))
+        return
     options.print_result(path, as_json, metrics=read_facts(path)["metrics"])

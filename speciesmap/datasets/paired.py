@@ -95,6 +95,11 @@ class PairedDataset:
         """Travel to another process as a path, never with the images."""
         return open_paired, (self.path, *self._arguments)
 
+    def rows_of(self, chosen: Callable[[str], bool]) -> NDArray[np.int64]:
+        """Numbers of the rows in files that are chosen by name, ascending, shape (N,)."""
+        wanted = [chosen(str(self._files[number])) for number, _ in self._groups]
+        return np.flatnonzero(np.repeat(wanted, self.group_rows))
+
     def aerial(self, rows: ArrayLike | None = None) -> NDArray[Any]:
         """Read aerial windows.
 

@@ -27,6 +27,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 
 from speciesmap.config import (
+    AnyConfig,
+    ClassifyConfig,
     FinetuneConfig,
     ModelConfig,
     OptimConfig,
@@ -81,7 +83,7 @@ STATISTICS = 2048  # windows that band means and deviations are measured on
 
 
 def train(
-    config: PretrainConfig | FinetuneConfig,
+    config: AnyConfig,
     out: Path | str,
     *,
     resume: bool = False,
@@ -94,7 +96,7 @@ def train(
 
     Args:
         config: What to do; see `load_config`.
-        out: Folder for the checkpoint.
+        out: Folder for the checkpoint, or for the tables of stage `classify`.
         resume: Go on with an interrupted run of the same configuration.
         overwrite: Replace an existing output, or an interrupted run.
 
@@ -104,6 +106,10 @@ def train(
     Raises:
         SpeciesmapError: The configuration, its data or the output do not allow it.
     """
+    if isinstance(config, ClassifyConfig):
+        from speciesmap.learning.classify import classify
+
+        return classify(config, out, overwrite=overwrite)
     out = Path(out)
     first = process_rank() == 0  # further processes of a run only train
     if first:

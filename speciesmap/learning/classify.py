@@ -1,0 +1,519 @@
+"""How well photos, windows and both name taxa: probes and fine-tuning, with few labels or many."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+import yaml
+from numpy.typing import ArrayLike, NDArray
+from scipy.spatial import cKDTree
+from torch import Tensor, nn
+
+from speciesmap.config import ClassifyConfig, SplitsConfig, ViewsConfig
+from speciesmap.datasets.nature_multi_view import chosen_rows, of_split
+from speciesmap.datasets.paired import PairedDataset, open_paired
+from speciesmap.errors import ConfigError, ModelError
+from speciesmap.learning.data import Batch, PairedRows
+from speciesmap.learning.modules import seen
+from speciesmap.learning.train import batches
+from speciesmap.mapping.embed import choose_device
+from speciesmap.models import SpeciesModel, load_model
+from speciesmap.models.encoders import computes_bfloat16
+from speciesmap.observations.folds import spatial_blocks
+from speciesmap.outputs import refuse_existing, replacing
+from speciesmap.progress import track
+
+log = logging.getLogger("speciesmap")
+
+DEGREE_M = 111_320.0  # of latitude
+SPLITS = ("train", "validation", "test")
+RESULTS = "classification"
+
+
+class Classifier(nn.Module):
+    """A linear layer on the unit embeddings of one view or both, standardised over the batch.
+
+    The standardisation without weights before a probe is that of MAE (He et al. 2022, appendix
+    A.1).
+
+    Args:
+        model: Its aerial and ground towers embed; copied where they are to be trained.
+        view: `ground`, `aerial` or `both`.
+        taxa: How many.
+    """
+
+    def __init__(self, model: SpeciesModel, view: str, taxa: int) -> None:
+        super().__init__()
+        self.model, self.view = model, view
+        width = model.dim * (2 if view == "both" else 1)
+        self.standardise = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, taxa)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Embed what the view sees of a batch, shape (N, D) or (N, 2 D)."""
+        parts = []
+        if self.view != "ground":
+            parts.append(self.model.encode_aerial(batch["aerial"]))
+        if self.view != "aerial":
+            parts.append(self.model.encode_ground(batch["ground"]))
+        return torch.cat(parts, 1)
+
+    def classify(self, embedded: Tensor) -> Tensor:
+        """Logits of embeddings, shape (N, T)."""
+        return self.linear(self.standardise(embedded.float()))  # type: ignore[no-any-return]
+
+
+def classify(config: ClassifyConfig, out: Path | str, *, overwrite: bool = False) -> Path:
+    """Train and test every combination of views, modes and label fractions, into one table.
+
+    Args:
+        config: What to compare.
+        out: Folder for `classification.csv`, `classification.md` and `classification.json`.
+        overwrite: Replace an existing output.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SpeciesmapError: The configuration, its data or the output do not allow it.
+    """
+    out = Path(out)
+    refuse_existing(out, overwrite)
+    if config.data.dataset is None:
+        raise ConfigError("stage classify needs data.dataset with labelled rows")
+    dataset = open_paired(config.data.dataset, None, config.data.taxonomy)
+    part, notes = split_rows(dataset, config)
+    inits = config.init if isinstance(config.init, Mapping) else {"": config.init}
+    table = []
+    for name, folder in inits.items():
+        model = load_model(folder)
+        _check(model, dataset, config, str(folder))
+        table += [{"init": name, **row} for row in _compare(model, dataset, part, config)]
+    results = pd.DataFrame(table)
+    if not isinstance(config.init, Mapping):
+        results = results.drop(columns="init")
+    with replacing(out, overwrite=overwrite) as beside:
+        beside.mkdir()
+        results.to_csv(beside / f"{RESULTS}.csv", index=False)
+        (beside / f"{RESULTS}.md").write_text(markdown(results, notes))
+        content = {"splits": notes, "table": json.loads(results.to_json(orient="records"))}
+        (beside / f"{RESULTS}.json").write_text(json.dumps(content, indent=1))
+        described = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        (beside / "config.yaml").write_text(described)
+    return out
+
+
+def read_results(folder: Path | str) -> dict[str, Any]:
+    """Read what `classify` wrote: `splits`, and `table`, one entry for each combination."""
+    content: dict[str, Any] = json.loads((Path(folder) / f"{RESULTS}.json").read_text())
+    return content
+
+
+def _check(model: SpeciesModel, dataset: PairedDataset, config: ClassifyConfig, init: str) -> None:
+    wanted = config.data.window_px or dataset.window_px
+    if (model.bands, model.window_px) != (dataset.bands, wanted):
+        raise ModelError(
+            f"{init} takes windows of {model.window_px} px with bands {', '.join(model.bands)}; "
+            f"{config.data.dataset} has {wanted} px and {', '.join(dataset.bands)}; set "
+            "data.window_px, cut chips to fit, or pre-train on these"
+        )
+    if set(config.views) != {"aerial"} and (model.ground is None or not dataset.has_ground):
+        raise ModelError(
+            f"{init} with {config.data.dataset} has no photos to name taxa from; set "
+            "views: [aerial]"
+        )
+
+
+def split_rows(
+    dataset: PairedDataset, config: ClassifyConfig
+) -> tuple[dict[str, NDArray[np.int64]], dict[str, Any]]:
+    """Choose labelled rows for training, validation and testing that share nothing.
+
+    Rows of training whose observation or ground is in validation or testing are left out, and so
+    are rows of validation whose observation or ground is in testing. Taxa that training does not
+    have cannot be named, and their rows are left out of the others.
+
+    Args:
+        dataset: All rows.
+        config: `data`, `splits` and what makes rows usable.
+
+    Returns:
+        Row numbers by split, and how many rows and taxa there are and were left out.
+
+    Raises:
+        ConfigError: A split has no rows.
+    """
+    facts = dataset.facts
+    chosen = chosen_rows(
+        facts,
+        dataset.path,
+        one_per_observation=config.data.one_per_observation,
+        supervised=config.data.supervised,
+    )
+    chosen &= facts["name"].fillna("").ne("").to_numpy()
+    chosen &= ~facts["name"].isin(config.data.withheld).to_numpy()
+    member = _member(dataset, config.splits, config.seed)
+    rows = {name: np.flatnonzero(chosen & (member == k)) for k, name in enumerate(SPLITS)}
+    notes: dict[str, Any] = {}
+    side_m = dataset.window_px * dataset.resolution_m
+    for name, later in (("validation", ["test"]), ("train", ["validation", "test"])):
+        others = np.concatenate([rows[other] for other in later])
+        leaks = _leaks(facts, rows[name], others, side_m)
+        rows[name] = rows[name][~leaks]
+        notes[f"{name} rows left out that share an observation or ground"] = int(leaks.sum())
+    known = set(facts["name"].to_numpy()[rows["train"]])
+    for name in ("validation", "test"):
+        new = ~facts["name"].iloc[rows[name]].isin(known).to_numpy()
+        rows[name] = rows[name][~new]
+        notes[f"{name} rows left out of taxa without training rows"] = int(new.sum())
+    for name in SPLITS:
+        if not len(rows[name]):
+            raise ConfigError(
+                f"{dataset.path} has no rows for {name}: {notes}; name other splits, or set "
+                "splits.block_m to split by blocks"
+            )
+        notes[f"{name} rows"] = len(rows[name])
+    notes["taxa"] = len(known)
+    for text, count in notes.items():
+        log.info("%s: %s", text, count)
+    return rows, notes
+
+
+def _member(dataset: PairedDataset, splits: SplitsConfig, seed: int) -> NDArray[np.int64]:
+    """Split of each row, counted as in `SPLITS`, -1 for none, shape (N,)."""
+    if splits.block_m is None:
+        names = (splits.train, splits.validation, splits.test)
+        member = np.full(len(dataset), -1)
+        for k, name in enumerate(names):
+            member[dataset.rows_of(partial(of_split, split=name))] = k
+        return member
+    x, y = _metres(dataset.facts)
+    tenth = spatial_blocks(x, y, block_m=splits.block_m, folds=10, seed=seed)
+    return np.where(tenth < 7, 0, np.where(tenth == 7, 1, 2))
+
+
+def _metres(facts: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Eastings and northings, true to scale along every parallel (sinusoidal projection)."""
+    latitude = facts["latitude"].to_numpy(np.float64)
+    x = facts["longitude"].to_numpy(np.float64) * DEGREE_M * np.cos(np.radians(latitude))
+    return x, latitude * DEGREE_M
+
+
+def _leaks(
+    facts: pd.DataFrame, rows: NDArray[np.int64], others: NDArray[np.int64], side_m: float
+) -> NDArray[np.bool_]:
+    """Which rows share an observation with others, or have a window that overlaps theirs."""
+    leaks = np.zeros(len(rows), dtype=bool)
+    if not len(others) or not len(rows):
+        return leaks
+    if "observation_uuid" in facts:
+        identity = facts["observation_uuid"].to_numpy()
+        leaks |= np.isin(identity[rows].astype(str), identity[others].astype(str))
+    latitude = facts["latitude"].to_numpy(np.float64)
+    longitude = facts["longitude"].to_numpy(np.float64)
+    east = longitude * DEGREE_M * np.cos(np.radians(latitude.mean()))
+    stretch = np.cos(np.radians(latitude.mean())) / np.cos(np.radians(np.abs(latitude).max()))
+    there = np.column_stack([east, latitude * DEGREE_M])
+    near = cKDTree(there[others]).query(
+        there[rows], p=np.inf, distance_upper_bound=side_m * stretch
+    )
+    return leaks | np.isfinite(near[0])
+
+
+def _compare(
+    model: SpeciesModel,
+    dataset: PairedDataset,
+    part: Mapping[str, NDArray[np.int64]],
+    config: ClassifyConfig,
+) -> list[dict[str, Any]]:
+    """One row of figures for each label fraction, view and mode."""
+    facts = dataset.facts
+    known = set(facts["name"].to_numpy()[part["train"]])
+    taxa = [taxon for taxon in dataset.taxa if taxon.name in known]
+    device = choose_device("cpu" if config.trainer.accelerator == "cpu" else None)
+    photos = set(config.views) != {"aerial"}
+    image_px = model.ground.image_px if photos and model.ground is not None else None
+    windows = {
+        name: PairedRows(dataset, rows, taxa, image_px, model.window_px)
+        for name, rows in part.items()
+    }
+    counts = observations_of(facts, windows["train"])
+    table = []
+    kept: dict[str, dict[str, Tensor]] = {}
+    if "probe" in config.modes:
+        kept = {name: _embedded(model, rows, config, device) for name, rows in windows.items()}
+    settings = [(p, v, m) for p in config.percent for v in config.views for m in config.modes]
+    for percent, view, mode in track(settings, "Comparing"):
+        share = chosen_rows(facts, dataset.path, percent=percent)[part["train"]]
+        if share.sum() < 2:
+            log.warning("%d labels at %g percent; left out of the table", share.sum(), percent)
+            continue
+        torch.manual_seed(config.seed)
+        labels = {name: torch.from_numpy(rows.labels[rows.rows]) for name, rows in windows.items()}
+        if mode == "probe":
+            features = {name: _joined(parts, view) for name, parts in kept.items()}
+            network = Classifier(model, view, len(taxa)).to(device)
+            _probe(network, features, labels, share, facts, windows, config, counts)
+            logits = network.classify(features["test"].to(device)).detach().cpu()
+        else:
+            network = Classifier(copy.deepcopy(model), view, len(taxa)).to(device)
+            _finetune(network, windows, share, config, counts, device)
+            logits = _logits(network, windows["test"], config, device)
+        figures = _figures(logits, windows["test"], facts, counts, config)
+        table.append(
+            {"percent": percent, "labels": int(share.sum()), "view": view, "mode": mode, **figures}
+        )
+    model.cpu()
+    return table
+
+
+def observations_of(facts: pd.DataFrame, rows: PairedRows) -> NDArray[np.int64]:
+    """How many observations of each taxon the rows have, shape (T,)."""
+    identity = _identity(facts, rows.rows)
+    first = np.unique(identity, return_index=True)[1]
+    return np.bincount(rows.labels[rows.rows][first], minlength=len(rows.taxa))
+
+
+def _identity(facts: pd.DataFrame, rows: NDArray[np.int64]) -> NDArray[Any]:
+    """What tells the rows of one observation, shape (N,)."""
+    if "observation_uuid" in facts:
+        return np.asarray(facts["observation_uuid"].to_numpy()[rows].astype(str))
+    return rows.astype(str)
+
+
+@torch.no_grad()
+def _embedded(
+    model: SpeciesModel, rows: PairedRows, config: ClassifyConfig, device: torch.device
+) -> dict[str, Tensor]:
+    """Embeddings of both views without augmentation, each of shape (N, D), on the CPU."""
+    model.eval().to(device)
+    parts: dict[str, list[Tensor]] = {"aerial": [], "ground": []}
+    for batch in _in_order(rows, config.optim.batch_size, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device)):
+            if set(config.views) != {"ground"}:
+                parts["aerial"].append(model.encode_aerial(batch["aerial"]).cpu())
+            if "ground" in batch:
+                parts["ground"].append(model.encode_ground(batch["ground"]).cpu())
+    return {view: torch.cat(embedded) for view, embedded in parts.items() if embedded}
+
+
+def _in_order(rows: PairedRows, size: int, device: torch.device) -> Any:
+    """Batches in order, whose windows are the middles of the chips."""
+    for chosen in np.array_split(np.arange(len(rows)), -(-len(rows) // size)):
+        batch = rows.__getitems__(chosen.tolist())
+        batch["aerial"] = rows.aerial(chosen)
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _joined(parts: Mapping[str, Tensor], view: str) -> Tensor:
+    return torch.cat([parts["aerial"], parts["ground"]], 1) if view == "both" else parts[view]
+
+
+def _probe(
+    network: Classifier,
+    features: Mapping[str, Tensor],
+    labels: Mapping[str, Tensor],
+    share: NDArray[np.bool_],
+    facts: pd.DataFrame,
+    windows: Mapping[str, PairedRows],
+    config: ClassifyConfig,
+    counts: NDArray[np.int64],
+) -> None:
+    """Fit the linear layer on kept embeddings."""
+    device = network.linear.weight.device
+    use = torch.from_numpy(np.flatnonzero(share))
+    optimiser = torch.optim.AdamW(
+        network.linear.parameters(), config.probe_lr, weight_decay=config.optim.weight_decay
+    )
+    best = _Best(config.patience)
+    for _ in range(config.optim.epochs):
+        network.train()
+        for chosen in _batches_of(use[torch.randperm(len(use))], config.optim.batch_size):
+            logits = network.classify(features["train"][chosen].to(device))
+            _step(optimiser, F.cross_entropy(logits, labels["train"][chosen].to(device)))
+        network.eval()
+        with torch.no_grad():
+            logits = network.classify(features["validation"].to(device)).cpu()
+        figures = _figures(logits, windows["validation"], facts, counts, config)
+        if best.over(figures["species_top1"] or 0.0, network):
+            break
+    best.restore(network)
+
+
+def _finetune(
+    network: Classifier,
+    windows: Mapping[str, PairedRows],
+    share: NDArray[np.bool_],
+    config: ClassifyConfig,
+    counts: NDArray[np.int64],
+    device: torch.device,
+) -> None:
+    """Train towers and layer together, on random views."""
+    used = [
+        tower
+        for tower, view in ((network.model.aerial, "aerial"), (network.model.ground, "ground"))
+        if tower is not None and network.view in (view, "both")
+    ]
+    weights = [p for part in (*used, network.linear) for p in part.parameters()]
+    optimiser = torch.optim.AdamW(weights, config.optim.lr, weight_decay=config.optim.weight_decay)
+    best = _Best(config.patience)
+    loader = batches(windows["train"].subset(share), config.optim, config.trainer)
+    facts = windows["train"].dataset.facts
+    for _ in range(config.optim.epochs):
+        network.train()
+        for batch in loader:
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            drawn = _seen_by(network, batch, config.augment)
+            with torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device)):
+                embedded = network.embed(drawn)
+            logits = network.classify(embedded)
+            _step(optimiser, F.cross_entropy(logits, batch["taxon"]))
+        logits = _logits(network, windows["validation"], config, device)
+        figures = _figures(logits, windows["validation"], facts, counts, config)
+        if best.over(figures["species_top1"] or 0.0, network):
+            break
+    best.restore(network)
+
+
+def _seen_by(network: Classifier, batch: Batch, views: ViewsConfig) -> Batch:
+    """Random views of what the network looks at."""
+    if network.view == "aerial":
+        batch = {name: tensor for name, tensor in batch.items() if name != "ground"}
+    return seen(network.model, batch, views)
+
+
+def _batches_of(order: Tensor, size: int) -> Sequence[Tensor]:
+    """Cut an order into batches of two rows or more, as the standardisation needs."""
+    parts = list(torch.split(order, size))
+    if len(parts) > 1 and len(parts[-1]) < 2:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return [part for part in parts if len(part) > 1]
+
+
+def _step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimiser.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimiser.step()
+
+
+@torch.no_grad()
+def _logits(
+    network: Classifier, rows: PairedRows, config: ClassifyConfig, device: torch.device
+) -> Tensor:
+    """Logits of rows without augmentation, on the CPU, shape (N, T)."""
+    network.eval()
+    parts = []
+    for batch in _in_order(rows, config.optim.batch_size, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device)):
+            embedded = network.embed(batch)
+        parts.append(network.classify(embedded).cpu())
+    return torch.cat(parts)
+
+
+class _Best:
+    """The weights of the best epoch so far, and when to stop looking for better ones."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience, self.waited = patience, 0
+        self.figure = -1.0
+        self.state: dict[str, Tensor] = {}
+
+    def over(self, figure: float, network: Classifier) -> bool:
+        """Take an epoch's figure, and tell whether patience is at its end."""
+        if figure > self.figure:
+            self.figure, self.waited = figure, 0
+            self.state = {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
+        else:
+            self.waited += 1
+        return self.waited >= self.patience
+
+    def restore(self, network: Classifier) -> None:
+        network.load_state_dict(self.state)
+        network.eval()
+
+
+def _figures(
+    logits: Tensor,
+    rows: PairedRows,
+    facts: pd.DataFrame,
+    counts: NDArray[np.int64],
+    config: ClassifyConfig,
+) -> dict[str, float | None]:
+    return classification_figures(
+        F.log_softmax(logits, 1).double().numpy(),
+        rows.labels[rows.rows],
+        _identity(facts, rows.rows),
+        counts,
+        config.frequent_from,
+        config.common_from,
+    )
+
+
+def classification_figures(
+    scores: NDArray[np.float64],
+    label: NDArray[np.int64],
+    observation: ArrayLike,
+    counts: NDArray[np.int64],
+    frequent_from: int = 100,
+    common_from: int = 20,
+) -> dict[str, float | None]:
+    """Figures of merit as CRISP's evaluation has them.
+
+    The photos of one observation vote by the mean of their log-probabilities. Species-averaged
+    figures are the mean over taxa of the share of their observations that are right.
+
+    Args:
+        scores: Log-probabilities, shape (N, T).
+        label: Shape (N,).
+        observation: What tells the rows of one observation, shape (N,).
+        counts: Training observations of each taxon, shape (T,).
+        frequent_from: Fewest training observations of a frequent taxon.
+        common_from: Fewest training observations of a common taxon; others are rare.
+
+    Returns:
+        `top1`, `top5` over observations; `species_top1`, `species_top5`, `species_top30`, also of
+        `frequent_`, `common_` and `rare_` taxa (None where no such taxon is tested).
+    """
+    _, first, member = np.unique(np.asarray(observation), return_index=True, return_inverse=True)
+    summed = np.zeros((len(first), scores.shape[1]))
+    np.add.at(summed, member, scores)
+    scores = summed / np.bincount(member)[:, None]  # (O, T)
+    label = label[first]
+    own = scores[np.arange(len(label)), label]
+    rank = (
+        (scores > own[:, None]).sum(1) + (scores == own[:, None]).sum(1) - 1
+    )  # ties count against
+    tested = np.bincount(label, minlength=len(counts))
+    there = tested > 0
+    groups = {
+        "": there,
+        "frequent_": there & (counts >= frequent_from),
+        "common_": there & (counts < frequent_from) & (counts >= common_from),
+        "rare_": there & (counts < min(common_from, frequent_from)),
+    }
+    figures: dict[str, float | None] = {f"top{k}": float((rank < k).mean()) for k in (1, 5)}
+    for prefix, group in groups.items():
+        for k in (1, 5, 30):
+            right = np.bincount(label, rank < k, len(counts))[group] / tested[group]
+            figures[f"{prefix}species_top{k}"] = float(right.mean()) if group.any() else None
+    return figures
+
+
+def markdown(results: pd.DataFrame, notes: Mapping[str, Any]) -> str:
+    """One table in Markdown, in percent, and what the splits hold."""
+    shown = results.copy()
+    for column in shown.columns[shown.columns.str.contains("top")]:
+        shown[column] = [f"{100 * v:.1f}" if pd.notna(v) else "" for v in shown[column]]
+    rows = [shown.columns.tolist(), ["---"] * shown.shape[1], *shown.to_numpy().tolist()]
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join([*lines, "", *(f"- {text}: {count}" for text, count in notes.items()), ""])
