@@ -224,10 +224,10 @@ def _leaks(
     east = longitude * DEGREE_M * np.cos(np.radians(latitude.mean()))
     stretch = np.cos(np.radians(latitude.mean())) / np.cos(np.radians(np.abs(latitude).max()))
     there = np.column_stack([east, latitude * DEGREE_M])
-    near = cKDTree(there[others]).query(
-        there[rows], p=np.inf, distance_upper_bound=side_m * stretch
-    )
-    return leaks | np.isfinite(near[0])
+    tree = cKDTree(there[others])
+    distance, _ = tree.query(there[rows], p=np.inf, distance_upper_bound=side_m * stretch)
+    leaks |= np.isfinite(distance)
+    return leaks
 
 
 def _compare(
