@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint benchmark benchmark-sdm clean
+.PHONY: demo test lint benchmark benchmark-sdm benchmark-pairs clean
 
 demo: $(STAMP)
 	$(BIN)/speciesmap demo --out demo --overwrite
@@ -34,6 +34,14 @@ DISDAT ?= ../shared/data/disdat
 benchmark-sdm: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt '.[benchmark-sdm]'
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sdm/disdat.py $(DISDAT)
+
+# contrastive pre-training on pairs of real photographs, and what it is worth
+PAIRS ?= ../shared/data/naip_pairs
+CROWNS ?= ../shared/data/idtrees_mlbs
+benchmark-pairs: $(STAMP)
+	$(BIN)/python benchmarks/naip_pairs.py $(PAIRS)
+	$(BIN)/python benchmarks/idtrees.py $(CROWNS)
+	$(BIN)/python benchmarks/stream.py
 
 # torch first and by its pinned version, so that the resolver need not look for another build
 $(STAMP): pyproject.toml constraints.txt

@@ -12,6 +12,20 @@ what is learned, by CRISP's loss on pairs of the two years, is which directions 
 stay with a place and which change with the year and the crop. A ResNet-18 that learns all of it
 from 92 places reached R@1 0.12 to 0.17 in an earlier measurement.
 
+Mean and standard deviation over seeds 0 to 4, query of 2018 and of 2020:
+
+    | encoder                              | R@1                      | R@10                     |
+    |--------------------------------------|--------------------------|--------------------------|
+    | pixel correlation                    | 0.10 ± 0.04, 0.11 ± 0.03 | 0.18 ± 0.05, 0.23 ± 0.04 |
+    | band means and deviations            | 0.10 ± 0.02, 0.13 ± 0.03 | 0.42 ± 0.02, 0.49 ± 0.03 |
+    | textures, untrained                  | 0.44 ± 0.03, 0.44 ± 0.03 | 0.78 ± 0.03, 0.79 ± 0.02 |
+    | textures, contrastive                | 0.69 ± 0.04, 0.70 ± 0.03 | 0.94 ± 0.01, 0.93 ± 0.02 |
+    | textures, whitened on pairs          | 0.78 ± 0.03, 0.80 ± 0.03 | 0.97 ± 0.02, 0.98 ± 0.00 |
+    | textures, whitened, then contrastive | 0.78 ± 0.03, 0.80 ± 0.03 | 0.98 ± 0.01, 0.98 ± 0.00 |
+
+The median rank of the last four is 2, 1, 1 and 1. A closed form, whitening by how views of one
+place differ, uses the same pairs better than the contrastive loss does from 92 places.
+
     python benchmarks/naip_pairs.py PATH/TO/naip_pairs [--seeds 5] [--json FILE]
 """
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "map": "Put maps into one interactive HTML page.",
     "view": "Show a map in full resolution in the browser.",
     "benchmark": "Measure how fast this machine encodes.",
+    "umap": "Colour an area by what its windows look like to the model.",
     "info": "Tell what a model, store, data set or map is.",
 }
 

@@ -490,9 +490,7 @@ def classification_figures(
     scores = summed / np.bincount(member)[:, None]  # (O, T)
     label = label[first]
     own = scores[np.arange(len(label)), label]
-    rank = (
-        (scores > own[:, None]).sum(1) + (scores == own[:, None]).sum(1) - 1
-    )  # ties count against
+    rank = (scores >= own[:, None]).sum(1) - 1  # ties count against
     tested = np.bincount(label, minlength=len(counts))
     there = tested > 0
     groups = {
