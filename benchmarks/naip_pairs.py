@@ -1,9 +1,9 @@
 """Finding a place again two years later: contrastive pre-training on pairs of aerial photographs.
 
 Chips of two Californian cities, each photographed by NAIP in 2018 and in 2020 (256 px of 0.6 m;
-red, green, blue, near infrared). Encoders learn on the 92 places of Santa Monica and are asked for the
-100 of Palm Springs: a query is a random crop of 192 px of one year, turned by a random quarter; the
-gallery is the middle crop of every place in the other year. Nothing was pre-trained elsewhere.
+red, green, blue, near infrared). Encoders learn on the 92 places of Santa Monica and are asked for
+the 100 of Palm Springs: a query is a random crop of 192 px of one year, turned by a random quarter;
+the gallery is the middle crop of every place in the other year. Nothing was pre-trained elsewhere.
 
 What makes it work, found on these very places with seed 0 and then run with the other seeds:
 the lighting of each crop is taken out band by band; responses to a bank of small random filters are

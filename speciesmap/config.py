@@ -434,9 +434,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"key {where!r} is missing; see configs/ for examples"
     if first["type"].startswith("union_tag"):
-        return (
-            f"'stage' must be pretrain, finetune or classify, got {first['input'].get('stage')!r}"
-        )
+        got = first["input"].get("stage")
+        return f"'stage' must be one of {', '.join(STAGES)}, got {got!r}"
     return f"{where} = {first['input']!r}: {first['msg'].lower()}"
 
 
