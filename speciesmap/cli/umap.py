@@ -48,7 +48,14 @@ from speciesmap.cli.options import (
     metavar="N",
     help="Size of the neighbourhoods that UMAP keeps.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N")
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Of the sample and the fit; the same seed gives the same colours.",
+)
 @overwrite_option
 @json_option
 @logging_options
