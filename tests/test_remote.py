@@ -14,18 +14,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyproj
 import pytest
 import rasterio
 from affine import Affine
+from click.testing import CliRunner
 from fake_model import FakeModel
 from loopback import Server, rustac, serving, serving_apart, stac_api
 from odc.geo.geobox import GeoBox
 from rasterio._env import del_gdal_config
 from rasterio.env import set_gdal_config
 
+from speciesmap.cli.chips import command
+from speciesmap.datasets.chips import make_chips
+from speciesmap.datasets.paired import open_paired
 from speciesmap.errors import AreaError, ConfigError, DependencyError, ImageryError
 from speciesmap.mapping.embed import embed
+from speciesmap.observations.read import read_observations
 from speciesmap.rasters import files
 from speciesmap.rasters.files import public
 from speciesmap.rasters.geotiff import write_geotiff
@@ -500,6 +506,45 @@ def test_an_area_across_the_antimeridian_is_searched_on_both_sides(
     for row, col, value in zip(rows.astype(int), cols.astype(int), (50, 200), strict=True):
         pixels, valid = imagery.read(int(row), int(col), 1, 1)
         assert valid.all() and (pixels == value).all()
+
+
+@needs_rustac
+def test_chips_are_cut_scene_by_scene_resumed_and_know_their_origin(
+    server: Server, tmp_path: Path, naip: list[dict[str, Any]]
+) -> None:
+    rng = np.random.default_rng(3)
+    imagery = open_imagery(write_geotiff(tmp_path / "whole.tif", noise(), GRID, bands=BANDS))
+    longitude, latitude = imagery.xy(rng.uniform(20, 580, 150), rng.uniform(20, 780, 150))
+    lines = ["id,observed_on,quality_grade,latitude,longitude,scientific_name"]
+    for k, (x, y) in enumerate(zip(longitude, latitude, strict=True)):
+        lines.append(f"{k},2020-05-01,research,{y},{x},Acer negundo")
+    table = tmp_path / "observations.csv"
+    table.write_text("\n".join(lines))
+    expected = make_chips(read_observations(table), imagery, tmp_path / "local", window_px=16)
+    with stac_api(tmp_path, COLLECTION, naip) as stac:
+        words = [str(table), "--imagery", stac, "--window-px", "16", "--json", "-q", "--out"]
+        server.truncated.add("s3.tif")
+        failed = CliRunner().invoke(command, [*words, str(tmp_path / "set")])
+        assert "s3.tif cannot be" in str(failed.exception)
+        assert not (tmp_path / "set").exists()
+        server.truncated.clear()
+        before = dict(server.sent)
+        result = CliRunner().invoke(command, [*words, str(tmp_path / "set")])
+    assert result.exit_code == 0, result.exception
+    assert server.sent["s0.tif"] - before["s0.tif"] < before["s0.tif"] / 2, "not read again"
+    made, local = open_paired(tmp_path / "set"), open_paired(tmp_path / "local")
+    assert len(made) == len(local) == expected.rows
+    order = [list(d.facts["observation_uuid"]) for d in (made, local)]
+    again = [order[0].index(name) for name in order[1]]
+    assert (made.aerial()[again] == local.aerial()).all()
+    assert set(made.facts["rs_image_date"]) == {"2020-06-01"}
+    origin = pd.read_csv(tmp_path / "set/provenance.csv")
+    assert set(origin["rs_asset"]) == {"image"}
+    assert (
+        origin.groupby("observation_uuid")["rs_item"].first().isin(["s0", "s1", "s2", "s3"]).all()
+    )
+    assert not list(tmp_path.glob(".set*"))
+    assert not any("127.0.0.1" in str(v) for v in origin.to_numpy().ravel())
 
 
 def test_nothing_of_stac_is_imported_for_a_file(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from speciesmap.cli.options import (
     print_result,
 )
 
+MARGIN_DEG = 0.01  # about a kilometre around the observations, so that their windows are whole
+
 
 @click.command("chips")
 @click.argument("observations", type=PATH)
@@ -37,7 +39,12 @@ from speciesmap.cli.options import (
 @click.option(
     "--uncertainty-max-m", type=float, help="Largest uncertainty; half a window by default."
 )
-@click.option("--imagery-date", default="", metavar="DATE", help="When the imagery was taken.")
+@click.option(
+    "--imagery-date",
+    default="",
+    metavar="DATE",
+    help="When the imagery was taken; else as its scenes say.",
+)
 @click.option("--seed", default=0, show_default=True, help="Decides the label fractions.")
 @overwrite_option
 @json_option
@@ -83,7 +90,9 @@ def command(
     refuse_existing(out, overwrite)
     records = read_observations(observations, taxon=taxon)
     if bbox is None and not records.empty:
-        bbox, bbox_crs = tuple(records.total_bounds), "EPSG:4326"
+        west, south, east, north = records.total_bounds
+        bbox = (west - MARGIN_DEG, south - MARGIN_DEG, east + MARGIN_DEG, north + MARGIN_DEG)
+        bbox_crs = "EPSG:4326"
     report = make_chips(
         records,
         open_imagery(imagery, bands, bbox=bbox, bbox_crs=bbox_crs, **opening),

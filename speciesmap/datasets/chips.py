@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from speciesmap.datasets.columns import FACTS, FRACTIONS
+from speciesmap.datasets.cutting import Cutter, write_provenance
 from speciesmap.datasets.writer import PairedWriter
 from speciesmap.errors import DatasetError
 from speciesmap.observations.read import COLUMNS
@@ -110,7 +111,9 @@ def make_chips(
         photo_px: Longest side of a stored photo.
         min_valid: Least share of a window's pixels that must be valid.
         uncertainty_max_m: Largest uncertainty of a position; half a window by default.
-        imagery_date: When the imagery was taken, for the column `rs_image_date`.
+        imagery_date: When the imagery was taken, for the column `rs_image_date`; by default the
+            date of the scene that each window was cut from, where that is known. Which scenes show
+            each window is told by `provenance.csv` in the data set.
         seed: Decides the label fractions.
         overwrite: Whether an existing data set may be replaced.
 
@@ -149,6 +152,8 @@ def make_chips(
     ]
     seen: set[str] = set()
     used: set[int] = set()
+    provenance: list[tuple[str, list[tuple[str, str, str]]]] = []
+    cutter = Cutter(imagery, starts, window_px, out)
     with (
         replacing(out, overwrite=overwrite) as beside,
         PairedWriter(beside, imagery.bands, window_px, imagery.dtype) as writer,
@@ -156,14 +161,12 @@ def make_chips(
     ):
         for batch in track(batches, f"Cutting chips from {imagery.source}"):
             rows, windows = [], []
-            for row in batch:
-                top, left = starts[row].tolist()
-                pixels, valid = imagery.read(top, left, window_px, window_px)
-                if valid.mean() < min_valid:
-                    left_out.add(row, MISSING, f"{valid.mean():.1%} valid")
+            for row, window in zip(batch, cutter.cut(batch), strict=True):
+                if window.valid < min_valid:
+                    left_out.add(row, MISSING, f"{window.valid:.1%} valid")
                 else:
                     rows.append(row)
-                    windows.append(pixels)
+                    windows.append(window)
             encoded = _encode(finder, observations, rows, photo_px, pool, left_out)
             repeats = [k for k, of_row in enumerate(encoded) for _ in of_row]
             if not repeats:
@@ -173,9 +176,13 @@ def make_chips(
             part["rs_classification"] = ~identity.isin(seen) & ~identity.duplicated()
             part["gl_photo_id"] = np.arange(writer.rows, writer.rows + len(part))
             part["license"] = [terms for of_row in encoded for _, terms in of_row]
+            if not imagery_date:
+                part["rs_image_date"] = [windows[k].date for k in repeats]
+            taken = dict(zip(identity, (windows[k].scenes for k in repeats), strict=True))
+            provenance.extend((name, scenes) for name, scenes in taken.items() if name not in seen)
             writer.write(
                 part,
-                np.stack([windows[k] for k in repeats]),
+                np.stack([windows[k].pixels for k in repeats]),
                 [photo for of_row in encoded for photo, _ in of_row],
             )
             seen.update(identity)
@@ -204,6 +211,8 @@ def make_chips(
             left_out=left_out.counts(),
         )
         left_out.write(beside, report)
+        write_provenance(beside, provenance)
+    cutter.finish()
     log.info("%d of %d observations kept in %s", report.kept, report.observations, out)
     if report.left_out:
         log.info("left out: %s", left_out.summary())
@@ -270,7 +279,7 @@ def _candidates(
     limit_m: float,
     left_out: _Left,
 ) -> NDArray[np.int64]:
-    """Rows that may be cut, in an order that visits the raster block by block."""
+    """Rows that may be cut, in an order that visits scene by scene, block by block."""
     height, width = imagery.geobox.shape
     inside = (starts >= 0).all(axis=1) & (starts + window_px <= [height, width]).all(axis=1)
     uncertainty = observations["uncertainty_m"].to_numpy()
@@ -290,7 +299,8 @@ def _candidates(
         rest &= ~refused
     rows = np.flatnonzero(rest)
     top, left = starts[rows].T
-    return rows[np.lexsort((left, top, left // BLOCK_PX, top // BLOCK_PX))]
+    scene = imagery.scene_at(top + window_px // 2, left + window_px // 2)
+    return rows[np.lexsort((left, top, left // BLOCK_PX, top // BLOCK_PX, scene))]
 
 
 def _facts(

@@ -230,6 +230,17 @@ class Imagery:
                 shown.append((m.name, m.date, "+".join(assets)))
         return shown
 
+    def scene_at(self, rows: ArrayLike, cols: ArrayLike) -> NDArray[np.int64]:
+        """Number of the first scene whose rectangle holds each pixel, or of none, shape (N,)."""
+        rows, cols = np.asarray(rows), np.asarray(cols)
+        found = np.full(rows.shape, len(self._members), np.int64)
+        for number in range(len(self._members) - 1, -1, -1):
+            m = self._members[number]
+            inside = (rows >= m.row) & (rows < m.row + m.height)
+            inside &= (cols >= m.col) & (cols < m.col + m.width)
+            found[inside] = number
+        return found
+
     def select(self, bands: Sequence[str]) -> Imagery:
         """Give the same imagery with bands chosen, ordered and, where asked, named.
 
