@@ -363,6 +363,9 @@ def load_config(source: Path | str | Mapping[str, Any], changes: Sequence[str] =
     Raises:
         ConfigError: The file is missing or no YAML, a key is unknown (the message names the
             nearest), or a value is out of range.
+
+    >>> load_config(shipped_config("demo_crisp.yaml"), ["optim.lr=0.01"]).optim.lr
+    0.01
     """
     where = "the configuration" if isinstance(source, Mapping) else str(source)
     content: Any = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))

@@ -39,6 +39,15 @@ def replacing(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         OutputError: The output exists and may not be replaced, or its folder cannot be written.
+
+    >>> import tempfile
+    >>> out = Path(tempfile.mkdtemp()) / "maps"
+    >>> with replacing(out) as folder:
+    ...     folder.mkdir()
+    ...     out.exists()
+    False
+    >>> out.exists()
+    True
     """
     path = Path(path)
     refuse_existing(path, overwrite)

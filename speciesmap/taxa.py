@@ -55,8 +55,10 @@ class Taxon:
             ranks: How many names to keep, counted from the broadest; all by default.
 
         Returns:
-            For example `"Plantae Fagaceae Quercus agrifolia"`: a genus that the binomial
-            repeats is written once.
+            The names; a genus that the binomial repeats is written once.
+
+        >>> Taxon("Quercus agrifolia", ("Plantae", "Fagaceae", "Quercus")).prompt()
+        'Plantae Fagaceae Quercus agrifolia'
         """
         names = list(self.lineage)
         own = self.name

@@ -85,7 +85,11 @@ class Legend:
 
     @property
     def breaks(self) -> list[float]:
-        """Values at which the palette's colours stand, evenly over the range."""
+        """Values at which the palette's colours stand, evenly over the range.
+
+        >>> Legend("Quercus lobata", "taxon", "suitability", 0.0, 1.0).breaks[:3]
+        [0.0, 0.1, 0.2]
+        """
         return [float(v) for v in np.linspace(self.low, self.high, len(PALETTE))]
 
 
@@ -162,6 +166,9 @@ def quantise(values: ArrayLike, low: float, high: float) -> NDArray[np.uint8]:
 
     Returns:
         Same shape; `low + (q - 1) / 254 * (high - low)` undoes it to within 1/508 of the range.
+
+    >>> quantise([0.0, 0.5, 1.0, float("nan")], 0.0, 1.0).tolist()
+    [1, 128, 255, 0]
     """
     array = np.asarray(values, dtype=np.float64)
     valid = np.isfinite(array)

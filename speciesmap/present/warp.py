@@ -89,7 +89,12 @@ def longitude_latitude(x: float, y: float) -> tuple[float, float]:
 
 
 def mercator(longitude: float, latitude: float) -> tuple[float, float]:
-    """Convert a place from degrees to EPSG:3857; the inverse of `longitude_latitude`."""
+    """Convert a place from degrees to EPSG:3857; the inverse of `longitude_latitude`.
+
+    >>> x, y = mercator(-122.5, 37.5)
+    >>> round(x), round(y)
+    (-13636638, 4509031)
+    """
     latitude = max(-MAX_LATITUDE, min(MAX_LATITUDE, latitude))
     y = RADIUS_M * math.log(math.tan(math.pi / 4 + math.radians(latitude) / 2))
     return RADIUS_M * math.radians(longitude), y
