@@ -9,7 +9,7 @@ demo: $(STAMP)
 	$(BIN)/speciesmap demo --out demo --overwrite
 
 test: $(STAMP) lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses logical --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check speciesmap tests
