@@ -26,8 +26,9 @@ from speciesmap.errors import (
     OutputError,
 )
 from speciesmap.learning.data import PairedRows, draw_background, open_sources
+from speciesmap.learning.fit import ByPlace
 from speciesmap.learning.modules import Crisp, Finetune
-from speciesmap.learning.train import ByPlace, train
+from speciesmap.learning.train import train
 from speciesmap.models import load_model, read_facts, save_model
 from speciesmap.rasters.imagery import open_imagery
 from speciesmap.taxa import Taxon

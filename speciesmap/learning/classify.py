@@ -24,8 +24,8 @@ from speciesmap.datasets.nature_multi_view import chosen_rows, of_split
 from speciesmap.datasets.paired import PairedDataset, open_paired
 from speciesmap.errors import ConfigError, ModelError
 from speciesmap.learning.data import Batch, PairedRows
+from speciesmap.learning.fit import batches
 from speciesmap.learning.modules import seen
-from speciesmap.learning.train import batches
 from speciesmap.mapping.embed import choose_device
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.models.encoders import computes_bfloat16

@@ -1,0 +1,349 @@
+"""Fine-tuning: presences against background, held-out folds, calibration and trust."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities import CombinedLoader
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from speciesmap.config import FinetuneConfig
+from speciesmap.errors import ConfigError, ModelError
+from speciesmap.learning.data import (
+    PairedRows,
+    Places,
+    Sources,
+    draw_background,
+    target_group_places,
+)
+from speciesmap.learning.evaluate import Calibration, calibrate, summarise
+from speciesmap.learning.fit import (
+    REFERENCES,
+    batches,
+    embeddings,
+    fit,
+    process_rank,
+    set_reference,
+)
+from speciesmap.learning.modules import Finetune
+from speciesmap.learning.trust import (
+    calibrate_on_surveys,
+    clear_of,
+    measure_trust,
+    read_surveys,
+)
+from speciesmap.models import SpeciesModel, load_model
+from speciesmap.models.heads import TaxonHead
+from speciesmap.models.trust import Trust
+from speciesmap.observations.folds import (
+    kmeans_folds,
+    knndm,
+    nearest_fold,
+    separated,
+    spatial_blocks,
+)
+from speciesmap.outputs import replacing
+from speciesmap.progress import track
+
+FOLDS = "folds"  # scores of the folds of a validation that are done
+AREA = 1000  # places of the imagery that folds by `knndm` are matched to
+
+
+def finetune(
+    config: FinetuneConfig, sources: Sources, work: Path | None = None
+) -> tuple[SpeciesModel, dict[str, Any]]:
+    """Learn embeddings of taxa from presences against background.
+
+    Where the configuration asks for validation, whole blocks are held out in turn first, and
+    what each fold's model says of them is written to `folds.parquet` in `work`.
+
+    Args:
+        config: The stage.
+        sources: Its data: a paired data set, and the imagery that background is drawn from.
+        work: Folder for logs, folds and for resuming, if any.
+
+    Returns:
+        The model, in evaluation mode, and metrics of training and validation.
+
+    Raises:
+        ConfigError: The data set or the imagery is missing.
+        ModelError: The initial model does not fit the data.
+    """
+    rng = np.random.default_rng(config.seed)
+    base = load_model(config.init)
+    if sources.dataset is None or sources.imagery is None:
+        raise ConfigError(
+            "stage finetune needs data.dataset for presences and data.imagery for background"
+        )
+    if (base.bands, base.window_px) != (sources.bands, sources.window_px):
+        raise ModelError(
+            f"{config.init} takes windows of {base.window_px} px with bands "
+            f"{', '.join(base.bands)}; {config.data.dataset} has {sources.window_px} px and "
+            f"{', '.join(sources.bands)}; cut chips to fit, or pre-train on these"
+        )
+    image_px = base.ground.image_px if base.ground and sources.dataset.has_ground else None
+    presences = PairedRows(sources.dataset, sources.rows, sources.taxa, image_px, sources.window_px)
+    data, area = config.data, (sources.imagery, sources.window_px)
+    grouped = data.background_kind == "target-group"
+    background = (
+        target_group_places(sources, data.target_group, base.fill)
+        if grouped
+        else draw_background(*area, data.background, rng, base.fill, bias=data.bias)
+    )
+    metrics: dict[str, Any] = {}
+    calibrations: dict[str, Calibration] = {}
+    own = None
+    if config.validation is not None:
+        other = None
+        if grouped:
+            other = draw_background(*area, data.background, rng, base.fill)
+        elif data.target_group is not None:
+            other = target_group_places(sources, data.target_group, base.fill)
+        folds = cross_validate(base, presences, background, config, work, other)
+        metrics["validation"] = summarise(folds, sources.taxa, data.background_kind)
+        if work is not None:
+            folds.to_parquet(work / "folds.parquet")
+        own = folds[folds["background"].isin(["", data.background_kind])]
+        calibrations = calibrate(own, sources.taxa, config.validation.prevalence)
+    model, fitted = fit_taxa(base, presences, background, config, work)
+    set_reference(model, background, rng, config.trainer.accelerator)
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    if config.validation is not None and config.validation.surveys is not None:
+        surveyed, curves = on_surveys(model, presences, background, config)
+        calibrations |= surveyed
+    model.prevalence = {name: c.prevalence for name, c in calibrations.items()}
+    with torch.no_grad():
+        for k, taxon in enumerate(sources.taxa):
+            if taxon.name in calibrations:
+                c = calibrations[taxon.name]
+                model.head.gain[k] *= c.slope
+                model.head.offset[k] = c.slope * model.head.offset[k] + c.intercept
+    model.trust = judge(model, presences, background, own, calibrations, curves, config)
+    return model, {**fitted, **metrics}
+
+
+def on_surveys(
+    model: SpeciesModel, presences: PairedRows, background: Places, config: FinetuneConfig
+) -> tuple[dict[str, Calibration], dict[str, tuple[list[float], list[float]]]]:
+    """Calibrate on surveyed places whose windows share no ground with a presence's."""
+    assert config.validation is not None and config.validation.surveys is not None
+    surveys = read_surveys(config.validation.surveys)
+    imagery = background.imagery
+    facts = presences.dataset.facts.iloc[presences.rows]
+    rows, cols = imagery.rowcol(surveys["lon"].to_numpy(), surveys["lat"].to_numpy())
+    trained = imagery.rowcol(facts["longitude"].to_numpy(), facts["latitude"].to_numpy())
+    height, width = imagery.shape
+    use = clear_of(rows, cols, *trained, model.window_px)
+    use &= (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
+    places = Places(imagery, rows[use], cols[use], model.window_px, model.fill)
+    vectors = embeddings(model, places, accelerator=config.trainer.accelerator)
+    with torch.inference_mode():
+        logits = model.head(vectors).double().numpy()  # (N, T)
+    return calibrate_on_surveys(logits, surveys[use], model.taxa, config.validation.calibration)
+
+
+def judge(
+    model: SpeciesModel,
+    presences: PairedRows,
+    background: Places,
+    folds: pd.DataFrame | None,
+    calibrations: Mapping[str, Calibration],
+    curves: Mapping[str, tuple[list[float], list[float]]],
+    config: FinetuneConfig,
+) -> Trust:
+    """Measure how far the maps of a calibrated model can be trusted."""
+    accelerator = config.trainer.accelerator
+    here = embeddings(model, presences, accelerator=accelerator)  # (N, D)
+    away = embeddings(model, background, accelerator=accelerator)  # (M, D)
+    labels = presences.labels[presences.rows]
+    with torch.inference_mode():
+        logits = model.head(torch.cat([here, away])).double().numpy()  # (N + M, T)
+    taxon = np.r_[labels, np.full(len(away), -1)]
+    values = {}
+    for k, name in enumerate(t.name for t in model.taxa):
+        value = logits[:, k]
+        if folds is not None:
+            c = calibrations.get(name, Calibration(1.0, 0.0, 0.0))
+            held_out = c.slope * folds[name].to_numpy() + c.intercept
+            value = np.where(np.isfinite(held_out), held_out, value)
+        value = expit(value)
+        if name in curves:
+            value = np.interp(value, *curves[name])
+        values[name] = value[taxon == k], value[taxon == -1]
+    fold = None if folds is None else folds["fold"].to_numpy()
+    return measure_trust(model, here, labels, away, fold, values, curves, config.seed)
+
+
+def fit_taxa(
+    base: SpeciesModel,
+    presences: PairedRows,
+    background: Places,
+    config: FinetuneConfig,
+    work: Path | None = None,
+) -> tuple[SpeciesModel, dict[str, Any]]:
+    """Fine-tune a copy of a model on presences against background.
+
+    A taxon's vector starts where its windows differ from the background on average.
+
+    Args:
+        base: The model to start from, left as it is.
+        presences: Rows of taxa.
+        background: Places of the study area.
+        config: The stage.
+        work: Folder for logs and for resuming, if any.
+
+    Returns:
+        The fine-tuned model, in evaluation mode, and metrics of the fit.
+    """
+    torch.manual_seed(config.seed)
+    model = copy.deepcopy(base)
+    model.taxa = presences.taxa
+    model.head = TaxonHead(len(model.taxa), model.dim)
+    model.trust = None
+    accelerator = config.trainer.accelerator
+    here = embeddings(model, presences, accelerator=accelerator)  # (N, D)
+    labels = torch.from_numpy(presences.labels[presences.rows])  # (N,)
+    away = embeddings(model, background, REFERENCES, accelerator).mean(0)  # (D,)
+    with torch.no_grad():
+        for k in torch.unique(labels).tolist():
+            model.head.weight[k] = F.normalize(here[labels == k].mean(0) - away, dim=0)
+    model.train()
+    if config.freeze_encoder:
+        for tower in (model.aerial, model.ground, model.text):
+            if tower is not None:
+                tower.requires_grad_(False).eval()
+    loader = batches(presences, config.optim, config.trainer)
+    other = batches(background, config.optim, config.trainer, count=len(loader))
+    both = CombinedLoader({"presences": loader, "background": other}, mode="min_size")
+    steps = config.optim.epochs * len(loader)
+    stage = Finetune(model, config.optim, steps, config.positive_weight, config.align, config.views)
+    metrics = fit(stage, both, config.optim, config.trainer, work)
+    return model.requires_grad_(True).eval(), metrics
+
+
+def cross_validate(
+    base: SpeciesModel,
+    presences: PairedRows,
+    background: Places,
+    config: FinetuneConfig,
+    work: Path | None = None,
+    other: Places | None = None,
+) -> pd.DataFrame:
+    """Fine-tune with whole folds held out in turn, and score what was held out.
+
+    Training windows that overlap a held-out window are left out.
+
+    Args:
+        base: The model to start from, left as it is.
+        presences: Rows of taxa.
+        background: Places of the study area; its imagery gives the grid.
+        config: The stage, with `validation`.
+        work: Folder where each fold's scores are kept, so that a run that goes on repeats none.
+        other: Places of the other kind of background, scored and never trained on.
+
+    Returns:
+        One row per presence and background place: observation_id and taxon (empty for
+        background), longitude, latitude, background (its kind, empty for presences), fold, trained
+        (windows trained on in that fold), and a logit per taxon, by its name, NaN where the fold's
+        training had no presence of it.
+    """
+    assert config.validation is not None
+    imagery = background.imagery
+    facts = presences.dataset.facts.iloc[presences.rows]
+    rows, cols = imagery.rowcol(facts["longitude"].to_numpy(), facts["latitude"].to_numpy())
+    others = [background] if other is None else [background, other]
+    rows = np.concatenate([rows, *(places.rows for places in others)])
+    cols = np.concatenate([cols, *(places.cols for places in others)])
+    count, end = len(presences), len(presences) + len(background)
+    folds = _folds(rows, cols, count, background, config)
+    logits = np.empty((len(rows), len(presences.taxa)))
+    trained = np.empty(len(rows), dtype=np.int64)
+    for k in track(range(config.validation.folds), "Cross-validating"):
+        use = separated(cols, rows, folds, k, presences.dataset.window_px + 1)
+        held = folds == k
+        trained[held] = use[:end].sum()
+        kept = None if work is None else work / FOLDS / f"{k}.npy"
+        if kept is not None and kept.exists():
+            logits[held] = np.load(kept)
+            continue
+        model, _ = fit_taxa(
+            base, presences.subset(use[:count]), background.subset(use[count:end]), config
+        )
+        accelerator = config.trainer.accelerator
+        parts = [
+            embeddings(model, presences.subset(held[:count]), accelerator=accelerator),
+            embeddings(model, background.subset(held[count:end]), accelerator=accelerator),
+        ]
+        if other is not None:
+            parts.append(embeddings(model, other.subset(held[end:]), accelerator=accelerator))
+        with torch.inference_mode():
+            logits[held] = model.head(torch.cat(parts)).numpy()
+        known = presences.labels[presences.rows[use[:count]]]
+        untrained = np.setdiff1d(np.arange(len(presences.taxa)), known)
+        logits[np.ix_(held, untrained)] = np.nan
+        if kept is not None and process_rank() == 0:
+            with replacing(kept, overwrite=True) as beside:
+                np.save(beside, logits[held])
+    x, y = imagery.xy(rows, cols)
+    nothing = np.full(len(rows) - count, "", object)
+    names = np.r_[facts["name"].to_numpy(dtype=object), nothing]
+    kinds = ["random", "target-group"]
+    if config.data.background_kind != "random":
+        kinds.reverse()
+    table = pd.DataFrame(
+        {
+            "observation_id": np.r_[facts["observation_uuid"].to_numpy(dtype=object), nothing],
+            "longitude": x,
+            "latitude": y,
+            "taxon": names,
+            "background": np.repeat(["", *kinds], [count, end - count, len(rows) - end]),
+            "fold": folds,
+            "trained": trained,
+        }
+    )
+    return table.join(pd.DataFrame(logits, columns=[taxon.name for taxon in presences.taxa]))
+
+
+def _folds(
+    rows: NDArray[np.float64],
+    cols: NDArray[np.float64],
+    count: int,
+    background: Places,
+    config: FinetuneConfig,
+) -> NDArray[np.int64]:
+    """Make the folds of the presences, the first `count` places, and of the rest, shape (N,)."""
+    chosen = config.validation
+    assert chosen is not None
+    imagery = background.imagery
+    x, y = cols * imagery.resolution_m, rows * imagery.resolution_m
+    if chosen.block_m is not None and chosen.method == "blocks":
+        return spatial_blocks(
+            x,
+            y,
+            block_m=chosen.block_m,
+            folds=chosen.folds,
+            seed=config.seed,
+            weight=np.arange(len(rows)) < count,
+        )
+    if chosen.method == "kmeans":
+        fold = kmeans_folds(x[:count], y[:count], folds=chosen.folds, seed=config.seed)
+    else:
+        area = draw_background(imagery, 1, AREA, np.random.default_rng(config.seed))
+        fold = knndm(
+            x[:count],
+            y[:count],
+            area.cols * imagery.resolution_m,
+            area.rows * imagery.resolution_m,
+            folds=chosen.folds,
+            seed=config.seed,
+        )
+    rest = nearest_fold(x[:count], y[:count], fold, x[count:], y[count:])
+    return np.concatenate([fold, rest])

@@ -1,0 +1,229 @@
+"""Fit a network to batches with Lightning, and embed what it learned from."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, RandomSampler, Sampler
+
+from speciesmap.config import OptimConfig, TrainerConfig
+from speciesmap.learning.data import Batch, Kept, PairedRows, Places, as_is
+from speciesmap.learning.modules import Stage
+from speciesmap.mapping.embed import choose_device
+from speciesmap.models import SpeciesModel
+from speciesmap.models.encoders import computes_bfloat16
+
+log = logging.getLogger("speciesmap")
+
+REFERENCES = 1024  # windows of the training landscape kept as the yardstick of untrained queries
+STATE = Path("state", "last.ckpt")  # where an interrupted run goes on from, in its folder
+
+
+def fit(
+    stage: Stage,
+    loader: Any,
+    optim: OptimConfig,
+    config: TrainerConfig,
+    work: Path | None,
+    save_steps: int | None = None,
+) -> dict[str, Any]:
+    """Run Lightning's Trainer on one stage.
+
+    Args:
+        stage: What to train.
+        loader: Its batches.
+        optim: How many epochs.
+        config: Devices and precision.
+        work: Folder for logs and for a state to resume from, if any.
+        save_steps: Save that state after so many steps too, not only after an epoch; the loader
+            must then be able to go on in the middle of one.
+
+    Returns:
+        The last losses by name, the number of steps, and the precision.
+    """
+    precision = (
+        config.precision if config.precision != "auto" else best_precision(config.accelerator)
+    )
+    callbacks: list[Callback] = []
+    loud = log.isEnabledFor(logging.INFO)
+    state = None
+    if work is not None:
+        state = work / STATE
+        place: dict[str, Any] = {"dirpath": state.parent, "filename": state.stem}
+        callbacks.append(ModelCheckpoint(**place, enable_version_counter=False))
+        if save_steps is not None:
+            callbacks.append(
+                ModelCheckpoint(
+                    **place, enable_version_counter=False, every_n_train_steps=save_steps
+                )
+            )
+        callbacks.append(Randomness())
+        if loud:
+            callbacks.append(RichProgressBar(leave=True, console_kwargs={"stderr": True}))
+    stage.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if process_rank():  # other views than in the first process
+        torch.manual_seed(torch.initial_seed() + process_rank())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = L.Trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            precision=precision,  # type: ignore[arg-type]
+            max_epochs=optim.epochs,
+            gradient_clip_val=1.0,
+            callbacks=callbacks,
+            logger=[CSVLogger(work, "logs", ""), TensorBoardLogger(work, "logs", "")]
+            if work is not None
+            else False,
+            log_every_n_steps=10,
+            enable_checkpointing=work is not None,
+            enable_progress_bar=work is not None and loud,
+            enable_model_summary=False,
+        )
+        trainer.fit(
+            stage,
+            loader,
+            ckpt_path=state if state is not None and state.exists() else None,
+            weights_only=True,
+        )
+    stage.network.eval()
+    losses = {name: round(float(value), 4) for name, value in trainer.callback_metrics.items()}
+    return {"losses": losses, "steps": trainer.global_step, "precision": precision}
+
+
+def process_rank() -> int:
+    """Number of this process among those that train together, 0 for the first."""
+    return int(getattr(rank_zero_only, "rank", 0))
+
+
+def best_precision(accelerator: str) -> str:
+    """Choose bfloat16 where the processor multiplies it natively, else what Lightning has."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if computes_bfloat16(torch.device("cuda")) else "16-mixed"
+    return "bf16-mixed" if computes_bfloat16(torch.device("cpu")) else "32-true"
+
+
+class Randomness(Callback):
+    """Keeps the state of the random numbers, so that a resumed run draws what it would have.
+
+    It is that of the first process; others draw anew.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Take the states, one of the CPU and one of each GPU."""
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put the states back."""
+        if process_rank():
+            return
+        torch.set_rng_state(state_dict["cpu"])
+        if len(state_dict["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state_dict["cuda"])
+
+
+def batches(
+    windows: PairedRows | Places,
+    optim: OptimConfig,
+    trainer: TrainerConfig,
+    count: int | None = None,
+    together: bool = False,
+) -> DataLoader[Batch]:
+    """Shuffle into batches: an epoch, or `count` batches drawn with replacement.
+
+    With `together`, rows of one place follow each other.
+    """
+    size = min(optim.batch_size, len(windows))
+    sampler: Sampler[int] | None = None
+    if count:
+        sampler = RandomSampler(windows, replacement=True, num_samples=count * size)
+    elif together and isinstance(windows, PairedRows):
+        sampler = ByPlace(windows.place[windows.rows])
+    return DataLoader(
+        windows,
+        batch_size=size,
+        shuffle=sampler is None,
+        sampler=sampler,
+        drop_last=True,
+        collate_fn=as_is,
+        num_workers=trainer.workers,
+        persistent_workers=trainer.workers > 0,
+        multiprocessing_context="spawn" if trainer.workers else None,
+    )
+
+
+class ByPlace(Sampler[int]):
+    """Rows in an order whose places are shuffled, and so are the rows of each place.
+
+    Args:
+        place: Of each row, shape (N,).
+    """
+
+    def __init__(self, place: NDArray[np.int64]) -> None:
+        self.place = torch.from_numpy(np.unique(place, return_inverse=True)[1])
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def __iter__(self) -> Iterator[int]:
+        """Draw an order."""
+        rows = torch.randperm(len(self.place))
+        rank = torch.randperm(int(self.place.max()) + 1)
+        return iter(rows[rank[self.place[rows]].argsort(stable=True)].tolist())
+
+
+@torch.inference_mode()
+def embeddings(
+    model: SpeciesModel,
+    windows: PairedRows | Places | Kept,
+    limit: int | None = None,
+    accelerator: str = "auto",
+) -> torch.Tensor:
+    """Embed the first `limit` windows, or all, without augmentation.
+
+    Args:
+        model: Left where it is and as it is.
+        windows: What to embed.
+        limit: How many at most.
+        accelerator: Of `TrainerConfig`: a GPU is used where there is one, unless this is `cpu`.
+
+    Returns:
+        On the CPU, float32, shape (N, D).
+    """
+    training, home = model.training, model.log_scale.device
+    device = choose_device("cpu" if accelerator == "cpu" else None)
+    model.eval().to(device)
+    count = min(len(windows), limit or len(windows))
+    parts = [torch.empty(0, model.dim)]
+    quick = computes_bfloat16(device)
+    for chosen in np.array_split(np.arange(count), max(1, count // 256)):
+        if len(chosen):
+            with torch.autocast(device.type, torch.bfloat16, enabled=quick):
+                parts.append(model.encode_aerial(windows.aerial(chosen).to(device)).cpu())  # (n, D)
+    model.train(training).to(home)
+    return torch.cat(parts)
+
+
+def set_reference(
+    model: SpeciesModel,
+    windows: PairedRows | Places | Kept,
+    rng: np.random.Generator,
+    accelerator: str = "auto",
+) -> None:
+    """Embed windows of the training landscape as the yardstick of untrained queries."""
+    chosen = np.zeros(len(windows), dtype=bool)
+    chosen[rng.permutation(len(windows))[:REFERENCES]] = True
+    model.reference = embeddings(model, windows.subset(chosen), accelerator=accelerator).clone()
