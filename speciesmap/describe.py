@@ -9,7 +9,7 @@ from typing import Any
 
 from odc.geo.geobox import GeoBox
 
-from speciesmap.errors import OutputError
+from speciesmap.errors import ModelError, OutputError
 from speciesmap.rasters.imagery import SUFFIXES, open_imagery, open_raster
 from speciesmap.rasters.store import open_store
 from speciesmap.rasters.windows import bounds_in
@@ -90,26 +90,29 @@ def _model(path: Path) -> dict[str, Any]:
     from speciesmap.models.checkpoint import TAXA
 
     facts = read_facts(path)
-    a, training = facts["architecture"], facts.get("training", {})
-    taxa = json.loads((path / TAXA).read_text(encoding="utf-8"))
-    return {
-        "kind": "model",
-        "path": str(path),
-        "fingerprint": facts.get("fingerprint"),
-        "aerial": a["aerial"]["backbone"],
-        "ground": a["ground"]["backbone"] if a.get("ground") else None,
-        "text": (a["text"].get("hub") or "trained jointly") if a.get("text") else None,
-        "dim": a["dim"],
-        "bands": a["bands"],
-        "window_px": a["window_px"],
-        "resolution_m": a["resolution_m"],
-        "taxa": [taxon["name"] for taxon in taxa],
-        "calibrated": sorted(facts.get("prevalence", {})),
-        "stage": training.get("stage"),
-        "seed": training.get("seed"),
-        "metrics": facts.get("metrics", {}),
-        "versions": facts.get("versions", {}),
-    }
+    try:
+        a, training = facts["architecture"], facts.get("training", {})
+        taxa = json.loads((path / TAXA).read_text(encoding="utf-8"))
+        return {
+            "kind": "model",
+            "path": str(path),
+            "fingerprint": facts.get("fingerprint"),
+            "aerial": a["aerial"]["backbone"],
+            "ground": a["ground"]["backbone"] if a.get("ground") else None,
+            "text": (a["text"].get("hub") or "trained jointly") if a.get("text") else None,
+            "dim": a["dim"],
+            "bands": a["bands"],
+            "window_px": a["window_px"],
+            "resolution_m": a["resolution_m"],
+            "taxa": [taxon["name"] for taxon in taxa],
+            "calibrated": sorted(facts.get("prevalence", {})),
+            "stage": training.get("stage"),
+            "seed": training.get("seed"),
+            "metrics": facts.get("metrics", {}),
+            "versions": facts.get("versions", {}),
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is damaged ({error!r}); copy the checkpoint again") from error
 
 
 def _store(path: Path) -> dict[str, Any]:

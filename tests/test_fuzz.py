@@ -11,21 +11,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import rasterio
+import torch
 from odc.geo.geobox import GeoBox
 from PIL import Image
 from rasterio.control import GroundControlPoint
 from rasterio.transform import from_origin
+from safetensors.torch import load_file, save_file
 from tiny import tiny_scene
 
 from speciesmap.datasets.paired import open_paired
 from speciesmap.datasets.photos import MOST_PIXELS, open_photo
-from speciesmap.errors import DatasetError, ImageryError, QueryError, StoreError
+from speciesmap.describe import describe
+from speciesmap.errors import DatasetError, ImageryError, ModelError, QueryError, StoreError
 from speciesmap.mapping.query import photo_query
+from speciesmap.models import load_model, save_model
+from speciesmap.models.trust import TRUST
 from speciesmap.rasters.imagery import open_raster
 from speciesmap.rasters.store import EmbeddingStore, Identity, open_store
 
 sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
-from readers import READERS, fuzz
+from readers import READERS, fuzz, trusted
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -114,6 +119,26 @@ def store(tmp_path: Path) -> Path:
     made = EmbeddingStore.create(tmp_path / "s.zarr", identity, grid, 8, source="a.tif")
     made.write((0, 0), np.full((32, 32, 8), 0.25, np.float16))
     return made.path
+
+
+@pytest.mark.parametrize(
+    ("tensor", "shape"), [("weight", (3, 3, 8)), ("offset", (2, 3)), ("places", (40, 3))]
+)
+def test_figures_of_trust_that_do_not_fit_the_model_are_refused(
+    tmp_path: Path, tensor: str, shape: tuple[int, ...]
+) -> None:
+    folder = save_model(trusted(16), tmp_path / "model", {})
+    tensors = load_file(folder / TRUST)
+    save_file(tensors | {tensor: torch.zeros(shape)}, folder / TRUST)
+    with pytest.raises(ModelError, match=f"{tensor} in {TRUST} has shape"):
+        load_model(folder)
+
+
+def test_damaged_taxa_are_told_by_info(tmp_path: Path) -> None:
+    folder = save_model(trusted(16), tmp_path / "model", {})
+    (folder / "taxa.json").write_bytes(b'[{"name": "\x87')
+    with pytest.raises(ModelError, match="is damaged"):
+        describe(folder)
 
 
 @pytest.mark.parametrize("what", ["short", "huge", "other"])

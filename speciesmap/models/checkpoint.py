@@ -108,7 +108,7 @@ def load_model(folder: Path | str) -> SpeciesModel:
         )
         load_weights(model, folder / WEIGHTS)
         if facts.get("trust"):
-            model.trust = Trust.load(folder, facts["trust"])
+            model.trust = Trust.load(folder, facts["trust"], len(taxa), model.dim)
     except FileNotFoundError as error:
         raise ModelError(
             f"{folder} lacks {Path(error.filename or WEIGHTS).name}; copy the checkpoint again"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -69,21 +70,49 @@ class Trust:
         }
 
     @classmethod
-    def load(cls, folder: Path, facts: dict[str, Any]) -> Trust:
-        """Read what `save` wrote; facts are those it gave."""
+    def load(cls, folder: Path, facts: dict[str, Any], taxa: int, dim: int) -> Trust:
+        """Read what `save` wrote.
+
+        Args:
+            folder: Of the checkpoint.
+            facts: What `save` gave.
+            taxa: How many the model knows, T.
+            dim: Of its embeddings, D.
+
+        Raises:
+            ValueError: A tensor has another shape than the model's, or a figure another type.
+        """
+        noted = _Facts.model_validate(facts)
         tensors = load_file(folder / TRUST)
-        known = facts["applicability"]
+        members = tensors["offset"].shape[-1]
+        wanted = {"weight": (taxa, members, dim), "offset": (taxa, members)}
+        if noted.applicability is not None:
+            axes = len(tensors["axes"])
+            wanted |= {"centre": (dim,), "axes": (axes, dim)}
+            wanted["places"] = (len(tensors["places"]), axes + 1)
+        for name, shape in wanted.items():
+            if tensors[name].shape != shape or not tensors[name].is_floating_point():
+                found = tuple(tensors[name].shape)
+                raise ValueError(f"{name} in {TRUST} has shape {found}, not {shape} of floats")
         applicability = None
-        if known is not None:
+        if noted.applicability is not None:
             applicability = Applicability(
-                tensors["centre"], tensors["axes"], tensors["places"], **known
+                tensors["centre"], tensors["axes"], tensors["places"], **noted.applicability
             )
-        curves = {name: (list(x), list(y)) for name, (x, y) in facts["curves"].items()}
         return cls(
             tensors["weight"],
             tensors["offset"],
             applicability,
-            facts["thresholds"],
-            curves,
-            facts["presences"],
+            noted.thresholds,
+            noted.curves,
+            noted.presences,
         )
+
+
+class _Facts(BaseModel):
+    """What `Trust.save` leaves to a checkpoint's JSON, checked."""
+
+    applicability: dict[Literal["mean_distance", "threshold"], float] | None
+    thresholds: dict[str, dict[str, float]]
+    curves: dict[str, tuple[list[float], list[float]]]
+    presences: dict[str, int]

@@ -46,10 +46,13 @@ from tiny import tiny_model, tiny_scene
 
 from speciesmap.config import load_config, shipped_config
 from speciesmap.datasets.paired import open_paired
+from speciesmap.describe import describe
 from speciesmap.errors import SpeciesmapError
-from speciesmap.mapping.query import photo_query
-from speciesmap.models import load_model
+from speciesmap.mapping.applicability import applicable, learn_applicability
+from speciesmap.mapping.query import make_queries, photo_query, score, spread
+from speciesmap.models import SpeciesModel, load_model
 from speciesmap.models.checkpoint import save_model
+from speciesmap.models.trust import TRUST, Trust
 from speciesmap.present.markers import pack_records
 from speciesmap.present.styles import Legend, style_elements
 from speciesmap.present.webmap import make_map, script_json
@@ -126,10 +129,10 @@ ODD = st.one_of(
 def damaged(draw: Any, originals: list[bytes]) -> bytes:
     """A file with bytes changed, cut out, repeated or added, mostly near its head."""
     data = bytearray(draw(st.sampled_from(originals)))
-    for _ in range(draw(st.integers(1, 6))):
+    for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3, 6]))):
         if not data:
             break
-        near = min(len(data), draw(st.sampled_from([16, 64, 512, 4096, 1 << 30])))
+        near = min(len(data), draw(st.sampled_from([64, 512, 4096, 1 << 30, 1 << 30])))
         at = draw(st.integers(0, near - 1))
         what = draw(st.sampled_from(["set", "set", "word", "cut", "end", "copy", "put"]))
         if what == "set":
@@ -166,7 +169,7 @@ def twisted(draw: Any, originals: list[Any]) -> Any:
         key = draw(st.sampled_from(keys))
         what = draw(st.sampled_from(["odd", "odd", "gone", "name", "nest"]))
         if what == "odd":
-            node[key] = draw(ODD)
+            node[key] = copy.deepcopy(draw(ODD))
         elif what == "gone":
             del node[key]
         elif what == "name" and isinstance(node, dict):
@@ -301,27 +304,56 @@ def map_page(folder: Path) -> tuple[Any, Run]:
     return damaged(originals), read
 
 
+def trusted(dim: int) -> SpeciesModel:
+    """A model with all that a fine-tuned one has."""
+    rng = np.random.default_rng(0)
+    model = tiny_model(dim=dim)
+    places = torch.nn.functional.normalize(torch.randn(40, dim), dim=1)
+    model.trust = Trust(
+        torch.randn(len(model.taxa), 3, dim), torch.randn(len(model.taxa), 3),
+        learn_applicability(places, np.arange(40) % 4, rng),
+        {model.taxa[0].name: {"5th percentile of presences": 0.2}},
+        {model.taxa[0].name: ([0.0, 0.5, 1.0], [0.0, 0.1, 0.9])},
+        {model.taxa[0].name: 40},
+    )  # fmt: skip
+    return model
+
+
 def checkpoint(folder: Path) -> tuple[Any, Run]:
     """Configs, taxa and weights of models, also of other shapes."""
     source, place = folder / "source", folder / "model"
-    save_model(tiny_model(), source, {"training": {"seed": 0}})
-    save_model(tiny_model(dim=8, bands=3), folder / "other", {})
+    save_model(trusted(16), source, {"training": {"seed": 0}})
+    save_model(trusted(8), folder / "other", {})
     shutil.copytree(source, place)
-    weights = [(folder / name / "model.safetensors").read_bytes() for name in ("source", "other")]
+    weights, trusts = (
+        [(folder / name / file).read_bytes() for name in ("source", "other")]
+        for file in ("model.safetensors", TRUST)
+    )
     trees = {n: json.loads((source / n).read_text()) for n in ("config.json", "taxa.json")}
     content = st.one_of(
-        st.tuples(st.just("model.safetensors"), damaged(weights)),
+        st.tuples(st.just("model.safetensors"), st.one_of(damaged(weights), st.just(weights[1]))),
+        st.tuples(st.just(TRUST), st.one_of(damaged(trusts), st.just(trusts[1]))),
         st.tuples(st.just("config.json"), twisted([trees["config.json"]])),
         st.tuples(st.just("config.json"), damaged([(source / "config.json").read_bytes()])),
         st.tuples(st.just("taxa.json"), twisted([trees["taxa.json"]])),
     )
 
+    windows = torch.zeros(1, 4, 16, 16)
+
+    @torch.inference_mode()
     def read(change: tuple[str, Any]) -> None:
         name, data = change
         data = data if isinstance(data, bytes) else json.dumps(data).encode()
         (place / name).write_bytes(data)
         try:
-            load_model(place)
+            model = load_model(place)
+            query = make_queries(model, species=[model.taxa[0].name])[0]
+            vectors = model.encode_aerial(windows).numpy()
+            score(vectors, [query])
+            if len(query.members):
+                spread(vectors, query)
+            if model.trust and model.trust.applicability:
+                applicable(vectors, model.trust.applicability)
         finally:
             shutil.copyfile(source / name, place / name)
 
@@ -394,6 +426,34 @@ def paired(folder: Path) -> tuple[Any, Run]:
     return st.sampled_from(files).flatmap(of), read
 
 
+def info(folder: Path) -> tuple[Any, Run]:
+    """Whatever `speciesmap info` is pointed at."""
+    tiffs(folder)
+    save_model(tiny_model(), folder / "model", {"training": {"seed": 0}})
+    scene = tiny_scene(folder, rows=6)
+    tops = [folder / "map.tif", folder / "model", scene.chips]
+    files = [
+        (top, file)
+        for top in tops
+        for file in (sorted(top.rglob("*")) if top.is_dir() else [top])
+        if file.is_file() and file.suffix != ".safetensors"
+    ]
+
+    def of(place: tuple[Path, Path]) -> Any:
+        return st.tuples(st.just(place), damaged([place[1].read_bytes()]))
+
+    def read(change: tuple[tuple[Path, Path], bytes]) -> None:
+        (top, file), data = change
+        whole = file.read_bytes()
+        file.write_bytes(data)
+        try:
+            describe(top)
+        finally:
+            file.write_bytes(whole)
+
+    return st.sampled_from(files).flatmap(of), read
+
+
 TEXT = st.one_of(
     st.text(max_size=60),
     st.sampled_from(
@@ -437,6 +497,7 @@ READERS: dict[str, Callable[[Path], tuple[Any, Run]]] = {
     "checkpoint": checkpoint,
     "store": store,
     "paired": paired,
+    "info": info,
     "html_text": html_text,
 }
 
@@ -504,11 +565,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("readers", nargs="*", default=list(READERS))
     parser.add_argument("--inputs", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0, help="another one for each further slice")
     arguments = parser.parse_args()
     found = False
     for name in arguments.readers:
         start = time.perf_counter()
-        outcome, findings = fuzz(name, arguments.inputs)
+        outcome, findings = fuzz(name, arguments.inputs, arguments.seed)
         seconds = time.perf_counter() - start
         print(
             f"{name}: {sum(outcome.values())} inputs, {dict(outcome)}, {seconds:.0f} s", flush=True
