@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from birds import OVERHEAD_PX, SPECIES, cub, inat_birds, nabirds, read_json, write_image, write_json
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_scene
@@ -134,6 +134,7 @@ def test_leaking_rows_leave_the_earlier_split_and_are_counted(inat: Path) -> Non
     assert (dataset.facts["split"] == "test").sum() == 6
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_after_leaving_leaks_out_no_ground_is_shared(seed: int) -> None:
     rng = np.random.default_rng(seed)

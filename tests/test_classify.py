@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from birds import OVERHEAD_PX, cub, inat_birds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ from tiny import BANDS, TAXA, tiny_model
 
 from speciesmap.cli import main
 from speciesmap.config import load_config
+from speciesmap.datasets.birds import open_birds
 from speciesmap.datasets.columns import FACTS, FRACTIONS
 from speciesmap.datasets.paired import open_paired
 from speciesmap.datasets.writer import PairedWriter
@@ -288,3 +291,48 @@ def test_the_shipped_configuration_runs(chips: Path, init: Path, tmp_path: Path)
     table = read_results(train(load_config(path, changes), tmp_path / "run"))["table"]
     assert [row["mode"] for row in table] == ["probe", "finetune"]
     assert torch.tensor([row["top1"] for row in table]).isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def bird_init(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_model(taxa=(), bands=3)
+    object.__setattr__(model.architecture, "bands", ("red", "green", "blue"))
+    return save_model(model, tmp_path_factory.mktemp("runs") / "birds", {})
+
+
+def test_birds_are_named_in_their_own_splits_at_nested_shares_of_labels(
+    bird_init: Path, tmp_path: Path
+) -> None:
+    birds = inat_birds(tmp_path / "birds", train=60, test=12)
+    few = {"epochs": 2, "batch_size": 16, "lr": 0.002}
+    data = {"dataset": str(birds), "window_px": SIDE}
+    content = config(birds, bird_init, data=data, splits={}, percent=[20.0, 100.0], optim=few)
+    table = pd.DataFrame(read_results(train(load_config(content), tmp_path / "run"))["table"])
+    assert len(table) == 2 * 3 * 2
+    dataset = open_birds(birds)
+    trained = dataset.facts["split"] == "train"
+    labels = table.groupby("percent")["labels"].first()
+    assert labels[100.0] == trained.sum()
+    assert labels[20.0] == round(0.2 * trained.sum())
+    assert OVERHEAD_PX > SIDE, "windows are the middles of overhead images"
+    for share, more in pairwise(FRACTIONS):
+        chosen = dataset.facts[f"finetune_{share}percent"]
+        assert not (chosen & ~dataset.facts[f"finetune_{more}percent"]).any()
+        assert not (chosen & ~trained).any()
+
+
+def test_birds_without_overhead_images_are_named_from_photos(
+    bird_init: Path, tmp_path: Path
+) -> None:
+    birds = cub(tmp_path / "cub")
+    content = config(birds, bird_init, splits={}, views=["ground"])
+    content["optim"] = {"epochs": 1, "batch_size": 16}
+    table = read_results(train(load_config(content), tmp_path / "run"))["table"]
+    assert [(row["view"], row["mode"]) for row in table] == [
+        ("ground", "probe"),
+        ("ground", "finetune"),
+    ]
+    with pytest.raises(ConfigError, match=r"has photos only; set views: \[ground\]"):
+        train(load_config({**content, "views": ["both"]}), tmp_path / "two")
+    with pytest.raises(ConfigError, match=r"its own splits; leave splits\.block_m out"):
+        train(load_config({**content, "splits": {"block_m": 100}}), tmp_path / "two")

@@ -21,6 +21,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from speciesmap.datasets.columns import FRACTIONS
 from speciesmap.datasets.paired import PairedDataset, open_paired
 from speciesmap.datasets.photos import open_photo
 from speciesmap.datasets.splits import hold_out_places, leaks, rank_of
@@ -47,7 +48,8 @@ class BirdDataset:
         path: The folder.
         facts: One row per photo: `image_id`, `observation_uuid`, `latitude`, `longitude`,
             `gl_image_date`, `name`, `ancestry`, `split` (train, validation or test) and the files
-            `ground` and `overhead`, relative to the folder.
+            `ground` and `overhead`, relative to the folder; and `finetune_*percent`, nested
+            shares of the training rows as Nature Multi-View has them.
         taxa: Every taxon of the rows.
         has_aerial: Whether there are overhead images.
         window_px: Side of the overhead images in pixels, 0 without them.
@@ -196,6 +198,12 @@ def open_birds(path: str | Path) -> BirdDataset:
     counted = {reason: count for reason, count in left_out.items() if count}
     for reason, count in counted.items():
         log.warning("%s: %d left out: %s", path, count, reason)
+    trained = (facts["split"] == "train").to_numpy()
+    place = rank_of(facts["image_id"][trained]).argsort(kind="stable").argsort() + 0.5
+    for percent in FRACTIONS:
+        chosen = trained.copy()
+        chosen[trained] = place <= float(percent) / 100 * trained.sum()
+        facts[f"finetune_{percent}percent"] = chosen
     kept = set(facts["name"])
     return BirdDataset(
         path, facts, tuple(t for t in taxa if t.name in kept), has_aerial, window_px, counted

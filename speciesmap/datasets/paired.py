@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import fsspec
 import numpy as np
@@ -66,6 +66,7 @@ class PairedDataset:
         window_px: Side of the aerial windows in pixels.
         resolution_m: Side of an aerial pixel on the ground, in metres.
         dtype: Type of the aerial pixels.
+        has_aerial: Whether rows have windows, as they all do.
         has_ground: Whether rows have photos.
         notes: The whole of `dataset.json`, empty for a folder without one.
         group_rows: Rows of each Parquet row group, in row order, shape (G,).
@@ -86,6 +87,7 @@ class PairedDataset:
     _arguments: tuple[Any, ...] = field(default=(), repr=False)
     _images: _Images | None = field(default=None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    has_aerial: ClassVar[bool] = True
 
     def __len__(self) -> int:
         """Number of rows."""

@@ -20,8 +20,9 @@ from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from speciesmap.config import ClassifyConfig, SplitsConfig, ViewsConfig
+from speciesmap.datasets.birds import BirdDataset, open_dataset
 from speciesmap.datasets.nature_multi_view import chosen_rows, of_split
-from speciesmap.datasets.paired import PairedDataset, open_paired
+from speciesmap.datasets.paired import PairedDataset
 from speciesmap.errors import ConfigError, ModelError
 from speciesmap.learning.data import Batch, PairedRows
 from speciesmap.learning.fit import batches
@@ -91,7 +92,7 @@ def classify(config: ClassifyConfig, out: Path | str, *, overwrite: bool = False
     refuse_existing(out, overwrite)
     if config.data.dataset is None:
         raise ConfigError("stage classify needs data.dataset with labelled rows")
-    dataset = open_paired(config.data.dataset, None, config.data.taxonomy)
+    dataset = open_dataset(config.data.dataset, None, config.data.taxonomy)
     part, notes = split_rows(dataset, config)
     inits = config.init if isinstance(config.init, Mapping) else {"": config.init}
     table = []
@@ -119,9 +120,13 @@ def read_results(folder: Path | str) -> dict[str, Any]:
     return content
 
 
-def _check(model: SpeciesModel, dataset: PairedDataset, config: ClassifyConfig, init: str) -> None:
+def _check(
+    model: SpeciesModel, dataset: PairedDataset | BirdDataset, config: ClassifyConfig, init: str
+) -> None:
+    if not dataset.has_aerial and set(config.views) != {"ground"}:
+        raise ConfigError(f"{config.data.dataset} has photos only; set views: [ground]")
     wanted = config.data.window_px or dataset.window_px
-    if (model.bands, model.window_px) != (dataset.bands, wanted):
+    if dataset.has_aerial and (model.bands, model.window_px) != (dataset.bands, wanted):
         raise ModelError(
             f"{init} takes windows of {model.window_px} px with bands {', '.join(model.bands)}; "
             f"{config.data.dataset} has {wanted} px and {', '.join(dataset.bands)}; set "
@@ -135,7 +140,7 @@ def _check(model: SpeciesModel, dataset: PairedDataset, config: ClassifyConfig, 
 
 
 def split_rows(
-    dataset: PairedDataset, config: ClassifyConfig
+    dataset: PairedDataset | BirdDataset, config: ClassifyConfig
 ) -> tuple[dict[str, NDArray[np.int64]], dict[str, Any]]:
     """Choose labelled rows for training, validation and testing that share nothing.
 
@@ -165,12 +170,15 @@ def split_rows(
     member = _member(dataset, config.splits, config.seed)
     rows = {name: np.flatnonzero(chosen & (member == k)) for k, name in enumerate(SPLITS)}
     notes: dict[str, Any] = {}
-    side_m = dataset.window_px * dataset.resolution_m
-    for name, later in (("validation", ["test"]), ("train", ["validation", "test"])):
-        others = np.concatenate([rows[other] for other in later])
-        leaks = _leaks(facts, rows[name], others, side_m)
-        rows[name] = rows[name][~leaks]
-        notes[f"{name} rows left out that share an observation or ground"] = int(leaks.sum())
+    if isinstance(dataset, BirdDataset):  # opening it has left out what leaks
+        notes |= {f"left out: {reason}": count for reason, count in dataset.left_out.items()}
+    else:
+        side_m = dataset.window_px * dataset.resolution_m
+        for name, later in (("validation", ["test"]), ("train", ["validation", "test"])):
+            others = np.concatenate([rows[other] for other in later])
+            leaks = _leaks(facts, rows[name], others, side_m)
+            rows[name] = rows[name][~leaks]
+            notes[f"{name} rows left out that share an observation or ground"] = int(leaks.sum())
     known = set(facts["name"].to_numpy()[rows["train"]])
     for name in ("validation", "test"):
         new = ~facts["name"].iloc[rows[name]].isin(known).to_numpy()
@@ -189,10 +197,16 @@ def split_rows(
     return rows, notes
 
 
-def _member(dataset: PairedDataset, splits: SplitsConfig, seed: int) -> NDArray[np.int64]:
+def _member(
+    dataset: PairedDataset | BirdDataset, splits: SplitsConfig, seed: int
+) -> NDArray[np.int64]:
     """Split of each row, counted as in `SPLITS`, -1 for none, shape (N,)."""
+    names = (splits.train, splits.validation, splits.test)
+    if isinstance(dataset, BirdDataset):
+        if splits.block_m is not None:
+            raise ConfigError(f"{dataset.path} has its own splits; leave splits.block_m out")
+        return np.asarray(pd.Categorical(dataset.facts["split"], names).codes, np.int64)
     if splits.block_m is None:
-        names = (splits.train, splits.validation, splits.test)
         member = np.full(len(dataset), -1)
         for k, name in enumerate(names):
             member[dataset.rows_of(partial(of_split, split=name))] = k
@@ -232,7 +246,7 @@ def _leaks(
 
 def _compare(
     model: SpeciesModel,
-    dataset: PairedDataset,
+    dataset: PairedDataset | BirdDataset,
     part: Mapping[str, NDArray[np.int64]],
     config: ClassifyConfig,
 ) -> list[dict[str, Any]]:
@@ -311,7 +325,8 @@ def _in_order(rows: PairedRows, size: int, device: torch.device) -> Any:
     """Batches in order, whose windows are the middles of the chips."""
     for chosen in np.array_split(np.arange(len(rows)), -(-len(rows) // size)):
         batch = rows.__getitems__(chosen.tolist())
-        batch["aerial"] = rows.aerial(chosen)
+        if "aerial" in batch:
+            batch["aerial"] = rows.aerial(chosen)
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -364,7 +379,8 @@ def _finetune(
         for tower, view in ((network.model.aerial, "aerial"), (network.model.ground, "ground"))
         if tower is not None and network.view in (view, "both")
     ]
-    weights = [p for part in (*used, network.linear) for p in part.parameters()]
+    parts = (*used, network.linear)
+    weights = list(dict.fromkeys(p for part in parts for p in part.parameters()))  # towers share
     optimiser = torch.optim.AdamW(weights, config.optim.lr, weight_decay=config.optim.weight_decay)
     best = _Best(config.patience)
     loader = batches(windows["train"].subset(share), config.optim, config.trainer)

@@ -109,7 +109,8 @@ class PairedRows(Dataset[Batch]):
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """Fetch one batch by positions in `rows`."""
         rows = self.rows[list(positions)]
-        batch = self._batch(rows, self.dataset.aerial(rows))
+        windows = self.dataset.aerial(rows) if self.dataset.has_aerial else None
+        batch = self._batch(rows, windows)
         if self.image_px:
             kept = self._photos
             batch["ground"] = (
@@ -134,9 +135,10 @@ class PairedRows(Dataset[Batch]):
             batch["ground"] = self._squares(rows, decoded)  # (N, 3, S, S)
         return batch
 
-    def _batch(self, rows: NDArray[np.int64], windows: NDArray[Any]) -> Batch:
+    def _batch(self, rows: NDArray[np.int64], windows: NDArray[Any] | None) -> Batch:
+        aerial = {} if windows is None else {"aerial": torch.from_numpy(windows)}  # (N, B, W, W)
         return {
-            "aerial": torch.from_numpy(windows),  # (N, B, W, W)
+            **aerial,
             "taxon": torch.from_numpy(self.labels[rows]),  # (N,)
             "place": torch.from_numpy(self.place[rows]),  # (N,)
             "metadata": self.metadata[rows],  # (N, 4)
@@ -283,7 +285,7 @@ def open_sources(data: DataConfig) -> Sources:
     imagery = open_imagery(data.imagery) if data.imagery else None
     if data.dataset:
         dataset = open_dataset(data.dataset, data.split, data.taxonomy)
-        if isinstance(dataset, BirdDataset) and not dataset.has_aerial:
+        if not dataset.has_aerial:
             raise ConfigError(
                 f"{data.dataset} has photos only, and a model is trained on both views; train on "
                 "iNat-2021 birds, and evaluate on this"

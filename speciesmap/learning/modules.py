@@ -219,7 +219,8 @@ def seen(model: SpeciesModel, batch: Batch, views: ViewsConfig) -> Batch:
     """Draw a random view of each image of a batch; the aerial ones have the model's window."""
     window_px, std = model.window_px, model.aerial.std
     drawn = dict(batch)
-    drawn["aerial"] = aerial_view(batch["aerial"], std, window_px, **dict(views.aerial))
+    if "aerial" in batch:
+        drawn["aerial"] = aerial_view(batch["aerial"], std, window_px, **dict(views.aerial))
     if model.ground is not None and "ground" in batch:
         drawn["ground"] = ground_view(batch["ground"], **dict(views.ground))
     return drawn
