@@ -32,7 +32,7 @@ $(PEERS)/.installed: benchmarks/engine/requirements.txt
 # heads on covariates against MaxEnt on the NCEAS benchmark (R package disdat, its data as .rds)
 DISDAT ?= ../shared/data/disdat
 benchmark-sdm: $(STAMP)
-	$(BIN)/pip install --quiet --constraint constraints.txt '.[benchmark-sdm]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[benchmark-sdm]'
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sdm/disdat.py $(DISDAT)
 
 # contrastive pre-training on pairs of real photographs, and what it is worth

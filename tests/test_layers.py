@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "learning": WORDS | DATA | {"models", "mapping"},
     "present": WORDS | DATA,
     "atlas": WORDS | DATA | {"models", "mapping", "learning", "present"},
+    "appraise": WORDS | DATA | {"models", "mapping", "learning", "present"},
     "describe": WORDS | DATA | {"models", "mapping", "learning", "present"},
     "demo": WORDS | DATA | {"models", "mapping", "learning", "present", "atlas", "describe"},
 }

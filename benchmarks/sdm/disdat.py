@@ -100,7 +100,7 @@ def read_region(folder: Path, name: str) -> Region:
 
 
 def heads(region: Region, background: np.ndarray) -> list[np.ndarray]:
-    """Scores at each survey, shape (sites, species), by one model of all species."""
+    """Scores at each survey, shape (sites, its species), by one model of all species."""
     use = region.presences.any(1) | background.any(1)
     sites = region.sites[use]
     records = Records(
@@ -116,7 +116,11 @@ def heads(region: Region, background: np.ndarray) -> list[np.ndarray]:
     )  # fmt: skip
     model = fit_covariates(records, fold)
     print(f"    penalty {model.penalty:g} chosen on folds", flush=True)
-    return [model.standardised(where.to_numpy()) for where, _ in region.surveys]
+    position = {code: k for k, code in enumerate(region.species)}
+    return [
+        model.standardised(where.to_numpy())[:, [position[code] for code in found]]
+        for where, found in region.surveys
+    ]
 
 
 def maxent(region: Region, background: np.ndarray) -> list[np.ndarray]:

@@ -1,0 +1,496 @@
+"""A model beside simpler ways to make the same map, on identical rows and folds."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+
+from speciesmap.config import FinetuneConfig
+from speciesmap.errors import ConfigError, ImageryError
+from speciesmap.learning.baselines import logistic, positions, trend_surface, window_statistics
+from speciesmap.learning.data import PairedRows, Places, draw_background, open_sources
+from speciesmap.learning.distribution import Records, choose_penalty, fit_linear
+from speciesmap.learning.metrics import auc, measure, paired_difference, reliability
+from speciesmap.learning.train import embeddings
+from speciesmap.learning.trust import clear_of, read_surveys
+from speciesmap.mapping.query import FEW, score, taxon_query
+from speciesmap.models import SpeciesModel
+from speciesmap.observations.folds import separated, spatial_blocks
+from speciesmap.progress import track
+from speciesmap.rasters.imagery import Imagery, open_imagery
+from speciesmap.taxa import Taxon
+
+CHOOSING = 2_000  # places that a penalty is chosen on, at most
+ASKING = 5  # photos of a query
+HEAD = "embedding + head"
+WITH_COVARIATES = "embedding + covariates + head"
+WITH_LOCATION = "embedding + location + head"
+SHUFFLED = "the same, imagery shuffled between places"
+
+log = logging.getLogger("speciesmap")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Presences of all taxa, then random background, with all that a rung may look at.
+
+    Attributes:
+        taxa: All.
+        taxon: Position in `taxa`, -1 for background, shape (N,).
+        fold: Shape (N,).
+        uses: Rows to train on for each fold, none of whose windows overlaps a held-out one.
+        places: Where the windows are.
+        embedding: Of the encoder, shape (N, D).
+        covariates: Shape (N, C); C may be 0.
+        photos: Embeddings of a few ground photos by taxon and fold, each (n, D).
+    """
+
+    taxa: tuple[Taxon, ...]
+    taxon: NDArray[np.int64]
+    fold: NDArray[np.int64]
+    uses: Mapping[int, NDArray[np.bool_]]
+    places: Places
+    embedding: NDArray[np.float32]
+    covariates: NDArray[np.float64]
+    photos: Mapping[tuple[int, int], NDArray[np.float32]]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the taxa."""
+        return [taxon.name for taxon in self.taxa]
+
+    def by_fold(
+        self, scored: Callable[[NDArray[np.bool_], NDArray[np.bool_]], NDArray[Any]]
+    ) -> NDArray[np.float64]:
+        """Scores (N, T) of every row by what `scored` learns from the rows it may use."""
+        found = np.full((len(self.taxon), len(self.names)), np.nan)
+        for k, use in self.uses.items():
+            held = self.fold == k
+            found[held] = scored(use, held)
+        return found
+
+
+def climb(
+    model: SpeciesModel,
+    encoder: SpeciesModel,
+    config: FinetuneConfig,
+    *,
+    covariates: Sequence[Path | str] = (),
+    surveys: Path | str | None = None,
+) -> dict[str, Any]:
+    """Evaluate every rung on held-out spatial blocks.
+
+    Scores of a fold come from rows outside it whose windows share no ground with the fold's.
+    Thresholds, and the logistic curve that turns scores into odds of a record against background
+    for the Brier skill and the calibration error, are fitted on the other folds' held-out scores.
+
+    Args:
+        model: What is evaluated.
+        encoder: Whose embeddings the heads of the ladder are fitted on: `model`, or what it was
+            fine-tuned from, which has not seen which taxon lives where.
+        config: Data, background, folds and seed.
+        covariates: Rasters of environmental variables.
+        surveys: Table of presence and absence, `lon, lat, taxon, present`.
+
+    Returns:
+        What `report.json` holds: `rungs`, `differences`, `shuffle`, `surveys` and what was left
+        out and why.
+
+    Raises:
+        ConfigError: The configuration has no folds, or its data is incomplete.
+        SpeciesmapError: Data cannot be read.
+    """
+    rows = gather(encoder, config, covariates)
+    rungs, skipped = _rungs(encoder, rows, config.seed)
+    result: dict[str, Any] = {
+        "taxa": {
+            name: {"presences": int((rows.taxon == k).sum()), "few": _few(rows, k)}
+            for k, name in enumerate(rows.names)
+        },
+        "background": int((rows.taxon < 0).sum()),
+        "folds": {
+            str(k): {"held_out": int((rows.fold == k).sum()), "trained": int(use.sum())}
+            for k, use in rows.uses.items()
+        },
+        "rungs": {},
+        "skipped": skipped,
+    }
+    for name, make in track(list(rungs.items()), "Climbing"):
+        result["rungs"][name] = _judge(rows, make())
+    result["differences"] = _differences(result["rungs"])
+    with_, without = result["rungs"][WITH_LOCATION], result["rungs"][SHUFFLED]
+    result["shuffle"] = {
+        "auc": with_["mean"]["auc"],
+        "auc_shuffled": without["mean"]["auc"],
+        **paired_difference(_aucs(with_), _aucs(without)),
+    }
+    if surveys is not None:
+        result["surveys"] = on_surveys(model, config, surveys)
+    return result
+
+
+def gather(encoder: SpeciesModel, config: FinetuneConfig, covariates: Sequence[Path | str]) -> Rows:
+    """Open the data of a configuration and draw its background and folds, as training does."""
+    if config.validation is None:
+        raise ConfigError(
+            "evaluation needs spatial folds; add validation: {folds: 5, block_m: ...} to the "
+            "configuration"
+        )
+    sources = open_sources(config.data)
+    if sources.dataset is None or sources.imagery is None:
+        raise ConfigError("evaluation needs data.dataset for presences and data.imagery")
+    rng = np.random.default_rng(config.seed)
+    image_px = encoder.ground.image_px if encoder.ground and sources.dataset.has_ground else None
+    presences = PairedRows(sources.dataset, sources.rows, sources.taxa, image_px, sources.window_px)
+    background = draw_background(
+        sources.imagery, sources.window_px, config.data.background, rng, encoder.fill
+    )
+    photos: dict[tuple[int, int], NDArray[np.float32]] = {}
+    imagery = sources.imagery
+    facts = presences.dataset.facts.iloc[presences.rows]
+    rows, cols = imagery.rowcol(facts["longitude"].to_numpy(), facts["latitude"].to_numpy())
+    count = len(presences)
+    rows, cols = np.r_[rows, background.rows], np.r_[cols, background.cols]
+    fold = spatial_blocks(
+        cols * imagery.resolution_m,
+        rows * imagery.resolution_m,
+        block_m=config.validation.block_m,
+        folds=config.validation.folds,
+        seed=config.seed,
+        weight=np.r_[np.ones(count), np.zeros(len(background))],
+    )
+    places = Places(imagery, rows, cols, sources.window_px, encoder.fill)
+    accelerator = config.trainer.accelerator
+    vectors = torch.cat(
+        [
+            embeddings(encoder, presences, accelerator=accelerator),
+            embeddings(encoder, background, accelerator=accelerator),
+        ]
+    )
+    x, y = imagery.xy(rows, cols)
+    values = sample_rasters(covariates, x, y)
+    known = np.asarray(np.isfinite(values).all(axis=1))
+    if not known.all():
+        log.warning("%d places lack a covariate and are left out", int((~known).sum()))
+    everything = {
+        int(k): separated(cols, rows, fold, int(k), sources.window_px + 1) & known
+        for k in np.unique(fold)
+    }
+    chosen = np.flatnonzero(known)
+    taxon = np.r_[presences.labels[presences.rows], np.full(len(background), -1)]
+    if encoder.ground is not None and sources.dataset.has_ground:
+        photos = _photos(encoder, presences, fold[:count], rng)
+    return Rows(
+        sources.taxa,
+        taxon[chosen],
+        fold[chosen],
+        {k: use[chosen] for k, use in everything.items()},
+        places.subset(known),
+        vectors.numpy()[chosen],
+        values[chosen],
+        photos,
+    )
+
+
+def _photos(
+    encoder: SpeciesModel,
+    presences: PairedRows,
+    fold: NDArray[np.int64],
+    rng: np.random.Generator,
+) -> dict[tuple[int, int], NDArray[np.float32]]:
+    """Embed up to five photos of each taxon in each fold."""
+    labels = presences.labels[presences.rows]
+    found = {}
+    with torch.inference_mode():
+        for k in range(len(presences.taxa)):
+            for j in np.unique(fold):
+                own = np.flatnonzero((labels == k) & (fold == j))
+                if own.size:
+                    own = rng.permutation(own)[:ASKING]
+                    batch = presences.__getitems__(own.tolist())
+                    found[k, int(j)] = np.asarray(encoder.encode_ground(batch["ground"]).numpy())
+    return found
+
+
+def sample_rasters(
+    paths: Sequence[Path | str], longitude: NDArray[np.float64], latitude: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Values of all bands of rasters at places, NaN outside them, shape (N, C).
+
+    Raises:
+        ImageryError: A raster cannot be read, or holds none of the places.
+    """
+    columns: list[NDArray[np.float64]] = [np.empty((len(longitude), 0))]
+    for path in paths:
+        raster: Imagery = open_imagery(path)
+        rows, cols = raster.rowcol(longitude, latitude)
+        height, width = raster.shape
+        values = np.full((len(rows), len(raster.bands)), np.nan)
+        inside = (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
+        if not inside.any():
+            raise ImageryError(f"covariates {path} hold none of the places; give rasters that do")
+        for k in np.flatnonzero(inside):
+            pixels, valid = raster.read(int(rows[k]), int(cols[k]), 1, 1)
+            values[k] = np.where(valid[0, 0], pixels[:, 0, 0], np.nan)
+        columns.append(values)
+    return np.concatenate(columns, axis=1)
+
+
+def _few(rows: Rows, k: int) -> bool:
+    return int((rows.taxon == k).sum()) < FEW
+
+
+def _rungs(
+    encoder: SpeciesModel, rows: Rows, seed: int
+) -> tuple[dict[str, Callable[[], NDArray[np.float64]]], dict[str, str]]:
+    """What can be climbed, lowest first, and why the rest cannot."""
+    features = rows.covariates
+    shown = "covariates"
+    if not features.shape[1]:
+        features, shown = window_statistics(rows.places), "band means and textures"
+    location = positions(rows.places)
+    rng = np.random.default_rng(seed)
+    mixed = rng.permutation(len(rows.taxon))
+    rungs: dict[str, Callable[[], NDArray[np.float64]]] = {
+        "prevalence only": lambda: rows.by_fold(
+            lambda use, held: np.log(
+                [[(rows.taxon[use] == k).mean() + 1e-9 for k in range(len(rows.names))]]
+            ).repeat(held.sum(), 0)
+        ),
+        "location only": lambda: _classified(rows, location, trend_surface),
+        f"logistic regression on {shown}": lambda: _classified(rows, features, logistic),
+    }
+    skipped: dict[str, str] = {}
+    if importlib.util.find_spec("elapid") is None:
+        skipped["MaxEnt"] = "elapid is not installed; pip install elapid"
+    else:
+        rungs[f"MaxEnt on {shown}, random background"] = lambda: _maxent(rows, features, False)
+        if len(rows.names) > 1:
+            rungs[f"MaxEnt on {shown}, target-group background"] = lambda: _maxent(
+                rows, features, True
+            )
+        else:
+            skipped["MaxEnt, target-group background"] = "the data set has a single taxon"
+    if encoder.text is not None:
+        rungs["query by text"] = lambda: _by_text(encoder, rows)
+    else:
+        skipped["query by text"] = "the model has no text tower"
+    if rows.photos:
+        rungs["query by photo"] = lambda: _by_photo(rows)
+    else:
+        skipped["query by photo"] = "the model has no ground tower, or the data set no photos"
+    if not rows.covariates.shape[1]:
+        skipped[WITH_COVARIATES] = "no covariates were given; pass --covariates RASTER"
+    rungs[HEAD] = lambda: _headed(rows, rows.embedding, rng)
+    if rows.covariates.shape[1]:
+        both = np.concatenate([rows.embedding, rows.covariates], axis=1)
+        rungs[WITH_COVARIATES] = lambda: _headed(rows, both, rng)
+    place = np.column_stack([location, location**2, location.prod(1)])
+    rungs[WITH_LOCATION] = lambda: _headed(rows, np.c_[rows.embedding, place], rng)
+    rungs[SHUFFLED] = lambda: _headed(rows, np.c_[rows.embedding[mixed], place], rng)
+    return rungs, skipped
+
+
+def _classified(rows: Rows, features: NDArray[Any], make: Callable[[], Any]) -> NDArray[np.float64]:
+    def scored(use: NDArray[np.bool_], held: NDArray[np.bool_]) -> NDArray[Any]:
+        found = np.zeros((held.sum(), len(rows.names)))
+        for k in range(len(rows.names)):
+            part = use & ((rows.taxon == k) | (rows.taxon < 0))
+            present = rows.taxon[part] == k
+            if present.any() and not present.all():
+                found[:, k] = make().fit(features[part], present).decision_function(features[held])
+        return found
+
+    return rows.by_fold(scored)
+
+
+def _maxent(rows: Rows, features: NDArray[Any], group: bool) -> NDArray[np.float64]:
+    """Elapid's MaxEnt with linear, quadratic and hinge features."""
+    import elapid
+
+    def scored(use: NDArray[np.bool_], held: NDArray[np.bool_]) -> NDArray[Any]:
+        found = np.zeros((held.sum(), len(rows.names)))
+        for k in range(len(rows.names)):
+            here = np.flatnonzero(use & (rows.taxon == k))
+            away = np.flatnonzero(use & ((rows.taxon >= 0) if group else (rows.taxon < 0)))
+            if not len(here) or not len(away):
+                continue
+            model = elapid.MaxentModel(feature_types=["linear", "quadratic", "hinge"], n_cpus=1)
+            label = np.r_[np.ones(len(here)), np.zeros(len(away))]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model.fit(features[np.r_[here, away]], label)
+                found[:, k] = np.log(np.clip(model.predict(features[held]), 1e-9, 1))
+        return found
+
+    return rows.by_fold(scored)
+
+
+def _headed(rows: Rows, features: NDArray[Any], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Linear heads whose penalty is chosen within the training folds."""
+
+    def scored(use: NDArray[np.bool_], held: NDArray[np.bool_]) -> NDArray[Any]:
+        presences = (rows.taxon[use][:, None] == np.arange(len(rows.names))).astype(np.float32)
+        records = Records(features[use], presences, 1 - presences)
+        some = np.zeros(len(presences), bool)
+        some[rng.permutation(len(presences))[:CHOOSING]] = True
+        inner = rows.fold[use][some]
+        penalty = choose_penalty(records.subset(some), inner, loss="assume_negative")
+        return fit_linear(records, penalty, loss="assume_negative").logits(features[held])
+
+    return rows.by_fold(scored)
+
+
+def _by_text(encoder: SpeciesModel, rows: Rows) -> NDArray[np.float64]:
+    """Cosines with the taxa's lineages, shape (N, T)."""
+    with torch.inference_mode():
+        named = encoder.encode_text([taxon.prompt() for taxon in rows.taxa]).numpy()  # (T, D)
+    return np.asarray(rows.embedding @ named.T, np.float64)
+
+
+def _by_photo(rows: Rows) -> NDArray[np.float64]:
+    """Cosines with the mean of a few photos of the folds that are trained on, shape (N, T)."""
+
+    def scored(use: NDArray[np.bool_], held: NDArray[np.bool_]) -> NDArray[Any]:
+        out = int(rows.fold[held][0])
+        found = np.zeros((held.sum(), len(rows.taxa)))
+        for k in range(len(rows.taxa)):
+            parts = [photo for (t, j), photo in rows.photos.items() if t == k and j != out]
+            if parts:
+                mean = np.concatenate(parts)[:ASKING].mean(0)
+                found[:, k] = rows.embedding[held] @ (mean / np.linalg.norm(mean))
+        return found
+
+    return rows.by_fold(scored)
+
+
+def _judge(rows: Rows, scores: NDArray[np.float64]) -> dict[str, Any]:
+    """Measures of each taxon against random background, and AUC against the target group."""
+    by_taxon: dict[str, Any] = {}
+    said: list[NDArray[np.float64]] = []
+    truth: list[NDArray[np.bool_]] = []
+    for k, name in enumerate(rows.names):
+        own = (rows.taxon == k) | (rows.taxon < 0)
+        present, value, fold = rows.taxon[own] == k, scores[own, k], rows.fold[own]
+        odds, threshold = np.full(len(value), np.nan), np.full(len(value), np.nan)
+        for held_out in np.unique(fold):
+            held, other = fold == held_out, fold != held_out
+            if not present[other].any() or present[other].all():
+                continue
+            seen = _scaled(value[other], value[other])
+            curve = LogisticRegression(C=1e6).fit(seen, present[other])
+            odds[held] = curve.predict_proba(_scaled(value[held], value[other]))[:, 1]
+            threshold[held] = np.quantile(value[other][present[other]], 0.05, method="lower")
+        known = np.isfinite(odds)
+        found = measure(present[known], odds[known], 0.5, probability=True)
+        chosen = value[known] >= threshold[known]
+        here = present[known]
+        found["omission"] = float((~chosen[here]).mean()) if here.any() else None
+        found["tss"] = (
+            float(chosen[here].mean() - chosen[~here].mean())
+            if here.any() and not here.all()
+            else None
+        )
+        found["auc"] = auc(present, value)
+        found["auc_folds"] = [auc(present[fold == j], value[fold == j]) for j in np.unique(fold)]
+        group = rows.taxon >= 0
+        found["auc_target_group"] = auc(rows.taxon[group] == k, scores[group, k])
+        by_taxon[name] = found
+        said.append(odds[known])
+        truth.append(present[known])
+    table = reliability(np.concatenate(truth), np.concatenate(said))
+    keys = (
+        "auc", "auc_target_group", "average_precision", "boyce", "tss", "omission",
+        "brier_skill", "calibration_error",
+    )  # fmt: skip
+    return {
+        "mean": {key: _mean([found[key] for found in by_taxon.values()]) for key in keys},
+        "taxa": by_taxon,
+        "reliability": table.to_dict("records"),
+    }
+
+
+def _scaled(value: NDArray[np.float64], reference: NDArray[np.float64]) -> NDArray[np.float64]:
+    spread = float(reference.std())
+    scaled = (value - reference.mean()) / (spread if spread > 1e-12 else 1.0)
+    return np.asarray(scaled[:, None])
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None and np.isfinite(value)]
+    return float(np.mean(known)) if known else None
+
+
+def _aucs(rung: Mapping[str, Any]) -> list[float]:
+    """AUC of each taxon in each fold, in one order for all rungs."""
+    return [
+        np.nan if value is None else value
+        for found in rung["taxa"].values()
+        for value in found["auc_folds"]
+    ]
+
+
+def _differences(rungs: Mapping[str, Any]) -> dict[str, Any]:
+    """The head minus every other rung, paired by taxon and fold."""
+    return {
+        name: paired_difference(_aucs(rungs[HEAD]), _aucs(rung))
+        for name, rung in rungs.items()
+        if name != HEAD
+    }
+
+
+def on_surveys(model: SpeciesModel, config: FinetuneConfig, path: Path | str) -> dict[str, Any]:
+    """Judge a model's own maps at surveyed places, by the thresholds fixed at its training.
+
+    Places whose window overlaps a presence's are left out.
+    """
+    surveys = read_surveys(path)
+    sources = open_sources(config.data)
+    assert sources.imagery is not None and sources.dataset is not None
+    imagery = sources.imagery
+    facts = sources.dataset.facts.iloc[sources.rows]
+    rows, cols = imagery.rowcol(surveys["lon"].to_numpy(), surveys["lat"].to_numpy())
+    trained = imagery.rowcol(facts["longitude"].to_numpy(), facts["latitude"].to_numpy())
+    height, width = imagery.shape
+    use = clear_of(rows, cols, *trained, model.window_px)
+    use &= (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
+    surveys = surveys[use]
+    places = Places(imagery, rows[use], cols[use], model.window_px, model.fill)
+    vectors = embeddings(model, places, accelerator=config.trainer.accelerator).numpy()
+    found: dict[str, Any] = {}
+    said, truth = [], []
+    for taxon in model.taxa:
+        own = (surveys["taxon"] == taxon.name).to_numpy()
+        if not own.any():
+            continue
+        query = taxon_query(model, taxon.name)
+        value = score(vectors[own], [query])[0].astype(np.float64)
+        present = surveys["present"].to_numpy()[own]
+        threshold = next(iter(query.thresholds.values()), 0.5)
+        probable = query.quantity == "probability"
+        found[taxon.name] = {
+            "quantity": query.quantity,
+            "threshold": threshold,
+            **measure(present, value, threshold, probability=probable),
+        }
+        if probable:
+            said.append(value)
+            truth.append(present)
+    table = reliability(np.concatenate(truth), np.concatenate(said)) if said else pd.DataFrame()
+    return {
+        "places": int(use.sum()),
+        "left_out": int((~use).sum()),
+        "taxa": found,
+        "reliability": table.to_dict("records"),
+    }

@@ -1,0 +1,355 @@
+"""One page that says how good a model is, beside what else would have made the map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import pandas as pd
+
+from speciesmap.present.odmap import TO_BE_FILLED
+
+MEASURES = {
+    "auc": ("AUC", "against random background"),
+    "auc_target_group": ("AUC, target group", "against records of the other taxa"),
+    "average_precision": ("AP", "average precision against random background"),
+    "boyce": ("Boyce", "continuous Boyce index"),
+    "tss": ("TSS", "true skill statistic at the threshold"),
+    "omission": ("omission", "share of held-out presences below the threshold"),
+    "brier_skill": ("Brier skill", "against the base rate"),
+    "calibration_error": ("ECE", "expected calibration error"),
+}
+
+PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>$title</title>
+<style>
+:root { --ink: #16211b; --soft: #55645b; --line: #d9e0db; --paper: #fff; --back: #f4f6f4;
+  --own: #1f6f4a; --other: #6b7b84; --bad: #9a3412; }
+* { box-sizing: border-box; }
+body { margin: 0; font: 16px/1.55 system-ui, sans-serif; color: var(--ink);
+  background: var(--back); }
+main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.9rem; margin: 0 0 .25rem; line-height: 1.2; }
+h2 { font-size: 1.2rem; margin: 0 0 .35rem; }
+p { margin: .35rem 0 .9rem; max-width: 46rem; color: var(--soft); }
+section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
+  padding: 1.25rem 1.4rem; margin-top: 1.25rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 1rem;
+  margin-top: 1.25rem; }
+.figure { background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
+  padding: 1rem 1.2rem; }
+.figure b { display: block; font-size: 1.8rem; font-weight: 650; color: var(--own);
+  font-variant-numeric: tabular-nums; }
+.figure span { color: var(--soft); font-size: .9rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem;
+  font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .38rem .6rem; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
+th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; white-space: normal; }
+td.text { text-align: left; white-space: normal; }
+tr.own td { font-weight: 650; background: #eef6f1; }
+.warn { color: var(--bad); }
+.empty { color: #68766d; font-style: italic; }
+svg { max-width: 100%; height: auto; display: block; }
+svg text { font: 13px system-ui, sans-serif; fill: var(--ink); }
+svg .soft { fill: var(--soft); }
+details summary { cursor: pointer; font-weight: 600; }
+details[open] summary { margin-bottom: .7rem; }
+.plots { display: flex; flex-wrap: wrap; gap: 1.5rem; }
+</style></head><body><main>
+<h1>$title</h1>
+<p>$lead</p>
+<div class="figures">$figures</div>
+$sections
+</main></body></html>
+""")
+
+
+def write_report(result: Mapping[str, Any], protocol: pd.DataFrame, path: Path) -> Path:
+    """Write the evaluation as one HTML file that needs nothing else, and no script.
+
+    Args:
+        result: What `report.json` holds.
+        protocol: The filled ODMAP protocol.
+        path: Of the page.
+    """
+    head, rungs = result["head"], result["rungs"]
+    title = f"How good is {result['model']['name']}?"
+    lead = (
+        f"{len(result['taxa'])} taxa, {result['background']} background places, "
+        f"{len(result['folds'])} spatial folds in blocks of {result['block_m']:g} m. Every method "
+        "below was trained and judged on the same rows; no training window overlaps a held-out "
+        f"one. Embeddings are those of {result['encoder']['note']}."
+    )
+    own = rungs[head]["mean"]
+    figures = [
+        (own["auc"], "AUC of embedding and head, on held-out blocks"),
+        (own["auc_target_group"], "AUC against records of the other taxa"),
+        (own["boyce"], "continuous Boyce index"),
+        (own["calibration_error"], "expected calibration error, record against background"),
+    ]
+    sections = [
+        _section(
+            "The ladder",
+            "Mean AUC over taxa and folds with its standard error. A rung that is not above the "
+            "ones below adds nothing that simpler means would not give.",
+            _ladder(rungs, head) + _measures(rungs, head),
+        ),
+        _section(
+            "Differences",
+            "Embedding and head minus each method, paired by taxon and fold. Folds share training "
+            "rows, so the standard error is a lower bound.",
+            _differences(result["differences"]),
+        ),
+        _section("Does it look, or does it know the place?", "", f"<p>{_shuffle_text(result)}</p>"),
+        _section(
+            "Calibration",
+            "Scores were turned into odds of a record against background on the other folds. On "
+            "the diagonal, what is said is what is found.",
+            '<div class="plots">'
+            + "".join(
+                _reliability(name, rungs[name]["reliability"]) for name in _plotted(rungs, head)
+            )
+            + "</div>",
+        ),
+        _section(
+            "By taxon",
+            "Embedding and head, on held-out blocks.",
+            _taxa(rungs[head]["taxa"], result["taxa"]),
+        ),
+    ]
+    if "surveys" in result:
+        sections.append(_surveys(result["surveys"]))
+    if result["notes"] or result["skipped"]:
+        items = [*result["notes"], *(f"{k}: {v}" for k, v in result["skipped"].items())]
+        listed = "".join(f"<li>{escape(str(item))}</li>" for item in items)
+        sections.append(_section("What to keep in mind", "", f"<ul>{listed}</ul>"))
+    sections.append(_odmap(protocol))
+    page = PAGE.substitute(
+        title=escape(title),
+        lead=escape(lead),
+        figures="".join(
+            f'<div class="figure"><b>{_number(value)}</b><span>{escape(text)}</span></div>'
+            for value, text in figures
+        ),
+        sections="".join(sections),
+    )
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _section(title: str, text: str, body: str) -> str:
+    words = f"<p>{escape(text)}</p>" if text else ""
+    return f"<section><h2>{escape(title)}</h2>{words}{body}</section>"
+
+
+def _number(value: float | None, sign: bool = False) -> str:
+    if value is None or value != value:
+        return "&ndash;"
+    return f"{value:+.3f}" if sign else f"{value:.3f}"
+
+
+def _fold_values(rung: Mapping[str, Any]) -> list[float]:
+    return [v for taxon in rung["taxa"].values() for v in taxon["auc_folds"] if v is not None]
+
+
+def _ladder(rungs: Mapping[str, Any], head: str) -> str:
+    """Dots with error bars, lowest rung at the top."""
+    left, width, step, top = 460, 480, 30, 30
+    values = {name: pd.Series(_fold_values(rung), dtype=float) for name, rung in rungs.items()}
+    means = [series.mean() for series in values.values() if len(series)]
+    low = min(0.4, *(0.05 * int(mean / 0.05) for mean in means)) if means else 0.4
+
+    def x(value: float) -> float:
+        return left + width * (max(value, low) - low) / (1 - low)
+
+    height = top + step * len(values) + 10
+    parts = [
+        f'<svg viewBox="0 0 {left + width + 70} {height}" role="img" '
+        'aria-label="Mean AUC of each method with its standard error">'
+    ]
+    tick = round(low, 1)
+    while tick <= 1.0001:
+        at = x(tick)
+        colour = "#9aa7a0" if abs(tick - 0.5) < 1e-6 else "#e4e9e6"
+        parts.append(
+            f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top - 8}" y2="{height - 6}" '
+            f'stroke="{colour}"/><text class="soft" x="{at:.1f}" y="{top - 14}" '
+            f'text-anchor="middle">{tick:.1f}</text>'
+        )
+        tick += 0.1
+    for row, (name, series) in enumerate(values.items()):
+        y = top + step * row + step / 2
+        colour = "#1f6f4a" if name == head else "#6b7b84"
+        weight = ' font-weight="650"' if name == head else ""
+        parts.append(
+            f'<text x="{left - 16}" y="{y + 4:.1f}" text-anchor="end"{weight}>{escape(name)}</text>'
+        )
+        if not len(series):
+            continue
+        mean, error = float(series.mean()), float(series.sem()) if len(series) > 1 else 0.0
+        parts.append(
+            f'<line x1="{x(mean - error):.1f}" x2="{x(min(mean + error, 1)):.1f}" y1="{y:.1f}" '
+            f'y2="{y:.1f}" stroke="{colour}" stroke-width="3" stroke-opacity=".45"/>'
+            f'<circle cx="{x(mean):.1f}" cy="{y:.1f}" r="5.5" fill="{colour}"/>'
+            f'<text x="{left + width + 16}" y="{y + 4:.1f}"{weight}>{mean:.3f}</text>'
+        )
+    return "".join(parts) + "</svg>"
+
+
+def _table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """Cells are HTML already."""
+    header = "".join(f"<th scope=col>{column}</th>" for column in columns)
+    body = "".join(
+        f"<tr{css}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for css, cells in rows
+    )
+    table = f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
+
+
+def _headings() -> list[str]:
+    return [
+        f'<span title="{escape(text)}">{escape(name)}</span>' for name, text in MEASURES.values()
+    ]
+
+
+def _measures(rungs: Mapping[str, Any], head: str) -> str:
+    rows = [
+        (
+            ' class="own"' if name == head else "",
+            [escape(name), *(_number(rung["mean"][key]) for key in MEASURES)],
+        )
+        for name, rung in rungs.items()
+    ]
+    return _table(["method, mean over taxa", *_headings()], rows)
+
+
+def _differences(differences: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            "",
+            [
+                escape(name),
+                _number(gap["difference"], sign=True),
+                _number(gap["standard_error"]),
+                f"{gap['better']} of {gap['pairs']}",
+            ],
+        )
+        for name, gap in differences.items()
+    ]
+    return _table(["against", "difference of AUC", "standard error", "higher in"], rows)
+
+
+def _shuffle_text(result: Mapping[str, Any]) -> str:
+    found = result["shuffle"]
+    return (
+        "With its coordinates and its own imagery a head reaches an AUC of "
+        f"{_number(found['auc'])}; with the imagery of other places, coordinates kept, "
+        f"{_number(found['auc_shuffled'])}. What imagery adds is "
+        f"{_number(found['difference'], True)}, standard error "
+        f"{_number(found['standard_error'])}; what is left was learned "
+        "from location alone."
+    )
+
+
+def _plotted(rungs: Mapping[str, Any], head: str) -> list[str]:
+    others = [name for name in rungs if name.startswith("MaxEnt")]
+    return [head, *others][:3]
+
+
+def _reliability(name: str, table: Sequence[Mapping[str, float]]) -> str:
+    """Observed against predicted frequency; a dot's area is the share of places in its bin."""
+    side, pad = 230, 38
+    total = sum(row["count"] for row in table) or 1
+    parts = [
+        f'<svg width="{side + pad + 12}" viewBox="0 0 {side + pad + 12} {side + pad + 34}" '
+        f'role="img" aria-label="Reliability of {escape(name)}">'
+        f'<text x="{pad}" y="14" font-weight="650">{escape(name)}</text>'
+        f'<rect x="{pad}" y="24" width="{side}" height="{side}" fill="none" stroke="#d9e0db"/>'
+        f'<line x1="{pad}" y1="{24 + side}" x2="{pad + side}" y2="24" stroke="#9aa7a0" '
+        'stroke-dasharray="4 4"/>'
+    ]
+    for row in table:
+        cx, cy = pad + side * row["predicted"], 24 + side * (1 - row["observed"])
+        radius = 2.5 + 11 * (row["count"] / total) ** 0.5
+        parts.append(
+            f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{radius:.1f}" fill="#1f6f4a" '
+            'fill-opacity=".65"/>'
+        )
+    bottom = 24 + side
+    parts.append(
+        f'<text class="soft" x="{pad}" y="{bottom + 18}">0</text>'
+        f'<text class="soft" x="{pad + side}" y="{bottom + 18}" text-anchor="end">1</text>'
+        f'<text class="soft" x="{pad + side / 2}" y="{bottom + 32}" text-anchor="middle">'
+        "predicted</text>"
+        f'<text class="soft" transform="translate(16 {24 + side / 2}) rotate(-90)" '
+        'text-anchor="middle">observed</text></svg>'
+    )
+    return "".join(parts)
+
+
+def _taxa(found: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    rows = []
+    for name, measures in found.items():
+        few = facts[name]["few"]
+        warning = ' <span class="warn">too few presences</span>' if few else ""
+        cells = [
+            f"{escape(name)}{warning}",
+            str(facts[name]["presences"]),
+            *(_number(measures[key]) for key in MEASURES),
+        ]
+        rows.append(("", cells))
+    return _table(["taxon", "presences", *_headings()], rows)
+
+
+def _surveys(found: Mapping[str, Any]) -> str:
+    names = {k: v for k, v in MEASURES.items() if k != "auc_target_group"}
+    rows = [
+        (
+            "",
+            [
+                escape(taxon),
+                escape(measures["quantity"]),
+                f"{measures['presences']} of {measures['places']}",
+                *(_number(measures[key]) for key in names),
+            ],
+        )
+        for taxon, measures in found["taxa"].items()
+    ]
+    columns = ["taxon", "quantity", "present", *(escape(name) for name, _ in names.values())]
+    body = _table(columns, rows)
+    if found["reliability"]:
+        body += _reliability("surveyed presence", found["reliability"])
+    text = (
+        f"The model's own maps at {found['places']} surveyed rows; {found['left_out']} rows whose "
+        "window overlaps a presence's, or which lie off the imagery, were left out."
+    )
+    return _section("At surveyed sites", text, body)
+
+
+def _odmap(protocol: pd.DataFrame) -> str:
+    filled = int((protocol["value"] != TO_BE_FILLED).sum())
+    rows = "".join(
+        "<tr>"
+        + "".join(
+            f'<td class="text{" empty" if value == TO_BE_FILLED else ""}">{escape(str(value))}</td>'
+            for value in row
+        )
+        + "</tr>"
+        for row in protocol.itertuples(index=False)
+    )
+    return (
+        "<section><details><summary>ODMAP protocol: "
+        f"{filled} of {len(protocol)} elements filled</summary>"
+        "<div class=wide><table><thead><tr><th>section</th><th class=text>subsection</th>"
+        "<th class=text>element</th><th class=text>value</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></div></details></section>"
+    )

@@ -1,0 +1,219 @@
+"""The ladder judges all methods on the same rows, and its report is safe to open."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from click.testing import CliRunner
+from tiny import BANDS, TAXA, TinyScene, tiny_model, tiny_scene
+
+from speciesmap.appraise import Appraisal, evaluate
+from speciesmap.cli import main
+from speciesmap.config import load_config
+from speciesmap.errors import ConfigError, ImageryError, ObservationsError, OutputError
+from speciesmap.learning.ladder import HEAD, SHUFFLED, WITH_COVARIATES, gather, sample_rasters
+from speciesmap.models import load_model, save_model
+from speciesmap.present.odmap import protocol
+from speciesmap.present.report import write_report
+from speciesmap.rasters.imagery import open_imagery
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> TinyScene:
+    return tiny_scene(tmp_path_factory.mktemp("scene"), rows=60)
+
+
+def settings(scene: TinyScene, init: Path) -> dict[str, Any]:
+    return {
+        "stage": "finetune",
+        "init": str(init),
+        "data": {"dataset": str(scene.chips), "imagery": str(scene.imagery), "background": 120},
+        "validation": {"folds": 2, "block_m": 40},
+        "trainer": {"accelerator": "cpu", "precision": "32-true"},
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(scene: TinyScene, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose facts say how it was fine-tuned; its initial checkpoint is at hand."""
+    made = tmp_path_factory.mktemp("models")
+    model = tiny_model()
+    model.architecture.__dict__["bands"] = BANDS
+    base = save_model(model, made / "base", {})
+    return save_model(model, made / "tuned", {"training": settings(scene, base)})
+
+
+@pytest.fixture(scope="module")
+def surveys(scene: TinyScene, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(3)
+    x, y = open_imagery(scene.imagery).xy(*rng.uniform(10, 150, (2, 400)))
+    table = pd.DataFrame(
+        {"lon": x, "lat": y, "taxon": TAXA[0].name, "present": rng.random(400) < 0.4}
+    )
+    path = tmp_path_factory.mktemp("surveys") / "sites.csv"
+    table.astype({"present": int}).to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def appraisal(scene: TinyScene, folder: Path, surveys: Path) -> Appraisal:
+    return evaluate(
+        folder,
+        data=scene.chips,
+        covariates=[scene.imagery],
+        surveys=surveys,
+        out=folder.parent / "evaluation",
+    )
+
+
+def test_every_rung_is_judged_by_every_measure_on_the_same_rows(appraisal: Appraisal) -> None:
+    rungs = appraisal.result["rungs"]
+    wanted = {"prevalence only", "location only", "query by text", "query by photo", HEAD}
+    assert wanted | {WITH_COVARIATES, SHUFFLED} <= set(rungs)
+    places = {rung["taxa"][t.name]["places"] for rung in rungs.values() for t in TAXA}
+    assert len(places) == 1
+    for rung in rungs.values():
+        assert rung["mean"]["auc"] is not None
+        assert sum(row["count"] for row in rung["reliability"]) == 3 * places.copy().pop()
+    shares = rungs["prevalence only"]["taxa"][TAXA[0].name]["auc_folds"]
+    assert shares == [0.5, 0.5]
+    assert abs(rungs["prevalence only"]["mean"]["brier_skill"]) < 0.1
+    assert set(appraisal.result["differences"]) == set(rungs) - {HEAD}
+    assert appraisal.result["shuffle"]["pairs"] == 6
+
+
+def test_random_imagery_teaches_nothing(appraisal: Appraisal) -> None:
+    """Windows of this scene are noise: no rung may be good on held-out blocks."""
+    for name, rung in appraisal.result["rungs"].items():
+        assert 0.3 < rung["mean"]["auc"] < 0.7, name
+
+
+def test_surveyed_places_that_share_ground_with_presences_are_left_out(
+    appraisal: Appraisal,
+) -> None:
+    found = appraisal.result["surveys"]
+    assert found["places"] + found["left_out"] == 400
+    assert found["left_out"] > 0
+    assert set(found["taxa"]) == {TAXA[0].name}
+    assert found["taxa"][TAXA[0].name]["brier_skill"] is None, "suitability is no probability"
+
+
+def test_folds_are_apart_and_the_same_as_in_training(scene: TinyScene, folder: Path) -> None:
+    config = load_config(settings(scene, folder.parent / "base"))
+    rows = gather(load_model(folder), config, [])  # type: ignore[arg-type]
+    for k, use in rows.uses.items():
+        held = rows.fold == k
+        assert not (use & held).any()
+        at = np.column_stack([rows.places.rows, rows.places.cols])
+        apart = np.abs(at[use][:, None] - at[held][None]).max(2)
+        assert apart.min() >= 16
+
+
+def test_files_agree_with_the_figures(appraisal: Appraisal) -> None:
+    kept = json.loads(appraisal.json.read_text())
+    assert kept["rungs"][HEAD]["mean"] == pytest.approx(
+        appraisal.result["rungs"][HEAD]["mean"], nan_ok=True
+    )
+    table = pd.read_csv(appraisal.odmap)
+    assert len(table) == 84
+    focal = table.loc[table["element"] == "Focal taxon", "value"].item()
+    assert all(taxon.name in focal for taxon in TAXA)
+    assert (table["value"] == "to be filled").sum() > 20
+
+
+class Tags(HTMLParser):
+    """Collects what could load or run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+
+def test_the_page_is_self_contained_and_escapes_every_string(
+    appraisal: Appraisal, tmp_path: Path
+) -> None:
+    evil = "<script>alert(1)</script>\"'&<img src=x onerror=alert(1)>"
+    text = json.dumps(appraisal.result, default=str)
+    for name in (*(t.name for t in TAXA), "location only", "tuned", "base"):
+        text = text.replace(json.dumps(name)[1:-1], json.dumps(evil)[1:-1] + name)
+    hostile = json.loads(text)
+    hostile["notes"].append(evil)
+    hostile["skipped"][evil] = evil
+    hostile["surveys"]["taxa"][evil] = next(iter(hostile["surveys"]["taxa"].values()))
+    known = protocol({("Overview", "Location", "Location"): evil})
+    page = write_report(hostile, known, tmp_path / "r.html").read_text()
+    tags = Tags()
+    tags.feed(page)
+    names = {tag for tag, _ in tags.seen}
+    assert not names & {"script", "img", "link", "iframe", "object"}
+    for _, attributes in tags.seen:
+        assert not any(key.startswith("on") or key in {"src", "href"} for key in attributes)
+    assert "&lt;script&gt;alert(1)" in page
+    assert not re.search(r"https?://", page)
+
+
+def test_a_covariate_is_read_at_its_places(scene: TinyScene) -> None:
+    imagery = open_imagery(scene.imagery)
+    x, y = imagery.xy(np.array([3.5, 100.5]), np.array([7.5, 20.5]))
+    values = sample_rasters([scene.imagery, scene.imagery], np.r_[x, 10.0], np.r_[y, 10.0])
+    pixels, _ = imagery.read(0, 0, *imagery.shape)
+    assert np.array_equal(values[0], np.r_[pixels[:, 3, 7], pixels[:, 3, 7]])
+    assert np.array_equal(values[1, :4], pixels[:, 100, 20])
+    assert np.isnan(values[2]).all()
+    with pytest.raises(ImageryError, match="hold none of the places"):
+        sample_rasters([scene.imagery], np.array([10.0]), np.array([10.0]))
+
+
+def test_what_is_missing_is_said_in_words(scene: TinyScene, folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    save_model(load_model(folder), bare, {})
+    with pytest.raises(ConfigError, match="says neither imagery nor folds"):
+        evaluate(bare, data=scene.chips, out=tmp_path / "out")
+    config = settings(scene, folder.parent / "base")
+    del config["validation"]
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match="needs spatial folds"):
+        evaluate(folder, data=tmp_path / "c.yaml", out=tmp_path / "out")
+    with pytest.raises(ObservationsError, match="cannot be read"):
+        evaluate(folder, data=scene.chips, out=tmp_path / "out", surveys=tmp_path / "none.csv")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(OutputError, match="--overwrite"):
+        evaluate(folder, data=scene.chips, out=tmp_path / "there")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_that_saw_the_held_out_records_is_said_to_have(
+    scene: TinyScene, folder: Path, appraisal: Appraisal, tmp_path: Path
+) -> None:
+    from speciesmap.appraise import _encoder
+
+    assert "before fine-tuning" in appraisal.result["notes"][0]
+    gone = {"training": copy.deepcopy(settings(scene, tmp_path / "gone"))}
+    model = load_model(folder)
+    encoder, _, notes = _encoder(model, gone)
+    assert encoder is model
+    assert "has seen the held-out records" in notes[0]
+
+
+def test_the_command_prints_where_the_report_is(
+    scene: TinyScene, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", str(folder), "--data", str(tmp_path / "no.yaml"), "--out", "x", "-q"])
+    assert stopped.value.code == 1
+    assert "no.yaml does not exist" in capsys.readouterr().err
+    from speciesmap.cli.evaluate import command
+
+    assert "speciesmap evaluate runs/model" in CliRunner().invoke(command, ["--help"]).output
