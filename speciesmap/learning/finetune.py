@@ -263,7 +263,7 @@ def cross_validate(
     rows = np.concatenate([rows, *(places.rows for places in others)])
     cols = np.concatenate([cols, *(places.cols for places in others)])
     count, end = len(presences), len(presences) + len(background)
-    folds = _folds(rows, cols, count, background, config)
+    folds = make_folds(rows, cols, count, background, config)
     logits = np.empty((len(rows), len(presences.taxa)))
     trained = np.empty(len(rows), dtype=np.int64)
     for k in track(range(config.validation.folds), "Cross-validating"):
@@ -312,7 +312,7 @@ def cross_validate(
     return table.join(pd.DataFrame(logits, columns=[taxon.name for taxon in presences.taxa]))
 
 
-def _folds(
+def make_folds(
     rows: NDArray[np.float64],
     cols: NDArray[np.float64],
     count: int,

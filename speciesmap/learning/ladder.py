@@ -21,12 +21,13 @@ from speciesmap.errors import ConfigError, ImageryError
 from speciesmap.learning.baselines import logistic, positions, trend_surface, window_statistics
 from speciesmap.learning.data import PairedRows, Places, draw_background, open_sources
 from speciesmap.learning.distribution import Records, choose_penalty, fit_linear
+from speciesmap.learning.finetune import make_folds
+from speciesmap.learning.fit import embeddings
 from speciesmap.learning.metrics import auc, measure, paired_difference, reliability
-from speciesmap.learning.train import embeddings
 from speciesmap.learning.trust import clear_of, read_surveys
 from speciesmap.mapping.query import FEW, score, taxon_query
 from speciesmap.models import SpeciesModel
-from speciesmap.observations.folds import separated, spatial_blocks
+from speciesmap.observations.folds import separated
 from speciesmap.progress import track
 from speciesmap.rasters.imagery import Imagery, open_imagery
 from speciesmap.taxa import Taxon
@@ -162,14 +163,7 @@ def gather(encoder: SpeciesModel, config: FinetuneConfig, covariates: Sequence[P
     rows, cols = imagery.rowcol(facts["longitude"].to_numpy(), facts["latitude"].to_numpy())
     count = len(presences)
     rows, cols = np.r_[rows, background.rows], np.r_[cols, background.cols]
-    fold = spatial_blocks(
-        cols * imagery.resolution_m,
-        rows * imagery.resolution_m,
-        block_m=config.validation.block_m,
-        folds=config.validation.folds,
-        seed=config.seed,
-        weight=np.r_[np.ones(count), np.zeros(len(background))],
-    )
+    fold = make_folds(rows, cols, count, background, config)
     places = Places(imagery, rows, cols, sources.window_px, encoder.fill)
     accelerator = config.trainer.accelerator
     vectors = torch.cat(
