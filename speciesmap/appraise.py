@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from speciesmap import __version__, outputs
-from speciesmap.config import FinetuneConfig, load_config
+from speciesmap.config import FinetuneConfig, ValidationConfig, load_config
 from speciesmap.errors import ConfigError, ModelError
 from speciesmap.learning.ladder import HEAD, climb
 from speciesmap.models import SpeciesModel, load_model, read_facts
@@ -78,7 +78,7 @@ def evaluate(
         "encoder": {"note": note, "fingerprint": encoder.fingerprint},
         "configuration": config.model_dump(mode="json"),
         "covariates": [str(path) for path in covariates],
-        "block_m": config.validation.block_m,
+        "folding": _folding(config.validation),
         "head": HEAD,
         "notes": warning,
         **climb(loaded, encoder, config, covariates=covariates, surveys=asked),
@@ -118,6 +118,14 @@ def _configuration(facts: dict[str, Any], data: Path) -> FinetuneConfig:
     return config
 
 
+def _folding(chosen: ValidationConfig) -> str:
+    return {
+        "blocks": f"spatial blocks of {chosen.block_m or 0:g} m",
+        "kmeans": "k-means regions",
+        "knndm": "as far from training as the imagery is from the records",
+    }[chosen.method]
+
+
 def _encoder(model: SpeciesModel, facts: dict[str, Any]) -> tuple[SpeciesModel, str, list[str]]:
     """Whose embeddings the ladder stands on, in words, and what to keep in mind."""
     trained = facts.get("training", {})
@@ -152,8 +160,8 @@ def _known(result: dict[str, Any], model: SpeciesModel) -> dict[tuple[str, str, 
     sizes = "; ".join(f"{name}: {f['presences']}" for name, f in result["taxa"].items())
     resolution = f"{a.resolution_m:g} m pixels, windows of {a.window_px} px"
     folds = (
-        f"{len(result['folds'])} folds of spatial blocks of {result['block_m']:g} m; training "
-        "windows that overlap a held-out window are left out"
+        f"{len(result['folds'])} folds, {result['folding']}; training windows that overlap a "
+        "held-out window are left out"
     )
     scores = "; ".join(f"{name} {value:.3f}" for name, value in own.items() if value is not None)
     trust = model.trust

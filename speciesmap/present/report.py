@@ -85,9 +85,9 @@ def write_report(result: Mapping[str, Any], protocol: pd.DataFrame, path: Path) 
     title = f"How good is {result['model']['name']}?"
     lead = (
         f"{len(result['taxa'])} taxa, {result['background']} background places, "
-        f"{len(result['folds'])} spatial folds in blocks of {result['block_m']:g} m. Every method "
-        "below was trained and judged on the same rows; no training window overlaps a held-out "
-        f"one. Embeddings are those of {result['encoder']['note']}."
+        f"{len(result['folds'])} spatial folds: {result['folding']}. Every method below was "
+        "trained and judged on the same rows; no training window overlaps a held-out one. "
+        f"Embeddings are those of {result['encoder']['note']}."
     )
     own = rungs[head]["mean"]
     figures = [
