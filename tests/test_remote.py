@@ -56,9 +56,12 @@ needs_naip = pytest.mark.skipif(
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As many attempts as ever, without the pauses."""
     monkeypatch.setattr(files, "WAITS_S", tuple(0.01 for _ in files.WAITS_S))
-    set_gdal_config("GDAL_HTTP_RETRY_DELAY", 0.01)
+    hurried = {"GDAL_HTTP_RETRY_DELAY": 0.01, "GDAL_HTTP_LOW_SPEED_TIME": 1}
+    for name, value in hurried.items():
+        set_gdal_config(name, value)
     yield
-    set_gdal_config("GDAL_HTTP_RETRY_DELAY", files.GDAL_DEFAULTS["GDAL_HTTP_RETRY_DELAY"])
+    for name in hurried:
+        set_gdal_config(name, files.GDAL_DEFAULTS[name])
 
 
 @pytest.fixture

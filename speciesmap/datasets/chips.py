@@ -197,6 +197,7 @@ def make_chips(
             taxa,
             imagery.resolution_m,
             imagery={"source": imagery.source, "fingerprint": imagery.fingerprint},
+            scaling=imagery.scaling,
             min_valid=min_valid,
             uncertainty_max_m=limit_m,
             photo_px=photo_px,

@@ -386,6 +386,7 @@ class _Sidecar(BaseModel):
     resolution_m: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     dtype: Literal["uint8", "uint16", "int16", "uint32", "int32", "float32", "float64"] = "uint8"
     photos: int = 0
+    scaling: list[tuple[float, float]] = []
     taxa: list[_Lineage] = []
 
 

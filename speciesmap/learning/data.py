@@ -29,6 +29,7 @@ from speciesmap.observations.background import (
 )
 from speciesmap.observations.read import read_places
 from speciesmap.rasters.imagery import Imagery, open_imagery
+from speciesmap.rasters.values import tagged_gains
 from speciesmap.rasters.windows import window_start
 from speciesmap.taxa import Taxon
 
@@ -264,6 +265,8 @@ class Sources:
         window_px: Side of the aerial window of the model, at most that of the data set.
         bands: Names of the aerial bands.
         resolution_m: Side of an aerial pixel on the ground, in metres.
+        dtype: Type of the aerial pixels.
+        scaling: Of each band the scale and offset that make its values physical, where told.
     """
 
     dataset: PairedDataset | BirdDataset | None
@@ -273,6 +276,8 @@ class Sources:
     window_px: int
     bands: tuple[str, ...]
     resolution_m: float
+    dtype: np.dtype[Any]
+    scaling: tuple[tuple[float, float], ...] | None
 
 
 def open_sources(data: DataConfig) -> Sources:
@@ -316,6 +321,11 @@ def open_sources(data: DataConfig) -> Sources:
             )
         if imagery is not None and imagery.bands != dataset.bands:
             imagery = imagery.select(dataset.bands)
+        scaling = dataset.notes.get("scaling")
+        scaling = tuple((float(a), float(b)) for a, b in scaling) if scaling else None
+        if imagery is not None and scaling:
+            gains = tagged_gains(imagery.scaling, scaling)
+            imagery = imagery if gains is None else imagery.rescaled(gains)
         window_px = data.window_px or dataset.window_px
         if window_px > dataset.window_px:
             raise ConfigError(
@@ -330,13 +340,25 @@ def open_sources(data: DataConfig) -> Sources:
             window_px,
             dataset.bands,
             dataset.resolution_m,
+            dataset.dtype,
+            scaling,
         )
     if imagery is None:
         raise ConfigError("data names neither a dataset nor imagery; give at least one")
     if data.window_px is None:
         raise ConfigError("data.window_px is missing; without a dataset it must be given")
     none = np.empty(0, dtype=np.int64)
-    return Sources(None, none, (), imagery, data.window_px, imagery.bands, imagery.resolution_m)
+    return Sources(
+        None,
+        none,
+        (),
+        imagery,
+        data.window_px,
+        imagery.bands,
+        imagery.resolution_m,
+        imagery.dtype,
+        imagery.scaling,
+    )
 
 
 def draw_background(

@@ -30,6 +30,7 @@ from speciesmap.learning.fit import (
     batches,
     embeddings,
     fit,
+    measure_values,
     process_rank,
     set_reference,
 )
@@ -115,6 +116,7 @@ def finetune(
         calibrations = calibrate(own, sources.taxa, config.validation.prevalence)
     model, fitted = fit_taxa(base, presences, background, config, work)
     set_reference(model, background, rng, config.trainer.accelerator)
+    model.values = measure_values(background, sources)
     curves: dict[str, tuple[list[float], list[float]]] = {}
     if config.validation is not None and config.validation.surveys is not None:
         surveyed, curves = on_surveys(model, presences, background, config)

@@ -18,14 +18,16 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 
 from speciesmap.config import OptimConfig, TrainerConfig
-from speciesmap.learning.data import Batch, Kept, PairedRows, Places, as_is
+from speciesmap.learning.data import Batch, Kept, PairedRows, Places, Sources, as_is
 from speciesmap.learning.modules import Stage
 from speciesmap.mapping.embed import choose_device
 from speciesmap.models import SpeciesModel
 from speciesmap.models.encoders import computes_bfloat16
+from speciesmap.rasters.values import Values
 
 log = logging.getLogger("speciesmap")
 
+HISTOGRAMS = 512  # windows that histograms of values are measured on
 REFERENCES = 1024  # windows of the training landscape kept as the yardstick of untrained queries
 STATE = Path("state", "last.ckpt")  # where an interrupted run goes on from, in its folder
 
@@ -227,3 +229,11 @@ def set_reference(
     chosen = np.zeros(len(windows), dtype=bool)
     chosen[rng.permutation(len(windows))[:REFERENCES]] = True
     model.reference = embeddings(model, windows.subset(chosen), accelerator=accelerator).clone()
+
+
+def measure_values(windows: PairedRows | Places | Kept, sources: Sources) -> Values:
+    """Histograms of every seventh pixel of some windows."""
+    chosen = np.linspace(0, len(windows) - 1, min(HISTOGRAMS, len(windows))).astype(int)
+    pixels = windows.aerial(chosen).numpy().swapaxes(0, 1)  # (B, N, P, P)
+    pixels = pixels.reshape(len(pixels), -1)[:, ::7]  # (B, M)
+    return Values.of(pixels, sources.dtype, sources.scaling)

@@ -27,7 +27,15 @@ from speciesmap.learning.data import (
     open_sources,
 )
 from speciesmap.learning.finetune import FOLDS, finetune
-from speciesmap.learning.fit import REFERENCES, STATE, batches, fit, process_rank, set_reference
+from speciesmap.learning.fit import (
+    REFERENCES,
+    STATE,
+    batches,
+    fit,
+    measure_values,
+    process_rank,
+    set_reference,
+)
 from speciesmap.learning.modules import Crisp, Masked, Stage
 from speciesmap.learning.streaming import StreamedBatches
 from speciesmap.models import Architecture, SpeciesModel, save_model
@@ -210,6 +218,7 @@ def pretrain(
     save_steps = stream.save_steps if stream is not None else None
     metrics = fit(stage, loader, config.optim, config.trainer, work, save_steps)
     set_reference(model, sample, rng, config.trainer.accelerator)
+    model.values = measure_values(sample, sources)
     return model, metrics
 
 

@@ -27,11 +27,12 @@ from torch import Tensor
 from speciesmap.errors import ConfigError, StoreError
 from speciesmap.mapping.cut import Batch, Layout, ahead, cut_windows
 from speciesmap.mapping.encode import Encoder, Stopwatch
-from speciesmap.mapping.fit import fit_imagery, lay_out
+from speciesmap.mapping.fit import fit_imagery, fit_values, lay_out
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.progress import track
 from speciesmap.rasters.imagery import Imagery, Opening
 from speciesmap.rasters.store import EmbeddingStore, Identity, open_store
+from speciesmap.rasters.windows import WindowGrid
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -135,6 +136,8 @@ def embed(
         min_valid = existing.identity.min_valid if min_valid is None else min_valid
     stride_px = max(1, model.window_px // 4) if stride_px is None else stride_px
     imagery, cells, area = lay_out(imagery, model.window_px, stride_px, bbox, bbox_crs)
+    grid = WindowGrid(imagery.shape, model.window_px, stride_px)
+    imagery = fit_values(model, imagery, grid.pixels(*area))
     identity = Identity(
         model=model.fingerprint,
         window_px=model.window_px,

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
 from odc.geo.geobox import GeoBox
 
 from speciesmap.errors import ConfigError, ImageryError
 from speciesmap.models import SpeciesModel
 from speciesmap.rasters.imagery import Imagery, Opening, open_imagery
+from speciesmap.rasters.values import FAR, SHARES, conventional_factor, sample_values, tagged_gains
 from speciesmap.rasters.windows import WindowGrid, cells_in
 
 MOST_RESOLUTION_RATIO = 1.5  # beyond it an encoder sees objects of sizes it was not shown
@@ -61,7 +63,7 @@ def fit_imagery(
     if bands is not None:
         imagery = imagery.select(bands)
     wanted = tuple(model.bands)
-    name = imagery.source if imagery.remote else Path(imagery.source).name
+    name = _name(imagery)
     if set(wanted) <= set(imagery.bands) and (bands is None or len(bands) == len(wanted)):
         imagery = imagery.select(wanted)
     elif bands is None or len(bands) != len(wanted):
@@ -72,6 +74,72 @@ def fit_imagery(
         )
     if not any_resolution:
         _refuse_other_resolution(imagery, model.resolution_m, name)
+    return imagery
+
+
+def _name(imagery: Imagery) -> str:
+    return imagery.source if imagery.remote else Path(imagery.source).name
+
+
+def fit_values(
+    model: SpeciesModel, imagery: Imagery, rectangle: tuple[int, int, int, int]
+) -> Imagery:
+    """Bring the values of imagery to what a model was trained on, and warn where they stay far.
+
+    Values are given the training imagery's scale and offset where the files of both tell theirs.
+    Otherwise, where the types of the pixels differ, they are multiplied by that factor between the
+    customs of storing brightness (1, 255, 10000, 65535) that brings them nearest to what was
+    trained on, if one brings them nearer.
+
+    Args:
+        model: Knows the histograms it was trained on, or is told nothing and checks nothing.
+        imagery: With the model's bands.
+        rectangle: Where a sample is read: first row and column, height and width, in pixels.
+
+    Returns:
+        The imagery, as float32 where its values change.
+    """
+    seen = model.values
+    if seen is None:
+        return imagery
+    name = _name(imagery)
+    gains = tagged_gains(imagery.scaling, seen.scaling)
+    if gains is not None:
+        imagery = imagery.rescaled(gains)
+        log.info("%s: values are given the scale and offset of the training imagery", name)
+    pixels = sample_values(imagery, *rectangle)
+    if pixels is None:
+        return imagery
+    factor = conventional_factor(seen, imagery.dtype, pixels) if gains is None else 1.0
+    if factor != 1:
+        log.warning(
+            "%s has values of type %s, the model was trained on %s; they are multiplied by %.6g, "
+            "which brings them nearest",
+            name,
+            imagery.dtype,
+            seen.dtype,
+            factor,
+        )
+        imagery, pixels = imagery.rescaled([(factor, 0.0)] * len(imagery.bands)), pixels * factor
+    distance = seen.distance(pixels)
+    worst = int(distance.argmax())
+    if distance[worst] > FAR:
+        low, middle, high = np.quantile(pixels[worst], [0.005, 0.5, 0.995])
+        cuts = seen.quantiles[worst]
+        log.warning(
+            "%s: band %s is far from what the model was trained on: %.4g to %.4g around %.4g "
+            "against %.4g to %.4g around %.4g, %.2g standard deviations apart; check its units "
+            "(gdal_translate -scale changes them) and the order of --bands, or expect a poor map",
+            name,
+            imagery.bands[worst],
+            low,
+            high,
+            middle,
+            cuts[0],
+            cuts[-1],
+            np.interp(0.5, SHARES, cuts),
+            distance[worst],
+        )
     return imagery
 
 

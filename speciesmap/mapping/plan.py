@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from speciesmap.mapping.benchmark import benchmark
-from speciesmap.mapping.fit import fit_imagery, lay_out
+from speciesmap.mapping.fit import fit_imagery, fit_values, lay_out
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.rasters.imagery import Imagery, Opening
 from speciesmap.rasters.store import TILE
@@ -60,7 +60,7 @@ def plan(
     any_resolution: bool = False,
     **opening: Unpack[Opening],
 ) -> Plan:
-    """Find the scenes of an area and reckon what mapping it takes; no pixels of it are read.
+    """Find the scenes of an area and reckon what mapping it takes; of its pixels a sample is read.
 
     Args:
         model: A model or its folder.
@@ -104,6 +104,7 @@ def plan(
         (shape[0] - 1) * stride + side,
         (shape[1] - 1) * stride + side,
     )
+    fit_values(model, imagery, rectangle)
     rate = benchmark(
         model, stride_px=stride, batch_size=batch_size, device=device, seconds=MEASURED_S
     )["windows_per_s"]

@@ -15,6 +15,7 @@ from safetensors.torch import save_model as save_weights
 from speciesmap.errors import ModelError
 from speciesmap.models.crisp import Architecture, SpeciesModel
 from speciesmap.models.trust import Trust
+from speciesmap.rasters.values import Values
 from speciesmap.taxa import Taxon
 
 WEIGHTS, CONFIG, TAXA = "model.safetensors", "config.json", "taxa.json"
@@ -41,6 +42,7 @@ def save_model(model: SpeciesModel, folder: Path | str, facts: Mapping[str, Any]
         "prevalence": model.prevalence,
         "fingerprint": model.fingerprint,
         "trust": model.trust.save(folder) if model.trust else None,
+        "values": asdict(model.values) if model.values else None,
         **facts,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str))
@@ -109,6 +111,8 @@ def load_model(folder: Path | str) -> SpeciesModel:
         load_weights(model, folder / WEIGHTS)
         if facts.get("trust"):
             model.trust = Trust.load(folder, facts["trust"], len(taxa), model.dim)
+        if facts.get("values"):
+            model.values = Values.read(facts["values"])
     except FileNotFoundError as error:
         raise ModelError(
             f"{folder} lacks {Path(error.filename or WEIGHTS).name}; copy the checkpoint again"

@@ -27,6 +27,7 @@ from speciesmap.models.heads import TaxonHead
 from speciesmap.models.metadata import MetadataEncoder
 from speciesmap.models.text import HubTextTower, TextTower
 from speciesmap.models.trust import Trust
+from speciesmap.rasters.values import Values
 from speciesmap.taxa import Taxon
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -83,6 +84,7 @@ class SpeciesModel(nn.Module):
         reference: Unit embeddings of random windows of the training landscape, shape (R, D): the
             yardstick of queries that were not trained.
         trust: How far maps of `taxa` can be trusted, where that was measured.
+        values: Histograms of the pixels trained on, where they were measured.
     """
 
     reference: Tensor
@@ -135,6 +137,7 @@ class SpeciesModel(nn.Module):
             self.matcher = PairMatcher(self.aerial, self.ground, a.metadata)
         self.head = TaxonHead(len(self.taxa), a.dim)
         self.trust: Trust | None = None
+        self.values: Values | None = None
         self.log_scale = nn.Parameter(torch.tensor(math.log(START_LOGIT_SCALE)))
         self.register_buffer("reference", torch.zeros(references, a.dim))
 

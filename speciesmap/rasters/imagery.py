@@ -145,7 +145,9 @@ class Imagery:
 
     @property
     def scaling(self) -> tuple[tuple[float, float], ...]:
-        """Of each band the scale and offset that make its values physical."""
+        """Of each band the scale and offset that make its values physical; (1, 0) if untold."""
+        if self._gains is not None:
+            return ((1.0, 0.0),) * len(self.bands)
         return tuple(self._scaling[i - 1] for i in self._indexes)
 
     @cached_property
@@ -215,6 +217,9 @@ class Imagery:
         Args:
             gains: Of each band a factor and what is added afterwards.
         """
+        if self._gains is not None:
+            earlier = zip(self._gains, gains, strict=True)
+            gains = [(a * gain, b * gain + shift) for (a, b), (gain, shift) in earlier]
         return replace(self, dtype=np.dtype(np.float32), _gains=tuple(gains))
 
     def provenance(self, row: int, col: int, height: int, width: int) -> list[tuple[str, str, str]]:

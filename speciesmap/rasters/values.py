@@ -1,0 +1,151 @@
+"""Values of pixels: what a model saw, and whether other imagery is of that kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from speciesmap.errors import ImageryError
+
+if TYPE_CHECKING:
+    from speciesmap.rasters.imagery import Imagery
+
+SHARES = np.linspace(0.005, 0.995, 100)
+"""Shares of pixels at whose values a histogram is cut, each part holding as many as any other."""
+
+FAR = 1.0
+"""Distance of histograms, in standard deviations, beyond which imagery is called unlike.
+
+Of NAIP, other cities and years were at most 0.73 apart, and a twelfth of a city at most 0.48 from
+the whole; values halved were at least 1.03 away, a forgotten factor of 255 at least 2.05.
+"""
+
+FULL = {"uint8": (255.0,), "uint16": (65535.0, 10000.0), "int16": (10000.0,)}
+"""What full brightness is where a type tells it; 10000 is the custom of surface reflectance."""
+
+SQUARES = 4  # along both axes of an area, where its histogram is measured
+SQUARE_PX = 32
+FEWEST = 256  # valid pixels that make a histogram
+
+Scaling = tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Values:
+    """Histograms of bands.
+
+    Attributes:
+        dtype: Type of the pixels.
+        scaling: Of each band the scale and offset that make its values physical; (1, 0) where the
+            files do not tell.
+        quantiles: Of each band its values at `SHARES`, shape (B, 100).
+        deviation: Of each band its standard deviation, positive.
+    """
+
+    dtype: str
+    scaling: Scaling
+    quantiles: tuple[tuple[float, ...], ...]
+    deviation: tuple[float, ...]
+
+    @classmethod
+    def of(cls, pixels: ArrayLike, dtype: Any, scaling: Scaling | None = None) -> Values:
+        """Measure pixels.
+
+        Args:
+            pixels: Shape (B, N), N at least 1.
+            dtype: Their type in the imagery.
+            scaling: Of each band; none told by default.
+        """
+        values = np.asarray(pixels, np.float64)
+        cuts = np.quantile(values, SHARES, axis=1).T  # (B, 100)
+        spread = np.maximum(values.std(axis=1), 1e-6)
+        return cls(
+            dtype=np.dtype(dtype).name,
+            scaling=scaling or ((1.0, 0.0),) * len(values),
+            quantiles=tuple(tuple(row) for row in np.round(cuts, 6).tolist()),
+            deviation=tuple(spread.tolist()),
+        )
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Values:
+        """Read what `dataclasses.asdict` made and JSON kept."""
+        return cls(
+            dtype=stored["dtype"],
+            scaling=tuple((float(scale), float(offset)) for scale, offset in stored["scaling"]),
+            quantiles=tuple(tuple(map(float, cuts)) for cuts in stored["quantiles"]),
+            deviation=tuple(map(float, stored["deviation"])),
+        )
+
+    def distance(self, pixels: NDArray[np.float64]) -> NDArray[np.float64]:
+        """How far other pixels lie, band by band, in this histogram's standard deviations.
+
+        Args:
+            pixels: Shape (B, N).
+
+        Returns:
+            Mean difference of quantiles, which is Wasserstein's first distance, shape (B,).
+        """
+        theirs = np.quantile(pixels, SHARES, axis=1).T  # (B, 100)
+        apart = np.abs(theirs - np.array(self.quantiles)).mean(axis=1)
+        return np.asarray(apart / np.array(self.deviation))  # (B,)
+
+
+def tagged_gains(theirs: Scaling, ours: Scaling) -> Scaling | None:
+    """Factor and shift of each band that give values another scale and offset.
+
+    Returns:
+        `None` where nothing is to be done: they are equal, or one of them is not told.
+    """
+    untold = ((1.0, 0.0),) * len(ours)
+    if theirs == ours or untold in (theirs, ours):
+        return None
+    return tuple(
+        (s / to, (o - shift) / to) for (s, o), (to, shift) in zip(theirs, ours, strict=True)
+    )
+
+
+def sample_values(
+    imagery: Imagery, row: int, col: int, height: int, width: int
+) -> NDArray[np.float64] | None:
+    """Read valid pixels at places spread over a rectangle, shape (B, N).
+
+    Returns:
+        `None` where too few can be read to tell anything.
+    """
+    side = min(SQUARE_PX, height, width)
+    found = []
+    for top in np.linspace(row, row + height - side, SQUARES).astype(int).tolist():
+        for left in np.linspace(col, col + width - side, SQUARES).astype(int).tolist():
+            try:
+                pixels, valid = imagery.read(top, left, side, side)
+            except ImageryError:  # whoever needs these pixels hears of it
+                return None
+            found.append(pixels[:, valid].astype(np.float64))
+    values = np.concatenate(found, axis=1)  # (B, N)
+    return values if values.shape[1] >= FEWEST else None
+
+
+def conventional_factor(seen: Values, dtype: Any, pixels: NDArray[np.float64]) -> float:
+    """Factor between customs of storing brightness that brings pixels nearest to a histogram.
+
+    Only where the types differ; the customs are those of `FULL`, and 1 for floats.
+
+    Args:
+        seen: The histogram.
+        dtype: Type of the pixels.
+        pixels: Shape (B, N).
+
+    Returns:
+        1 where the pixels fit as they are.
+    """
+    kind = np.dtype(dtype).name
+    if kind == seen.dtype:
+        return 1.0
+    factors = {1.0}
+    for ours in FULL.get(seen.dtype, (1.0,)):
+        factors |= {ours / theirs for theirs in FULL.get(kind, (1.0,))}
+    return min(sorted(factors), key=lambda f: float(seen.distance(pixels * f).max()))
