@@ -13,49 +13,69 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+CONTROL = "/.control"
+
 
 @dataclass
-class Server:
-    """Serves a folder's files by ranges.
+class State:
+    """What a server counts and how it misbehaves.
 
     Attributes:
-        folder: What is served.
         sent: Bytes of bodies sent, by file name.
         requests: Requests by file name.
         lines: Request lines, with their queries.
         refuse: How many requests are still answered 503.
         drop: How many bodies are still cut off after half of their bytes.
         truncated: File names whose ranges beyond the header lack their second half, always.
-        etags: Overrides, by file name.
         token: What `sig` must be in every query, if anything.
+        delay_s: Before every answer.
     """
 
-    folder: Path
-    address: str = ""
     sent: dict[str, int] = field(default_factory=dict)
     requests: dict[str, int] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     refuse: int = 0
     drop: int = 0
-    truncated: set[str] = field(default_factory=set)
-    etags: dict[str, str] = field(default_factory=dict)
+    truncated: list[str] = field(default_factory=list)
     token: str = ""
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    delay_s: float = 0
+
+
+class Server:
+    """Serves a folder's files by ranges, from a process of its own.
+
+    A client that holds this process's interpreter lock while it waits would else wait for itself.
+    """
+
+    def __init__(self, folder: Path, address: str) -> None:
+        self.folder, self.address = folder, address
+
+    @property
+    def state(self) -> State:
+        """As it is now."""
+        with urllib.request.urlopen(self.address + CONTROL, timeout=30) as answer:
+            return State(**json.load(answer))
+
+    def set(self, **facts: Any) -> None:
+        """Change some of the state."""
+        body = json.dumps(facts).encode()
+        urllib.request.urlopen(self.address + CONTROL, body, timeout=30).close()
 
     def forget(self) -> None:
-        self.sent.clear()
-        self.requests.clear()
-        self.lines.clear()
+        """Count from nothing."""
+        self.set(sent={}, requests={}, lines=[])
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    state: Server
+    folder: Path
+    state = State()
+    lock = threading.Lock()
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -64,15 +84,26 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(body=False)
 
     def do_GET(self) -> None:
-        self.answer(body=True)
+        if self.path != CONTROL:
+            return self.answer(body=True)
+        with self.lock:
+            return self.plain(200, json.dumps(asdict(self.state)).encode())
+
+    def do_POST(self) -> None:
+        facts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.lock:
+            for name, value in facts.items():
+                setattr(self.state, name, value)
+        self.plain(200)
 
     def answer(self, body: bool) -> None:
         state, (name, _, query) = self.state, self.path.lstrip("/").partition("?")
-        path = state.folder / name
-        with state.lock:
+        path = self.folder / name
+        with self.lock:
             state.requests[name] = state.requests.get(name, 0) + 1
             state.lines.append(f"{self.command} {self.path} {self.headers.get('Range', '')}")
             refuse, state.refuse = state.refuse > 0, max(0, state.refuse - 1)
+        time.sleep(state.delay_s)
         if refuse:
             return self.plain(503)
         if state.token and f"sig={state.token}" not in query:
@@ -87,13 +118,13 @@ class _Handler(BaseHTTPRequestHandler):
         if first >= len(content):
             return self.plain(416)
         short = name in state.truncated and first > 0
-        with state.lock:
+        with self.lock:
             drop = body and state.drop > 0 and first > 0
             state.drop -= drop
         self.send_response(206 if asked else 200)
         self.send_header("Content-Length", str(len(part) // 2 if short else len(part)))
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", state.etags.get(name, f'"{path.stat().st_mtime_ns:x}"'))
+        self.send_header("ETag", f'"{path.stat().st_mtime_ns:x}"')
         if asked:
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
         self.end_headers()
@@ -101,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if short or drop:
             part = part[: len(part) // 2]
-        with state.lock:
+        with self.lock:
             state.sent[name] = state.sent.get(name, 0) + len(part)
         self.wfile.write(part)
         if drop:
@@ -110,25 +141,28 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
         return None
 
-    def plain(self, status: int) -> None:
+    def plain(self, status: int, body: bytes = b"") -> None:
         self.send_response(status)
-        self.send_header("Content-Length", "0")
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        self.wfile.write(body)
 
 
 @contextmanager
 def serving(folder: Path) -> Iterator[Server]:
     """Serve a folder until the block ends."""
-    state = Server(folder)
-    handler = type("Handler", (_Handler,), {"state": state})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        state.address = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield state
-        finally:
-            server.shutdown()
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield Server(folder, process.stdout.readline().strip())
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def rustac() -> str | None:
@@ -171,21 +205,8 @@ def stac_api(
         process.wait()
 
 
-@contextmanager
-def serving_apart(folder: Path) -> Iterator[str]:
-    """Serve a folder from another process, for clients that hold this one's interpreter lock."""
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(folder)], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip()
-    finally:
-        process.terminate()
-        process.wait()
-
-
 if __name__ == "__main__":
-    with serving(Path(sys.argv[1])) as running:
-        print(running.address, flush=True)
-        threading.Event().wait()
+    _Handler.folder = Path(sys.argv[1])
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as running:
+        print(f"http://127.0.0.1:{running.server_address[1]}", flush=True)
+        running.serve_forever()

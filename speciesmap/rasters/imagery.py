@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,19 +15,15 @@ import numpy as np
 import pyproj
 from numpy.typing import ArrayLike, NDArray
 from odc.geo.geobox import GeoBox
-from rasterio.enums import Resampling
-from rasterio.errors import RasterioError
-from rasterio.warp import reproject
-from rasterio.windows import Window
 
 from speciesmap.errors import AreaError, ConfigError, ImageryError
 from speciesmap.rasters.bands import canonical
-from speciesmap.rasters.files import Files, is_remote, public, reason, retrying
+from speciesmap.rasters.files import Files, is_remote, public
 from speciesmap.rasters.files import open_raster as open_raster
-from speciesmap.rasters.grid import choose_grid, ground_m, in_words, offset, on_grid, to_pixels
+from speciesmap.rasters.grid import choose_grid, ground_m, in_words
+from speciesmap.rasters.placed import PlacedScene, Reader, Rectangle, place_scene
 from speciesmap.rasters.scenes import SUFFIXES as SUFFIXES
 from speciesmap.rasters.scenes import (
-    RasterFile,
     Scene,
     describe_file,
     describe_files,
@@ -39,11 +35,6 @@ from speciesmap.rasters.scenes import (
 from speciesmap.rasters.windows import transformed
 
 SAMPLE_PX = 512  # side of the squares that `sample` reads
-KERNEL_PX = 3  # source pixels around a warped one; a bilinear kernel reaches one, scaled
-WARPED_BYTES = 64 << 20  # of source pixels held at once while a window is warped
-OPAQUE = 255
-SHRUNK = 0.9  # of a source pixel's side on the grid; above it nothing is averaged
-ROUNDING = 1e-3  # keeps ties, common where grids are half a pixel apart, from hanging on one bit
 
 log = logging.getLogger("speciesmap")
 
@@ -57,31 +48,6 @@ class Opening(TypedDict, total=False):
     datetime: str | None
     query: Sequence[str]
     first: str
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """One file on the imagery's grid, in its pixels; `warped` where its own do not coincide."""
-
-    file: RasterFile
-    row: int
-    col: int
-    height: int
-    width: int
-    warped: bool
-
-
-@dataclass(frozen=True)
-class _Member:
-    """A scene on the imagery's grid, and the rectangle that all its files fill."""
-
-    name: str
-    date: str
-    files: tuple[_Placed, ...]
-    row: int
-    col: int
-    height: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -108,7 +74,7 @@ class Imagery:
     _indexes: tuple[int, ...] = field(repr=False)
     _file_bands: tuple[str, ...] = field(repr=False)
     _scaling: tuple[tuple[float, float], ...] = field(repr=False)
-    _members: tuple[_Member, ...] = field(repr=False)
+    _members: tuple[PlacedScene, ...] = field(repr=False)
     _files: Files = field(default_factory=Files, repr=False, compare=False)
     _gains: tuple[tuple[float, float], ...] | None = field(default=None, repr=False)
 
@@ -131,11 +97,9 @@ class Imagery:
     def bytes_in(self, row: int, col: int, height: int, width: int) -> int:
         """Estimate how many bytes of its files hold a rectangle, by shares of their areas."""
         total = 0.0
-        for m in self._members:
-            shared = _shared(m, row, col, height, width)
-            if shared is not None:
-                share = (shared[2] - shared[0]) * (shared[3] - shared[1]) / (m.height * m.width)
-                total += share * sum(file_bytes(p.file) for p, _, _ in self._used(m))
+        for m, shared in self._touching(row, col, height, width):
+            share = (shared[2] - shared[0]) * (shared[3] - shared[1]) / (m.height * m.width)
+            total += share * sum(file_bytes(p.file) for p, _, _ in m.used(self._indexes))
         return round(total)
 
     @property
@@ -164,7 +128,7 @@ class Imagery:
             digest.update(repr(self._gains).encode())
         local = []
         for m in self._members:
-            for p, _, _ in self._used(m):
+            for p, _, _ in m.used(self._indexes):
                 path = p.file.path
                 file = Path(path)
                 known: Any = file.stat().st_size if not is_remote(path) and file.exists() else -1
@@ -188,6 +152,29 @@ class Imagery:
                         digest.update(array.tobytes())
         return digest.hexdigest()
 
+    @cached_property
+    def _edges(self) -> NDArray[np.int64]:
+        """Top, left, bottom and right of the scenes, shape (4, N)."""
+        return np.array(
+            [(m.row, m.col, m.row + m.height, m.col + m.width) for m in self._members]
+        ).T
+
+    def _touching(
+        self, row: int, col: int, height: int, width: int
+    ) -> Iterator[tuple[PlacedScene, Rectangle]]:
+        """Scenes that share pixels with a rectangle, and what they share, in their order."""
+        top, left, bottom, right = self._edges
+        near = (top < row + height) & (bottom > row) & (left < col + width) & (right > col)
+        for k in np.flatnonzero(near).tolist():
+            shared = self._members[k].shared(row, col, height, width)
+            if shared is not None:
+                yield self._members[k], shared
+
+    @cached_property
+    def _reader(self) -> Reader:
+        alpha_is_data = "alpha" not in self._file_bands
+        return Reader(self.geobox, self._indexes, self._scaling, alpha_is_data, self._files)
+
     def crop(self, row: int, col: int, height: int, width: int) -> Imagery:
         """Give the imagery a smaller grid; pixels around it can still be read.
 
@@ -198,17 +185,10 @@ class Imagery:
             width: In pixels.
         """
         transform = self.geobox.transform * self.geobox.transform.translation(col, row)
-        moved = tuple(
-            replace(
-                m,
-                row=m.row - row,
-                col=m.col - col,
-                files=tuple(replace(p, row=p.row - row, col=p.col - col) for p in m.files),
-            )
-            for m in self._members
-        )
         return replace(
-            self, geobox=GeoBox((height, width), transform, self.geobox.crs), _members=moved
+            self,
+            geobox=GeoBox((height, width), transform, self.geobox.crs),
+            _members=tuple(m.moved(row, col) for m in self._members),
         )
 
     def rescaled(self, gains: Sequence[tuple[float, float]]) -> Imagery:
@@ -229,10 +209,9 @@ class Imagery:
             Of each its name, its date where that is known, and the assets it is read from.
         """
         shown = []
-        for m in self._members:
-            if _shared(m, row, col, height, width) is not None:
-                assets = [p.file.asset for p, _, _ in self._used(m) if p.file.asset]
-                shown.append((m.name, m.date, "+".join(assets)))
+        for m, _ in self._touching(row, col, height, width):
+            assets = [p.file.asset for p, _, _ in m.used(self._indexes) if p.file.asset]
+            shown.append((m.name, m.date, "+".join(assets)))
         return shown
 
     def scene_at(self, rows: ArrayLike, cols: ArrayLike) -> NDArray[np.int64]:
@@ -240,10 +219,8 @@ class Imagery:
         rows, cols = np.asarray(rows), np.asarray(cols)
         found = np.full(rows.shape, len(self._members), np.int64)
         for number in range(len(self._members) - 1, -1, -1):
-            m = self._members[number]
-            inside = (rows >= m.row) & (rows < m.row + m.height)
-            inside &= (cols >= m.col) & (cols < m.col + m.width)
-            found[inside] = number
+            top, left, bottom, right = self._edges[:, number]
+            found[(rows >= top) & (rows < bottom) & (cols >= left) & (cols < right)] = number
         return found
 
     def select(self, bands: Sequence[str]) -> Imagery:
@@ -311,18 +288,15 @@ class Imagery:
         Raises:
             ImageryError: The file cannot be read there.
         """
-        kind = self.dtype if self._gains is None else _raw_type(self._members[0])
+        kind = self.dtype if self._gains is None else self._members[0].dtype
         pixels = np.zeros((len(self.bands), height, width), kind)
         valid = np.zeros((height, width), np.bool_)
-        for m in self._members:
-            shared = _shared(m, row, col, height, width)
-            if shared is None:
-                continue
+        for m, shared in self._touching(row, col, height, width):
             top, left, bottom, right = shared
             place = (slice(top - row, bottom - row), slice(left - col, right - col))
             if len(self._members) > 1 and valid[place].all():
                 continue
-            part, usable = self._read_member(m, *shared)
+            part, usable = self._reader.read(m, shared)
             if usable.all() and not valid[place].any():
                 pixels[:, *place] = part
             else:
@@ -333,151 +307,6 @@ class Imagery:
             gain, shift = np.array(self._gains, np.float32).T[:, :, None, None]
             pixels = pixels.astype(np.float32) * gain + shift
         return pixels, valid
-
-    def _used(self, m: _Member) -> list[tuple[_Placed, list[int], list[int]]]:
-        """Files of a scene that have chosen bands, with their numbers there and in the result."""
-        used, before = [], 0
-        for p in m.files:
-            count = len(p.file.bands)
-            here = [k for k, i in enumerate(self._indexes) if before < i <= before + count]
-            if here:
-                used.append((p, [self._indexes[k] - before for k in here], here))
-            before += count
-        return used
-
-    def _read_member(
-        self, m: _Member, top: int, left: int, bottom: int, right: int
-    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        shape = (bottom - top, right - left)
-        used = self._used(m)
-        if len(used) == 1:
-            p, indexes, here = used[0]
-            part, usable = self._read_file(p, indexes, here, top, left, bottom, right)
-            return part, usable
-        pixels = np.zeros((len(self.bands), *shape), _raw_type(m))
-        valid = np.ones(shape, np.bool_)
-        for p, indexes, here in used:
-            part, usable = self._read_file(p, indexes, here, top, left, bottom, right)
-            pixels[here] = part
-            valid &= usable
-        return pixels, valid
-
-    def _read_file(
-        self,
-        p: _Placed,
-        indexes: list[int],
-        here: list[int],
-        top: int,
-        left: int,
-        bottom: int,
-        right: int,
-    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Read a rectangle of the grid from one file, warped where it must be."""
-        if not p.warped:
-            window = Window(left - p.col, top - p.row, right - left, bottom - top)
-            part, usable = self._read_window(p.file, indexes, window)
-        else:
-            part, usable = self._warp(p.file, indexes, top, left, bottom, right)
-        for k, index in enumerate(indexes):
-            scale, shift = p.file.scaling[index - 1]
-            to_scale, to_shift = self._scaling[self._indexes[here[k]] - 1]
-            if (scale, shift) != (to_scale, to_shift):
-                values = (part[k].astype(np.float64) * scale + shift - to_shift) / to_scale
-                if part.dtype.kind in "iu":
-                    limits = np.iinfo(part.dtype)
-                    values = np.clip(np.rint(values), limits.min, limits.max)
-                part[k] = values
-        return part, usable
-
-    def _read_window(
-        self, file: RasterFile, indexes: list[int], window: Window
-    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Read a file's own pixels, tried again where it is on a server."""
-
-        def attempt() -> tuple[NDArray[Any], NDArray[np.bool_]]:
-            try:
-                opened = self._files.get(file.path, file.signer, "alpha" not in self._file_bands)
-                raster = opened.raster
-                part = raster.read(indexes, window=window)
-                usable = np.ones(part.shape[1:], np.bool_)
-                if opened.masked and not opened.mislabelled_alpha:
-                    usable = raster.dataset_mask(window=window) != 0
-                elif opened.masked:
-                    usable = (part != raster.nodata).any(axis=0)
-            except (RasterioError, OSError):
-                self._files.drop(file.path)
-                raise
-            return part, usable
-
-        try:
-            part, usable = retrying(attempt, file.path)
-        except (RasterioError, OSError) as error:
-            raise ImageryError(
-                f"{public(file.path)} cannot be read at rows {window.row_off} to "
-                f"{window.row_off + window.height}, columns {window.col_off} to "
-                f"{window.col_off + window.width} ({reason(error)}); the file is damaged or "
-                "truncated: copy or download it again"
-            ) from error
-        self._files.refuse_changed(file.path, file.signer)
-        if part.dtype.kind == "f":
-            usable &= np.isfinite(part).all(axis=0)
-        return part, usable
-
-    def _warp(
-        self, file: RasterFile, indexes: list[int], top: int, left: int, bottom: int, right: int
-    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Warp a rectangle of the grid out of a file: bilinear, averaged where pixels shrink.
-
-        GDAL interpolates places along a row where the projection is not linear, to an eighth of a
-        pixel at worst, so that a pixel may depend a little on the rectangle that it is read with.
-        """
-        shape = (bottom - top, right - left)
-        pixels = np.zeros((len(indexes), *shape), np.dtype(file.dtype))
-        valid = np.zeros(shape, np.bool_)
-        window, shrink = _source_window(self.geobox, file.geobox, top, left, bottom, right)
-        if window is None:
-            return pixels, valid
-        bytes_there = window.height * window.width * len(indexes) * pixels.itemsize
-        if bytes_there > WARPED_BYTES and max(shape) > SAMPLE_PX:
-            down = shape[0] >= shape[1]
-            middle = (top + bottom) // 2 if down else (left + right) // 2
-            halves = (
-                [(top, left, middle, right), (middle, left, bottom, right)]
-                if down
-                else [(top, left, bottom, middle), (top, middle, bottom, right)]
-            )
-            for half in halves:
-                place = (slice(half[0] - top, half[2] - top), slice(half[1] - left, half[3] - left))
-                pixels[:, *place], valid[place] = self._warp(file, indexes, *half)
-            return pixels, valid
-        part, usable = self._read_window(file, indexes, window)
-        if not usable.any():
-            return pixels, valid
-        kind = np.float64 if part.dtype.itemsize > 2 else np.float32
-        clean = np.where(usable, part, 0)
-        source = np.concatenate([clean, (usable * OPAQUE)[None]]).astype(kind)  # (B + 1, h, w)
-        warped = np.zeros((len(source), *shape), kind)
-        corner = file.geobox.transform.translation(window.col_off, window.row_off)
-        reproject(
-            source,
-            warped,
-            src_transform=file.geobox.transform * corner,
-            src_crs=str(file.geobox.crs),
-            dst_transform=self.geobox.transform * self.geobox.transform.translation(left, top),
-            dst_crs=str(self.geobox.crs),
-            src_alpha=len(source),
-            dst_alpha=len(source),
-            resampling=Resampling.bilinear,
-            XSCALE=shrink[1],
-            YSCALE=shrink[0],
-            SRC_ALPHA_MAX=OPAQUE,
-            DST_ALPHA_MAX=OPAQUE,
-        )
-        valid = warped[-1] >= OPAQUE / 2 - ROUNDING
-        values = np.where(valid, warped[:-1], 0)
-        if pixels.dtype.kind in "iu":
-            values = np.floor(values + (0.5 + ROUNDING))
-        return values.astype(pixels.dtype), valid
 
     def rowcol(
         self, x: ArrayLike, y: ArrayLike, crs: Any = "EPSG:4326"
@@ -624,8 +453,8 @@ def open_imagery(
         )
     names = scenes[0].bands
     indexes = tuple(i for i, name in enumerate(names, 1) if name != "alpha")
-    members = [member for scene in scenes if (member := _place(scene, grid)) is not None]
-    if all(_shared(member, 0, 0, *grid.shape) is None for member in members):
+    members = [member for scene in scenes if (member := place_scene(scene, grid)) is not None]
+    if all(member.shared(0, 0, *grid.shape) is None for member in members):
         raise AreaError(f"{source} has nothing on the grid asked for ({in_words(grid)})")
     imagery = Imagery(
         source=source,
@@ -656,64 +485,3 @@ def _ordered(scenes: Sequence[Scene], first: str) -> list[Scene]:
     if first == "newest":
         return ordered
     return sorted(ordered, key=lambda s: (math.isnan(s.clouds), s.clouds))
-
-
-def _place(scene: Scene, grid: GeoBox) -> _Member | None:
-    """Find a scene's place on the grid, if it has one."""
-    placed = []
-    for file in scene.files:
-        at = offset(grid, file.geobox)
-        if at is not None:
-            height, width = file.geobox.shape
-            placed.append(_Placed(file, *at, height, width, warped=False))
-            continue
-        whole = on_grid(file.geobox, grid, (0, 0, *file.geobox.shape))
-        if whole is None:
-            return None
-        top, left, bottom, right = whole
-        placed.append(_Placed(file, top, left, bottom - top, right - left, warped=True))
-    row, col = max(p.row for p in placed), max(p.col for p in placed)
-    height = min(p.row + p.height for p in placed) - row
-    width = min(p.col + p.width for p in placed) - col
-    if height <= 0 or width <= 0:
-        return None
-    return _Member(scene.name, scene.date, tuple(placed), row, col, height, width)
-
-
-def _raw_type(m: _Member) -> np.dtype[Any]:
-    return np.dtype(np.result_type(*(p.file.dtype for p in m.files)))
-
-
-def _shared(
-    m: _Member, row: int, col: int, height: int, width: int
-) -> tuple[int, int, int, int] | None:
-    """Top, left, bottom and right of what a scene and a rectangle share."""
-    top, bottom = max(row, m.row), min(row + height, m.row + m.height)
-    left, right = max(col, m.col), min(col + width, m.col + m.width)
-    return (top, left, bottom, right) if top < bottom and left < right else None
-
-
-def _source_window(
-    grid: GeoBox, source: GeoBox, top: int, left: int, bottom: int, right: int
-) -> tuple[Window | None, tuple[float, float]]:
-    """Pixels of a file that a rectangle of the grid is warped from.
-
-    Returns:
-        The window, if there is one, and how many pixels of the grid a pixel of the file makes,
-        down and across, at most 1: the same for all rectangles.
-    """
-    height, width = source.shape
-    middle = np.array([height / 2, width / 2])
-    rows, cols = np.array([middle[0] + np.array([0, 1, 0]), middle[1] + np.array([0, 0, 1])])
-    down, across = to_pixels(source, grid, rows, cols)
-    sides = np.hypot(np.diff(down[[0, 1, 0, 2]])[::2], np.diff(across[[0, 1, 0, 2]])[::2])
-    shrink = (1.0, 1.0) if sides.min() > SHRUNK else (min(1.0, sides[0]), min(1.0, sides[1]))
-    there = on_grid(grid, source, (top, left, bottom, right))
-    if there is None:
-        return None, shrink
-    margins = [math.ceil(KERNEL_PX / scale) for scale in shrink]
-    first_row, last_row = max(0, there[0] - margins[0]), min(height, there[2] + margins[0])
-    first_col, last_col = max(0, there[1] - margins[1]), min(width, there[3] + margins[1])
-    if first_row >= last_row or first_col >= last_col:
-        return None, shrink
-    return Window(first_col, first_row, last_col - first_col, last_row - first_row), shrink
