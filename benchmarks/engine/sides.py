@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import resource
+import runpy
 import sys
 import tempfile
 import time
@@ -20,10 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
-import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+runpy.run_path(str(HERE.parents[1] / "speciesmap" / "models" / "torchvision_guard.py"))
+
+import timm  # noqa: E402  (imports torchvision)
 
 WINDOW, STRIDE, CELL, BATCH = 256, 128, 64, 32
 WARM_S = 8.0
