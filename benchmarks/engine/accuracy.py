@@ -22,13 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from speciesmap.config import load_config, shipped_config
 from speciesmap.demo import simulated
 from speciesmap.learning.train import train
 from speciesmap.mapping.benchmark import benchmark
-from speciesmap.models import Architecture, SpeciesModel, load_model
+from speciesmap.models import Architecture, SpeciesModel
 from speciesmap.models.losses import info_nce
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
