@@ -276,6 +276,19 @@ def test_the_command_prints_the_table(
     assert printed["splits"]["taxa"] == 3
 
 
+def test_a_configuration_evaluates_any_model(
+    chips: Path, init: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "classify.yaml"
+    content = config(chips, "a model that is not there", views=["aerial"], modes=["probe"])
+    file.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as end:
+        call = ["evaluate", str(init), "--data", str(file), "--out", str(tmp_path / "run")]
+        main([*call, "--json", "-q"])
+    assert end.value.code == 0
+    assert json.loads(capsys.readouterr().out)["table"][0]["view"] == "aerial"
+
+
 def test_the_shipped_configuration_runs(chips: Path, init: Path, tmp_path: Path) -> None:
     path = Path(__file__).parent.parent / "configs" / "crisp_nmv_classify.yaml"
     changes = [

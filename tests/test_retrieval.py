@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tiny import tiny_model, tiny_scene
 from torch import Tensor
 
+from speciesmap.cli import main
 from speciesmap.datasets.paired import open_paired
 from speciesmap.errors import DatasetError, ModelError
 from speciesmap.learning import retrieval as module
@@ -28,7 +29,7 @@ from speciesmap.learning.retrieval import (
     recalls,
     retrieval,
 )
-from speciesmap.models import SpeciesModel, save_model
+from speciesmap.models import SpeciesModel, load_model, save_model
 
 VIT = {"backbone": "test_vit", "kwargs": {"patch_size": 4}}
 GROUND = {"backbone": "test_vit", "kwargs": {"patch_size": 8}, "image_px": 16}
@@ -217,3 +218,22 @@ def test_a_split_that_is_not_there_is_refused(
 ) -> None:
     with pytest.raises(DatasetError, match="no named rows of split 'dev'"):
         evaluate_retrieval(saved["cve"], birds, tmp_path / "out", split="dev")
+
+
+@pytest.mark.parametrize("reranked", [False, True])
+def test_the_command_retrieves_with_what_was_pretrained(
+    saved: dict[str, Path],
+    birds: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    reranked: bool,
+) -> None:
+    trained = {"training": {"stage": "pretrain"}}
+    model = save_model(load_model(saved["cve"]), tmp_path / "model", trained)
+    call = ["evaluate", str(model), "--data", str(birds), "--out", str(tmp_path / "out"), "--json"]
+    with pytest.raises(SystemExit) as end:
+        main([*call, "-q", *(["--reranker", str(saved["cvm"])] if reranked else [])])
+    assert end.value.code == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert len(printed["table"]) == (16 if reranked else 8)
+    assert pd.read_csv(tmp_path / "out" / "retrieval.csv").shape[0] == len(printed["table"])

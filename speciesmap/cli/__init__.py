@@ -17,7 +17,7 @@ COMMANDS = {
     "observations": "Clean species records into one table.",
     "chips": "Cut a paired photo and aerial data set.",
     "train": "Pre-train or fine-tune from a YAML configuration.",
-    "evaluate": "Judge a model beside simpler methods, on identical spatial folds.",
+    "evaluate": "Judge a model: its maps beside simpler methods, or what its views find.",
     "embed": "Encode an area once into an embedding store.",
     "predict": "Map species, photos or text over an area.",
     "map": "Put maps into one interactive HTML page.",

@@ -1,4 +1,4 @@
-"""`speciesmap evaluate`: how good a model is, beside simpler methods."""
+"""`speciesmap evaluate`: how good a model is, by what it was trained for."""
 
 from __future__ import annotations
 
@@ -23,13 +23,22 @@ from speciesmap.cli.options import (
     type=PATH,
     required=True,
     metavar="DATASET|CONFIG",
-    help="Paired data set, or a fine-tuning configuration.",
+    help="Paired data set or folder of birds, or a configuration (finetune or classify).",
 )
 @click.option(
     "--covariates", multiple=True, type=PATH, metavar="RASTER", help="Environmental; repeatable."
 )
 @click.option(
     "--surveys", type=PATH, metavar="FILE", help="Presence and absence: lon, lat, taxon, present."
+)
+@click.option(
+    "--reranker", type=PATH, metavar="CVM-MAE", help="Of retrieval: scores the 50 best again."
+)
+@click.option(
+    "--split",
+    default="test",
+    show_default=True,
+    help="Of retrieval: which rows, where the data set says.",
 )
 @out_option("DIR", "Folder to create.")
 @overwrite_option
@@ -40,22 +49,51 @@ def command(
     data: Path,
     covariates: tuple[Path, ...],
     surveys: Path | None,
+    reranker: Path | None,
+    split: str,
     out: Path,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Evaluate a model beside simpler methods, on identical spatial folds.
+    """Evaluate a model: of maps beside simpler methods, of photos and windows by what they find.
 
-    MODEL is a folder that `speciesmap train` wrote. DIR gets report.html, report.json and an ODMAP
-    protocol, odmap.csv. The ladder: prevalence only, location only, MaxEnt with random and with
+    MODEL is a folder that `speciesmap train` wrote. One that was fine-tuned for maps climbs a
+    ladder on identical spatial folds: prevalence only, location only, MaxEnt with random and with
     target-group background (needs elapid), queries by text and by photo, embedding and head, with
-    --covariates too. A data set is evaluated with the imagery and folds of the model's training.
+    --covariates too; DIR gets report.html, report.json and an ODMAP protocol, odmap.csv. A data set
+    is evaluated with the imagery and folds of the model's training.
+
+    One that was pre-trained on photos and windows retrieves each from the other among the rows of a
+    data set (retrieval.csv), or, with a configuration of stage classify, names taxa by a probe and
+    by fine-tuning (classification.csv).
 
     \b
     Example:
-      speciesmap evaluate runs/model --data configs/demo_landsat_finetune.yaml --out evaluation
+      speciesmap evaluate runs/pretrained --data chips --out retrieval
+      speciesmap evaluate runs/crisp --data configs/crisp_nmv_classify.yaml --out named
       speciesmap evaluate runs/model --data chips --covariates elevation.tif --out evaluation
+      speciesmap evaluate runs/model --data configs/demo_landsat_finetune.yaml --out evaluation
     """
+    from speciesmap.config import ClassifyConfig, load_config
+    from speciesmap.models import read_facts
+
+    config = load_config(data) if data.suffix.lower() in {".yaml", ".yml"} else None
+    if isinstance(config, ClassifyConfig):
+        from speciesmap.learning.classify import classify, read_results
+
+        asked = config.model_copy(update={"init": str(model)})
+        path = classify(asked, out, overwrite=overwrite)
+        print_result(path, as_json, **read_results(path))
+        return
+    trained = read_facts(model).get("training", {})
+    if config is None and (reranker is not None or trained.get("stage") == "pretrain"):
+        from speciesmap.learning.retrieval import evaluate_retrieval, read_retrieval
+
+        path = evaluate_retrieval(
+            model, data, out, split=split, reranker=reranker, overwrite=overwrite
+        )
+        print_result(path, as_json, **read_retrieval(path))
+        return
     from speciesmap.appraise import evaluate
 
     made = evaluate(

@@ -94,6 +94,12 @@ def evaluate_retrieval(
     return out
 
 
+def read_retrieval(folder: Path | str) -> dict[str, Any]:
+    """Read what `evaluate_retrieval` wrote: what was measured, and `table`."""
+    content: dict[str, Any] = json.loads((Path(folder) / f"{RESULTS}.json").read_text())
+    return content
+
+
 def retrieval(
     model: SpeciesModel,
     rows: PairedRows,
