@@ -68,14 +68,27 @@ class Prediction:
     store: Path
 
     def to_xarray(self) -> xarray.Dataset:
-        """Open the maps lazily, with coordinates and CRS; one variable for each file's stem."""
+        """Open the maps lazily, with coordinates and CRS.
+
+        A map is a variable by its file's stem, with a dimension `month` where it has months; its
+        other bands are variables beside it, such as `quercus_lobata_uncertainty`.
+        """
         import rioxarray  # noqa: F401  (registers the engine)
         import xarray
 
         variables = {}
         for m in self.maps:
-            raster = xarray.open_dataarray(m.path, engine="rasterio").squeeze("band", drop=True)
-            variables[m.path.stem] = raster.assign_attrs(long_name=m.query.label)
+            raster = xarray.open_dataarray(m.path, engine="rasterio", band_as_variable=False)
+            names = np.atleast_1d(raster.attrs.pop("long_name", m.query.quantity)).tolist()
+            months = [name for name in names if name in MONTHS]
+            first = raster[: len(months)].rename(band="month").assign_coords(month=months)
+            others = raster[len(months) :].drop_vars("band")
+            rest = dict(zip(names[len(months) :], others, strict=True))
+            if not months:
+                first = rest.pop(names[0])
+            variables[m.path.stem] = first.assign_attrs(long_name=m.query.label)
+            for name, band in rest.items():
+                variables[f"{m.path.stem}_{name}"] = band.assign_attrs(long_name=name)
         return xarray.Dataset(variables)
 
 

@@ -85,6 +85,9 @@ def test_a_years_map_is_what_encoding_with_each_month_would_give(
     assert cog_validate(made.maps[0].path)[0]
     assert len(made.maps) == 3
     assert made.html.exists()
+    opened = made.to_xarray()[made.maps[0].path.stem]
+    assert opened.dims == ("month", "y", "x")
+    np.testing.assert_array_equal(opened.sel(month="May"), bands[4])
 
 
 def test_a_month_encodes_nothing_and_is_the_band_of_the_year(

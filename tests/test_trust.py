@@ -267,6 +267,13 @@ def test_a_trained_model_maps_all_of_it(tmp_path: Path) -> None:
         assert there.any()
         assert (uncertainty[there] >= 0).all() and (uncertainty[there] < 0.5).all()
         assert set(np.unique(inside[there])) <= {0.0, 1.0}
+    opened = made.to_xarray()
+    assert opened.rio.crs.to_epsg() == 32610
+    stem = made.maps[0].path.stem
+    assert opened[stem].attrs["long_name"] == made.maps[0].query.label
+    with rasterio.open(made.maps[0].path) as raster:
+        for k, name in enumerate((stem, f"{stem}_uncertainty", f"{stem}_applicability"), 1):
+            np.testing.assert_array_equal(opened[name].values, raster.read(k))
     with rasterio.open(made.path / "richness.tif") as raster:
         total = raster.read(1)
     layers = [rasterio.open(m.path).read(1) for m in made.maps]
