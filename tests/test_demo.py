@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import rasterio
 from click.testing import CliRunner
+from test_examples import examples
 
 from speciesmap.cli import group
 from speciesmap.config import load_config
@@ -99,7 +100,9 @@ def test_the_bay_scene_is_evaluated_beside_two_baselines(
     )
     monkeypatch.setattr(sf_bay, "load_config", briefly("data.background=600"))
     monkeypatch.setattr(sf_bay, "BACKGROUND", 600)
-    facts = run("sf-bay", tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    assert examples("demo") == [["demo", "--scene", "sf-bay", "--out", "demo"]]
+    facts = run("sf-bay", Path("demo"))
     assert facts["truth"] is None and facts["sites"] is None
     assert list(facts["maps"]) == ["Ariolimax"]
     table = {row["method"]: row for row in facts["metrics"]["cross_validation"]}

@@ -1,0 +1,114 @@
+"""The examples that end every `--help`, run as they are written, on a small project."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import webbrowser
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from fuzz_observations import GBIF, INAT
+from numpy.typing import NDArray
+from odc.geo.geobox import GeoBox
+from PIL import Image
+from rasterio.transform import from_origin
+from sklearn.decomposition import PCA
+from tiny import BANDS, TAXA, architecture, tiny_scene
+
+from speciesmap import cli, embed, open_imagery, predict, read_observations
+from speciesmap.mapping import benchmark as benchmark_room
+from speciesmap.mapping import umap as umap_room
+from speciesmap.models import SpeciesModel, save_model
+from speciesmap.present import view as view_room
+from speciesmap.rasters.geotiff import write_geotiff
+
+ELSEWHERE = {"demo"}  # test_demo.py runs its example, on less
+
+
+def examples(name: str) -> list[list[str]]:
+    """Words of the calls that a command's help ends with, without the program's."""
+    command = cli.group.get_command(click.Context(cli.group), name)
+    assert command is not None and command.help is not None
+    _, _, body = command.help.rpartition("Example:")
+    lines = body.replace("\\\n", " ").strip().splitlines()
+    return [shlex.split(line)[1:] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that the examples name."""
+    folder = tmp_path_factory.mktemp("project")
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(1, 255, (4, 96, 96)).astype(np.uint8)
+    grid = GeoBox((96, 96), from_origin(565_000, 4_180_000, 1, 1), "EPSG:32610")
+    (folder / "naip").mkdir()
+    scene = write_geotiff(folder / "naip/a.tif", pixels, grid, bands=BANDS)
+    shutil.copy(scene, folder / "scene.tif")
+    tiny_scene(folder, rows=12)
+    for name, metadata in (
+        ("finetuned", None),
+        ("pretrained", None),
+        ("birds", {"dropout": 0.25}),
+    ):
+        parts = replace(architecture(metadata=metadata), bands=BANDS)
+        save_model(SpeciesModel(parts, TAXA), folder / "runs" / name, {})
+    for photo in ("oak.jpg", "jay.jpg"):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)).save(folder / photo)
+    imagery = open_imagery(scene)
+    predict(folder / "runs/finetuned", imagery=imagery, out=folder / "maps")
+    embed(folder / "runs/birds", imagery, folder / "birds.zarr")
+    (folder / "gbif.csv").write_bytes(GBIF)
+    (folder / "inat.csv").write_bytes(INAT)
+    read_observations(folder / "gbif.csv").to_parquet(folder / "slugs.parquet")
+    return folder
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure for a moment, lay out by principal axes, and do not wait for Ctrl-C."""
+    measure = benchmark_room.benchmark
+    monkeypatch.setattr(
+        benchmark_room, "benchmark", lambda *a, **k: measure(*a, **{**k, "seconds": 0.1})
+    )
+
+    def fit(vectors: NDArray[np.float32], dimensions: int, *_: object) -> PCA:
+        axes = PCA(dimensions).fit(vectors.astype(np.float32))
+        axes.embedding_ = axes.transform(vectors)
+        return axes
+
+    monkeypatch.setattr(umap_room, "fit_umap", fit)
+
+    class Event:
+        def wait(self) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(view_room, "threading", SimpleNamespace(Event=Event))
+    monkeypatch.setattr(webbrowser, "open", lambda address: True)
+
+
+@pytest.mark.parametrize("name", sorted(set(cli.COMMANDS) - ELSEWHERE))
+def test_the_examples_of_help_run(
+    name: str, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    here = tmp_path / "here"
+    shutil.copytree(project, here)
+    (here / "configs").symlink_to(Path(__file__).parent.parent / "configs")
+    monkeypatch.chdir(here)
+    for words in examples(name):
+        out = words[words.index("--out") + 1] if "--out" in words else None
+        if out and Path(out).is_dir():
+            shutil.rmtree(out)
+        written = [
+            part
+            for word in words
+            for part in (sorted(map(str, Path().glob(word))) if "*" in word else [word])
+        ]
+        done = CliRunner().invoke(cli.group, written)
+        assert done.exit_code == 0, (words, done.output, done.exception)
+        assert out is None or Path(out).exists()
