@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint benchmark benchmark-sdm benchmark-pairs clean
+.PHONY: demo test lint audit benchmark benchmark-sdm benchmark-pairs clean
 
 demo: $(STAMP)
 	$(BIN)/speciesmap demo --out demo --overwrite
@@ -15,6 +15,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check speciesmap tests
 	$(BIN)/ruff format --check speciesmap tests
 	$(BIN)/mypy
+
+# faults that bandit knows, and published holes in the pinned set; the latter asks pypi.org
+audit: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt '.[audit]'
+	$(BIN)/bandit --quiet --recursive speciesmap --configfile pyproject.toml
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 # the engine against torchgeo, terratorch, geoai and xbatcher, which live in their own environment
 PEERS := benchmarks/engine/.venv

@@ -22,6 +22,7 @@ from sklearn.decomposition import PCA
 from tiny import BANDS, TAXA, architecture, tiny_scene
 
 from speciesmap import cli, embed, open_imagery, predict, read_observations
+from speciesmap.config import load_config
 from speciesmap.mapping import benchmark as benchmark_room
 from speciesmap.mapping import umap as umap_room
 from speciesmap.models import SpeciesModel, save_model
@@ -112,3 +113,33 @@ def test_the_examples_of_help_run(
         done = CliRunner().invoke(cli.group, written)
         assert done.exit_code == 0, (words, done.output, done.exception)
         assert out is None or Path(out).exists()
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("examples/**/*.*"))]
+
+
+def calls(text: str) -> list[list[str]]:
+    """Words of the calls of speciesmap in a page or a script, without the program's."""
+    lines = text.replace("\\\n", " ").splitlines()
+    found = [line.strip().removeprefix("srun ") for line in lines]
+    split = [shlex.split(line, comments=True) for line in found if line.startswith("speciesmap ")]
+    return [[word for word in words[1:] if word != "$@"] for words in split]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_calls_in_the_pages_and_scripts_parse_and_configurations_are_read(page: Path) -> None:
+    if page.suffix == ".yaml":
+        load_config(page)
+        return
+    for words in calls(page.read_text()):
+        command = cli.group.get_command(click.Context(cli.group), words[0])
+        assert command is not None, words
+        command.make_context(words[0], cli.split_bbox(words[1:])).close()
+        for word in words[1:]:
+            if word.startswith(("configs/", "examples/")):
+                assert (ROOT / word).is_file(), word
+
+
+def test_the_pages_do_call_the_program() -> None:
+    assert sum(len(calls(page.read_text())) for page in PAGES if page.suffix != ".yaml") > 10
