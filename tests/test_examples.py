@@ -30,6 +30,8 @@ from speciesmap.present import view as view_room
 from speciesmap.rasters.geotiff import write_geotiff
 
 ELSEWHERE = {"demo"}  # test_demo.py runs its example, on less
+# inputs of evaluations that take minutes; test_appraise.py and test_classify.py do such on less
+LONG = {"configs/crisp_nmv_classify.yaml", "configs/demo_landsat_finetune.yaml", "elevation.tif"}
 
 
 def examples(name: str) -> list[list[str]]:
@@ -58,7 +60,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("birds", {"dropout": 0.25}),
     ):
         parts = replace(architecture(metadata=metadata), bands=BANDS)
-        save_model(SpeciesModel(parts, TAXA), folder / "runs" / name, {})
+        facts = {"training": {"stage": "pretrain"}}
+        save_model(SpeciesModel(parts, TAXA), folder / "runs" / name, facts)
     for photo in ("oak.jpg", "jay.jpg"):
         Image.fromarray(rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)).save(folder / photo)
     imagery = open_imagery(scene)
@@ -102,6 +105,8 @@ def test_the_examples_of_help_run(
     (here / "configs").symlink_to(Path(__file__).parent.parent / "configs")
     monkeypatch.chdir(here)
     for words in examples(name):
+        if LONG & set(words):
+            continue
         out = words[words.index("--out") + 1] if "--out" in words else None
         if out and Path(out).is_dir():
             shutil.rmtree(out)
