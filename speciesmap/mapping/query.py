@@ -237,9 +237,11 @@ def score(vectors: NDArray[Any], queries: Sequence[Query]) -> NDArray[np.float32
     padded = -(-len(queries) // TOGETHER) * TOGETHER
     directions = torch.zeros(padded, places.shape[1])  # (Q, D)
     offsets = torch.zeros(padded, 1)
-    for k, query in enumerate(queries):
-        directions[k] = torch.from_numpy(query.vector) * query.gain
-        offsets[k] = query.offset
+    some = slice(len(queries))
+    gains = np.array([query.gain for query in queries], np.float32)[:, None]
+    stacked = np.array([query.vector for query in queries]).reshape(-1, places.shape[1]) * gains
+    directions[some] = torch.from_numpy(stacked)
+    offsets[some, 0] = torch.tensor([query.offset for query in queries])
     values = torch.empty(padded, len(places))  # (Q, N)
     for start in range(0, padded, TOGETHER):
         block = slice(start, start + TOGETHER)
