@@ -327,6 +327,50 @@ def test_bad_areas_devices_and_shares_stop_before_anything_is_written(tmp_path: 
     assert not out.exists()
 
 
+def test_a_corner_of_a_raster_beyond_4_gb_and_100_000_px_is_encoded_as_its_crop(
+    tmp_path: Path,
+) -> None:
+    high, wide, corner = 20_000, 140_000, 300
+    pixels = np.random.default_rng(0).integers(1, 255, (3, corner, corner)).astype(np.uint8)
+    profile = {
+        "driver": "GTiff",
+        "height": high,
+        "width": wide,
+        "count": 3,
+        "dtype": "uint8",
+        "nodata": 0,
+        "crs": "EPSG:32610",
+        "transform": ORIGIN,
+        "tiled": True,
+        "SPARSE_OK": True,
+        "BIGTIFF": "IF_SAFER",
+    }
+    with rasterio.open(tmp_path / "huge.tif", "w", **profile) as raster:
+        raster.descriptions = BANDS
+        place = rasterio.windows.Window(wide - corner, high - corner, corner, corner)
+        raster.write(pixels, window=place)
+    grid = GeoBox(
+        (corner, corner), ORIGIN * Affine.translation(wide - corner, high - corner), "EPSG:32610"
+    )
+    crop = write_geotiff(tmp_path / "crop.tif", pixels, grid, bands=BANDS, nodata=0)
+    bounds = (grid.boundingbox.left, grid.boundingbox.bottom, *grid.boundingbox[2:])
+    huge, small = (
+        embed(
+            FakeModel(),
+            path,
+            tmp_path / f"{path.stem}.zarr",
+            bbox=bounds,
+            bbox_crs="EPSG:32610",
+            precision="float32",
+        )
+        for path in (tmp_path / "huge.tif", crop)
+    )
+    side = corner // 4
+    ends = (slice(length - side, length) for length in huge.geobox.shape)
+    np.testing.assert_allclose(huge.read(*ends), vectors(small), atol=2e-3)
+    assert np.isfinite(vectors(small)).all(-1).sum() > 5000
+
+
 def test_the_model_is_given_back_in_the_mode_it_came_in(tmp_path: Path) -> None:
     model = FakeModel().train()
     seen: list[bool] = []

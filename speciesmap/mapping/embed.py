@@ -277,7 +277,8 @@ def encode_tiles(
                 future.result()
         finally:
             model.train(was_training)
-    log.info("encoded %d windows of %d tiles in %s", windows, len(tiles), encoder.precision)
+    how = f" in {encoder.precision}" if windows else ""
+    log.info("encoded %d windows of %d tiles%s", windows, len(tiles), how)
     if lost:
         log.warning("%d tiles could not be read and stay empty; another run tries them again", lost)
     return windows
