@@ -53,7 +53,8 @@ def evaluate(
         data: A paired data set, evaluated with the imagery and folds that the model was
             fine-tuned with; or a fine-tuning configuration, a YAML file.
         out: Folder to create, with `report.html`, `report.json` and `odmap.csv`.
-        covariates: Rasters of environmental variables.
+        covariates: Rasters of environmental variables, as `FILE` or `NAME=FILE`; those of the
+            configuration by default.
         surveys: Table of presence and absence; that of the configuration by default.
         overwrite: Replace the folder.
 
@@ -77,7 +78,7 @@ def evaluate(
         "model": {"name": folder.name, "path": str(folder), "fingerprint": loaded.fingerprint},
         "encoder": {"note": note, "fingerprint": encoder.fingerprint},
         "configuration": config.model_dump(mode="json"),
-        "covariates": [str(path) for path in covariates],
+        "covariates": [str(path) for path in covariates or config.data.covariates],
         "folding": _folding(config.validation),
         "head": HEAD,
         "notes": warning,

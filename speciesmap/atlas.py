@@ -26,6 +26,7 @@ from speciesmap.mapping.embed import Precision, embed
 from speciesmap.mapping.predict import Map, write_maps
 from speciesmap.mapping.query import Query, make_queries, without_calibration
 from speciesmap.mapping.ranges import draw_range, write_ranges
+from speciesmap.mapping.surroundings import find_surroundings
 from speciesmap.models import SpeciesModel, load_model, read_facts
 from speciesmap.present.qgis import write_project
 from speciesmap.present.stac import write_item
@@ -115,6 +116,7 @@ def predict(
     skip_unreadable: bool = False,
     any_resolution: bool = False,
     qgis_project: bool = False,
+    covariates: Sequence[Path | str] = (),
     observations: gpd.GeoDataFrame | None = None,
     title: str = "",
     overwrite: bool = False,
@@ -155,6 +157,8 @@ def predict(
         skip_unreadable: As for `embed`.
         any_resolution: As for `embed`.
         qgis_project: Also write `maps.qgz`, a QGIS project that groups all maps.
+        covariates: Rasters for a model that reads covariates beside imagery, as `NAME=FILE` where
+            their names are others than at training; by default those trained on.
         observations: Records to show on the page, as `read_observations` gives them.
         title: Heading of the page.
         overwrite: Replace the folder.
@@ -217,6 +221,7 @@ def predict(
     encoded = time.perf_counter()
     with outputs.replacing(out, overwrite=overwrite) as folder:
         folder.mkdir()
+        around = find_surroundings(model, covariates, filled.geobox)
         likely = [q for q in asked if q.kind == "taxon" and q.quantity == "probability"]
         maps = write_maps(
             filled,
@@ -227,6 +232,7 @@ def predict(
             applicability=model.trust.applicability if model.trust else None,
             richness=folder / RICHNESS if len(likely) > 1 else None,
             months=season,
+            surroundings=around,
         )
         bounded = [m for m in maps if m.query.thresholds]
         if bounded:
@@ -263,6 +269,14 @@ def predict(
             "min_valid": filled.identity.min_valid,
             "seed": seed,
             "months": list(season),
+            "covariates": None
+            if around is None
+            else {
+                "names": list(around.covariates.names),
+                "sources": list(around.covariates.sources),
+                "fingerprint": around.covariates.fingerprint,
+                "trained_on": around.environment.fingerprint,
+            },
             "photos": {str(photo): _sha256(Path(photo)) for photo in photos},
             "maps": {m.path.name: _facts(m) for m in maps},
             "versions": {

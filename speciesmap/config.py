@@ -116,6 +116,10 @@ class DataConfig(Strict):
     `withheld` taxa are never seen. `window_px` is the side of the model's window: without a data
     set it must be given; of larger chips, training sees random crops and mapping the middle.
 
+    `covariates` are environmental rasters that heads read beside the embedding, at the middle of
+    each window, as `FILE` or `NAME=FILE`; those that `categorical` names hold classes. With
+    `location` easting and northing are two more.
+
     `dataset` is a folder or an address such as `hf://datasets/andyvhuynh/NatureMultiView`, of which
     `split` names the files to take, `one_per_observation`, `supervised` and `percent` the rows
     (columns `rs_classification`, `supervised`, `finetune_*percent`). `taxonomy` is a table of
@@ -136,6 +140,9 @@ class DataConfig(Strict):
     bias: str | None = None
     target_group: str | None = None
     withheld: list[str] = []
+    covariates: list[str] = []
+    categorical: list[str] = []
+    location: bool = False
 
 
 class OptimConfig(Strict):
@@ -265,6 +272,17 @@ class ValidationConfig(Strict):
         return self
 
 
+class HeadConfig(Strict):
+    """Heads fitted to their optimum on embeddings, and on covariates where there are any.
+
+    `loss`: assume-negative (Cole et al. 2023, SINR), normalised Poisson (DeepMaxent) or infinitely
+    weighted logistic regression (Fithian & Hastie 2013). The penalty is chosen on spatial folds
+    within the training data.
+    """
+
+    loss: Literal["assume_negative", "poisson", "weighted_logistic"] = "assume_negative"
+
+
 class PretrainConfig(Strict):
     """Stage one: a joint space from paired views, or features from images of one view.
 
@@ -283,9 +301,19 @@ class PretrainConfig(Strict):
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = TrainerConfig()
 
+    @model_validator(mode="after")
+    def _covariates_are_for_heads(self) -> PretrainConfig:
+        if self.data.covariates or self.data.location:
+            raise ValueError("covariates and location are read by heads, in stage finetune")
+        return self
+
 
 class FinetuneConfig(Strict):
-    """Stage two: learned embeddings of taxa, from presences against background."""
+    """Stage two: learned embeddings of taxa, from presences against background.
+
+    With `head`, or with covariates, heads are fitted anew once the encoder is fine-tuned. With
+    `freeze_encoder` too nothing else is trained.
+    """
 
     stage: Literal["finetune"]
     init: str
@@ -294,6 +322,7 @@ class FinetuneConfig(Strict):
     positive_weight: float | None = Field(default=None, gt=0)
     align: float = Field(default=1.0, ge=0)
     freeze_encoder: bool = False
+    head: HeadConfig | None = None
     validation: ValidationConfig | None = None
     views: ViewsConfig = ViewsConfig()
     optim: OptimConfig = OptimConfig()

@@ -106,6 +106,7 @@ def _model(path: Path) -> dict[str, Any]:
             "resolution_m": a["resolution_m"],
             "taxa": [taxon["name"] for taxon in taxa],
             "calibrated": sorted(facts.get("prevalence", {})),
+            "covariates": list((facts.get("environment") or {}).get("names", [])),
             "stage": training.get("stage"),
             "seed": training.get("seed"),
             "metrics": facts.get("metrics", {}),

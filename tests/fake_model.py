@@ -34,7 +34,10 @@ class FakeModel(nn.Module):
         )
         vectors = F.normalize(torch.eye(len(self.taxa), dim) + 0.1, dim=1)
         self.head = SimpleNamespace(
-            vectors=vectors, gain=torch.full((3,), 4.0), offset=torch.tensor([0.0, -1.0, 1.0])
+            vectors=vectors,
+            gain=torch.full((3,), 4.0),
+            offset=torch.tensor([0.0, -1.0, 1.0]),
+            covariates=None,
         )
         self.prevalence = {"Quercus lobata": 0.5}
         self.reference = F.normalize(torch.randn(64, dim, generator=torch.manual_seed(1)), dim=1)

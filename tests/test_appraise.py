@@ -19,8 +19,8 @@ from tiny import BANDS, TAXA, TinyScene, tiny_model, tiny_scene
 from speciesmap.appraise import Appraisal, evaluate
 from speciesmap.cli import main
 from speciesmap.config import load_config
-from speciesmap.errors import ConfigError, ImageryError, ObservationsError, OutputError
-from speciesmap.learning.ladder import HEAD, SHUFFLED, WITH_COVARIATES, gather, sample_rasters
+from speciesmap.errors import ConfigError, ObservationsError, OutputError
+from speciesmap.learning.ladder import HEAD, SHUFFLED, WITH_COVARIATES, gather
 from speciesmap.models import load_model, save_model
 from speciesmap.present.odmap import protocol
 from speciesmap.present.report import write_report
@@ -162,18 +162,6 @@ def test_the_page_is_self_contained_and_escapes_every_string(
         assert not any(key.startswith("on") or key in {"src", "href"} for key in attributes)
     assert "&lt;script&gt;alert(1)" in page
     assert not re.search(r"https?://", page)
-
-
-def test_a_covariate_is_read_at_its_places(scene: TinyScene) -> None:
-    imagery = open_imagery(scene.imagery)
-    x, y = imagery.xy(np.array([3.5, 100.5]), np.array([7.5, 20.5]))
-    values = sample_rasters([scene.imagery, scene.imagery], np.r_[x, 10.0], np.r_[y, 10.0])
-    pixels, _ = imagery.read(0, 0, *imagery.shape)
-    assert np.array_equal(values[0], np.r_[pixels[:, 3, 7], pixels[:, 3, 7]])
-    assert np.array_equal(values[1, :4], pixels[:, 100, 20])
-    assert np.isnan(values[2]).all()
-    with pytest.raises(ImageryError, match="hold none of the places"):
-        sample_rasters([scene.imagery], np.array([10.0]), np.array([10.0]))
 
 
 def test_what_is_missing_is_said_in_words(scene: TinyScene, folder: Path, tmp_path: Path) -> None:

@@ -26,7 +26,10 @@ from speciesmap.cli.options import (
     help="Paired data set or folder of birds, or a configuration (finetune or classify).",
 )
 @click.option(
-    "--covariates", multiple=True, type=PATH, metavar="RASTER", help="Environmental; repeatable."
+    "--covariates",
+    multiple=True,
+    metavar="[NAME=]RASTER",
+    help="Environmental, those of the configuration by default; repeatable.",
 )
 @click.option(
     "--surveys", type=PATH, metavar="FILE", help="Presence and absence: lon, lat, taxon, present."
@@ -47,7 +50,7 @@ from speciesmap.cli.options import (
 def command(
     model: Path,
     data: Path,
-    covariates: tuple[Path, ...],
+    covariates: tuple[str, ...],
     surveys: Path | None,
     reranker: Path | None,
     split: str,

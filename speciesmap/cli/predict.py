@@ -37,6 +37,12 @@ from speciesmap.cli.options import (
 @click.option(
     "--text", "texts", multiple=True, metavar="TEXT", help="A name or lineage; repeatable."
 )
+@click.option(
+    "--covariates",
+    multiple=True,
+    metavar="[NAME=]RASTER",
+    help="For a model trained with covariates; by default the rasters it was trained on.",
+)
 @click.option("--qgis-project", is_flag=True, help="Also write DIR/maps.qgz, all maps grouped.")
 @click.option(
     "--month",

@@ -18,6 +18,13 @@ from speciesmap.cli import options
     metavar="KEY=VALUE",
     help="Change one key of the configuration, for example optim.lr=0.0003; may be repeated.",
 )
+@click.option(
+    "--covariates",
+    multiple=True,
+    metavar="[NAME=]RASTER",
+    help="Environmental raster beside imagery, for stage finetune; may be repeated.",
+)
+@click.option("--location", is_flag=True, help="Easting and northing as covariates.")
 @options.out_option("RUN", "Folder for the checkpoint.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @options.overwrite_option
@@ -26,6 +33,8 @@ from speciesmap.cli import options
 def command(
     config: Path,
     changes: tuple[str, ...],
+    covariates: tuple[str, ...],
+    location: bool,
     out: Path,
     resume: bool,
     overwrite: bool,
@@ -42,6 +51,7 @@ def command(
     \b
     Example:
       speciesmap train configs/demo_crisp.yaml --set data.dataset=chips --out runs/pretrained
+      speciesmap train configs/demo_finetune.yaml --covariates elevation.tif --out runs/model
     """
     from speciesmap.config import ClassifyConfig, load_config
     from speciesmap.learning.train import train

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from speciesmap.errors import DatasetError
 from speciesmap.learning.metrics import auc
+from speciesmap.models.environment import Expansion
 from speciesmap.models.losses import (
     assumed_absences,
     infinitely_weighted_logistic,
@@ -82,61 +83,6 @@ class Records:
             self.background[chosen],
             self.categorical,
         )
-
-
-class Expansion:
-    """Turns a table into standardised features, remembering the table it was made from.
-
-    Continuous columns are clamped to the range they were fitted on, as MaxEnt does. Hinges are
-    two at each knot, one for either side; an unknown category is none of the known ones.
-
-    Args:
-        table: Shape (N, C).
-        categorical: Columns that name categories.
-        hinges: Knots per continuous column, at quantiles.
-        quadratic: Whether squares are added.
-    """
-
-    def __init__(
-        self,
-        table: ArrayLike,
-        categorical: Sequence[int] = (),
-        *,
-        hinges: int = 0,
-        quadratic: bool = False,
-    ) -> None:
-        values = np.asarray(table, np.float64)
-        self.quadratic = quadratic
-        self.continuous = [k for k in range(values.shape[1]) if k not in set(categorical)]
-        part = values[:, self.continuous]
-        self.low, self.high = part.min(0), part.max(0)
-        self.mean, self.sd = part.mean(0), part.std(0) + 1e-9
-        levels = np.linspace(0, 1, hinges + 2)[1:-1]
-        self.knots = np.quantile(part, levels, axis=0) if hinges else np.empty((0, part.shape[1]))
-        self.categories = [(k, np.unique(values[:, k])) for k in categorical]
-        raw = self._raw(values)
-        self.centre, self.spread = raw.mean(0), raw.std(0) + 1e-6
-
-    @property
-    def expands(self) -> bool:
-        """Whether there are other features than the table's own columns."""
-        return bool(self.quadratic or len(self.knots) or self.categories)
-
-    def _raw(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        part = np.clip(values[:, self.continuous], self.low, self.high)
-        scaled = (part - self.mean) / self.sd
-        columns = [scaled]
-        if self.quadratic:
-            columns.append(scaled**2)
-        for knot in self.knots:
-            columns += [np.maximum(part - knot, 0) / self.sd, np.maximum(knot - part, 0) / self.sd]
-        columns += [values[:, [k]] == known for k, known in self.categories]
-        return np.concatenate(columns, axis=1, dtype=np.float64)
-
-    def __call__(self, table: ArrayLike) -> Tensor:
-        """Features of any rows, float32, shape (N, F)."""
-        raw = self._raw(np.asarray(table, np.float64))
-        return torch.from_numpy(((raw - self.centre) / self.spread).astype(np.float32))  # (N, F)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from speciesmap.config import FinetuneConfig
+from speciesmap.config import FinetuneConfig, HeadConfig
 from speciesmap.errors import ConfigError, ModelError
 from speciesmap.learning.data import (
     PairedRows,
@@ -33,6 +33,13 @@ from speciesmap.learning.fit import (
     measure_values,
     process_rank,
     set_reference,
+)
+from speciesmap.learning.heads import (
+    find_covariates,
+    fit_heads,
+    read_places,
+    where,
+    with_covariates,
 )
 from speciesmap.learning.modules import Finetune
 from speciesmap.learning.trust import (
@@ -53,6 +60,8 @@ from speciesmap.observations.folds import (
 )
 from speciesmap.outputs import replacing
 from speciesmap.progress import track
+from speciesmap.rasters.covariates import Covariates
+from speciesmap.rasters.imagery import Imagery
 
 FOLDS = "folds"  # scores of the folds of a validation that are done
 AREA = 1000  # places of the imagery that folds by `knndm` are matched to
@@ -99,6 +108,9 @@ def finetune(
         if grouped
         else draw_background(*area, data.background, rng, base.fill, bias=data.bias)
     )
+    covariates = find_covariates(data, sources.imagery)
+    presences = presences.subset(with_covariates(presences, covariates))
+    background = background.subset(with_covariates(background, covariates))
     metrics: dict[str, Any] = {}
     calibrations: dict[str, Calibration] = {}
     own = None
@@ -108,48 +120,66 @@ def finetune(
             other = draw_background(*area, data.background, rng, base.fill)
         elif data.target_group is not None:
             other = target_group_places(sources, data.target_group, base.fill)
-        folds = cross_validate(base, presences, background, config, work, other)
+        if other is not None:
+            other = other.subset(with_covariates(other, covariates))
+        folds = cross_validate(base, presences, background, config, work, other, covariates)
         metrics["validation"] = summarise(folds, sources.taxa, data.background_kind)
         if work is not None:
             folds.to_parquet(work / "folds.parquet")
         own = folds[folds["background"].isin(["", data.background_kind])]
         calibrations = calibrate(own, sources.taxa, config.validation.prevalence)
-    model, fitted = fit_taxa(base, presences, background, config, work)
+    fold = None if own is None else own["fold"].to_numpy()
+    model, fitted = fit_taxa(base, presences, background, config, work, covariates, fold)
     set_reference(model, background, rng, config.trainer.accelerator)
     model.values = measure_values(background, sources)
     curves: dict[str, tuple[list[float], list[float]]] = {}
     if config.validation is not None and config.validation.surveys is not None:
-        surveyed, curves = on_surveys(model, presences, background, config)
+        surveyed, curves = on_surveys(model, presences, background, config, covariates)
         calibrations |= surveyed
     model.prevalence = {name: c.prevalence for name, c in calibrations.items()}
-    with torch.no_grad():
-        for k, taxon in enumerate(sources.taxa):
-            if taxon.name in calibrations:
-                c = calibrations[taxon.name]
-                model.head.gain[k] *= c.slope
-                model.head.offset[k] = c.slope * model.head.offset[k] + c.intercept
-    model.trust = judge(model, presences, background, own, calibrations, curves, config)
+    for k, taxon in enumerate(sources.taxa):
+        if taxon.name in calibrations:
+            c = calibrations[taxon.name]
+            model.head.recalibrate(k, c.slope, c.intercept)
+    model.trust = judge(model, presences, background, own, calibrations, curves, config, covariates)
     return model, {**fitted, **metrics}
 
 
 def on_surveys(
-    model: SpeciesModel, presences: PairedRows, background: Places, config: FinetuneConfig
+    model: SpeciesModel,
+    presences: PairedRows,
+    background: Places,
+    config: FinetuneConfig,
+    covariates: Covariates | None = None,
 ) -> tuple[dict[str, Calibration], dict[str, tuple[list[float], list[float]]]]:
     """Calibrate on surveyed places whose windows share no ground with a presence's."""
     assert config.validation is not None and config.validation.surveys is not None
     surveys = read_surveys(config.validation.surveys)
-    imagery = background.imagery
-    facts = presences.dataset.facts.iloc[presences.rows]
+    surveys, places = surveyed_places(model, surveys, presences, background.imagery, covariates)
+    read = read_places(model, places, covariates, config.trainer.accelerator)
+    with torch.inference_mode():
+        logits = model.head(read).double().numpy()  # (N, T)
+    return calibrate_on_surveys(logits, surveys, model.taxa, config.validation.calibration)
+
+
+def surveyed_places(
+    model: SpeciesModel,
+    surveys: pd.DataFrame,
+    presences: PairedRows,
+    imagery: Imagery,
+    covariates: Covariates | None = None,
+) -> tuple[pd.DataFrame, Places]:
+    """Surveys on the imagery whose windows share no ground with a presence's, and their places.
+
+    Those that lack a covariate are left out too.
+    """
     rows, cols = imagery.rowcol(surveys["lon"].to_numpy(), surveys["lat"].to_numpy())
-    trained = imagery.rowcol(facts["longitude"].to_numpy(), facts["latitude"].to_numpy())
+    use = clear_of(rows, cols, *imagery.rowcol(*where(presences)), model.window_px)
     height, width = imagery.shape
-    use = clear_of(rows, cols, *trained, model.window_px)
     use &= (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
     places = Places(imagery, rows[use], cols[use], model.window_px, model.fill)
-    vectors = embeddings(model, places, accelerator=config.trainer.accelerator)
-    with torch.inference_mode():
-        logits = model.head(vectors).double().numpy()  # (N, T)
-    return calibrate_on_surveys(logits, surveys[use], model.taxa, config.validation.calibration)
+    known = with_covariates(places, covariates)
+    return surveys[use][known], places.subset(known)
 
 
 def judge(
@@ -160,11 +190,16 @@ def judge(
     calibrations: Mapping[str, Calibration],
     curves: Mapping[str, tuple[list[float], list[float]]],
     config: FinetuneConfig,
+    covariates: Covariates | None = None,
 ) -> Trust:
     """Measure how far the maps of a calibrated model can be trusted."""
     accelerator = config.trainer.accelerator
-    here = embeddings(model, presences, accelerator=accelerator)  # (N, D)
-    away = embeddings(model, background, accelerator=accelerator)  # (M, D)
+    here = read_places(model, presences, covariates, accelerator)  # (N, D + F)
+    away = read_places(model, background, covariates, accelerator)  # (M, D + F)
+    scaled = None
+    if model.environment is not None and covariates is not None:
+        table = np.concatenate([covariates.at(*where(w)) for w in (presences, background)])
+        scaled = torch.from_numpy(model.environment.scaled(table))  # (N + M, S)
     labels = presences.labels[presences.rows]
     with torch.inference_mode():
         logits = model.head(torch.cat([here, away])).double().numpy()  # (N + M, T)
@@ -181,7 +216,7 @@ def judge(
             value = np.interp(value, *curves[name])
         values[name] = value[taxon == k], value[taxon == -1]
     fold = None if folds is None else folds["fold"].to_numpy()
-    return measure_trust(model, here, labels, away, fold, values, curves, config.seed)
+    return measure_trust(model, here, labels, away, fold, values, curves, config.seed, scaled)
 
 
 def fit_taxa(
@@ -190,10 +225,13 @@ def fit_taxa(
     background: Places,
     config: FinetuneConfig,
     work: Path | None = None,
+    covariates: Covariates | None = None,
+    fold: NDArray[np.int64] | None = None,
 ) -> tuple[SpeciesModel, dict[str, Any]]:
     """Fine-tune a copy of a model on presences against background.
 
-    A taxon's vector starts where its windows differ from the background on average.
+    A taxon's vector starts where its windows differ from the background on average. With
+    `config.head` or covariates, heads are fitted anew at the end.
 
     Args:
         base: The model to start from, left as it is.
@@ -201,6 +239,8 @@ def fit_taxa(
         background: Places of the study area.
         config: The stage.
         work: Folder for logs and for resuming, if any.
+        covariates: To read beside the embedding, if any; all places have them.
+        fold: Of presences, then background, that a penalty is chosen on, shape (N + M,).
 
     Returns:
         The fine-tuned model, in evaluation mode, and metrics of the fit.
@@ -209,7 +249,35 @@ def fit_taxa(
     model = copy.deepcopy(base)
     model.taxa = presences.taxa
     model.head = TaxonHead(len(model.taxa), model.dim)
-    model.trust = None
+    model.trust, model.environment = None, None
+    accelerator = config.trainer.accelerator
+    refits = config.head is not None or covariates is not None
+    metrics: dict[str, Any] = {}
+    if not (refits and config.freeze_encoder):
+        metrics = _fine_tune(model, presences, background, config, work)
+    if refits:
+        metrics["penalty"] = fit_heads(
+            model,
+            presences,
+            background,
+            covariates,
+            fold,
+            config.data,
+            config.head or HeadConfig(),
+            config.seed,
+            accelerator,
+        )
+    return model.requires_grad_(True).eval(), metrics
+
+
+def _fine_tune(
+    model: SpeciesModel,
+    presences: PairedRows,
+    background: Places,
+    config: FinetuneConfig,
+    work: Path | None,
+) -> dict[str, Any]:
+    """Train a model in place, and give the metrics of the fit."""
     accelerator = config.trainer.accelerator
     here = embeddings(model, presences, accelerator=accelerator)  # (N, D)
     labels = torch.from_numpy(presences.labels[presences.rows])  # (N,)
@@ -227,8 +295,7 @@ def fit_taxa(
     both = CombinedLoader({"presences": loader, "background": other}, mode="min_size")
     steps = config.optim.epochs * len(loader)
     stage = Finetune(model, config.optim, steps, config.positive_weight, config.align, config.views)
-    metrics = fit(stage, both, config.optim, config.trainer, work)
-    return model.requires_grad_(True).eval(), metrics
+    return fit(stage, both, config.optim, config.trainer, work)
 
 
 def cross_validate(
@@ -238,6 +305,7 @@ def cross_validate(
     config: FinetuneConfig,
     work: Path | None = None,
     other: Places | None = None,
+    covariates: Covariates | None = None,
 ) -> pd.DataFrame:
     """Fine-tune with whole folds held out in turn, and score what was held out.
 
@@ -250,6 +318,7 @@ def cross_validate(
         config: The stage, with `validation`.
         work: Folder where each fold's scores are kept, so that a run that goes on repeats none.
         other: Places of the other kind of background, scored and never trained on.
+        covariates: To read beside the embedding, if any; all places have them.
 
     Returns:
         One row per presence and background place: observation_id and taxon (empty for
@@ -277,15 +346,20 @@ def cross_validate(
             logits[held] = np.load(kept)
             continue
         model, _ = fit_taxa(
-            base, presences.subset(use[:count]), background.subset(use[count:end]), config
+            base,
+            presences.subset(use[:count]),
+            background.subset(use[count:end]),
+            config,
+            covariates=covariates,
+            fold=folds[:end][use[:end]],
         )
         accelerator = config.trainer.accelerator
         parts = [
-            embeddings(model, presences.subset(held[:count]), accelerator=accelerator),
-            embeddings(model, background.subset(held[count:end]), accelerator=accelerator),
+            read_places(model, presences.subset(held[:count]), covariates, accelerator),
+            read_places(model, background.subset(held[count:end]), covariates, accelerator),
         ]
         if other is not None:
-            parts.append(embeddings(model, other.subset(held[end:]), accelerator=accelerator))
+            parts.append(read_places(model, other.subset(held[end:]), covariates, accelerator))
         with torch.inference_mode():
             logits[held] = model.head(torch.cat(parts)).numpy()
         known = presences.labels[presences.rows[use[:count]]]

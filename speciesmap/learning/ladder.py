@@ -17,22 +17,29 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from speciesmap.config import FinetuneConfig
-from speciesmap.errors import ConfigError, ImageryError
+from speciesmap.errors import ConfigError
 from speciesmap.learning.baselines import logistic, positions, trend_surface, window_statistics
-from speciesmap.learning.data import PairedRows, Places, draw_background, open_sources
+from speciesmap.learning.data import (
+    PairedRows,
+    Places,
+    draw_background,
+    open_sources,
+    target_group_places,
+)
 from speciesmap.learning.distribution import Records, choose_penalty, fit_linear
-from speciesmap.learning.finetune import make_folds
+from speciesmap.learning.finetune import make_folds, surveyed_places
 from speciesmap.learning.fit import embeddings
+from speciesmap.learning.heads import CHOOSING, expand, find_covariates, read_places
 from speciesmap.learning.metrics import auc, measure, paired_difference, reliability
-from speciesmap.learning.trust import clear_of, read_surveys
+from speciesmap.learning.trust import read_surveys
 from speciesmap.mapping.query import FEW, score, taxon_query
 from speciesmap.models import SpeciesModel
 from speciesmap.observations.folds import separated
 from speciesmap.progress import track
-from speciesmap.rasters.imagery import Imagery, open_imagery
+from speciesmap.rasters.covariates import open_covariates
 from speciesmap.taxa import Taxon
 
-CHOOSING = 2_000  # places that a penalty is chosen on, at most
+RANDOM, GROUP = -1, -2  # in the place of a taxon: random background, target-group places
 ASKING = 5  # photos of a query
 HEAD = "embedding + head"
 WITH_COVARIATES = "embedding + covariates + head"
@@ -44,16 +51,17 @@ log = logging.getLogger("speciesmap")
 
 @dataclass(frozen=True)
 class Rows:
-    """Presences of all taxa, then random background, with all that a rung may look at.
+    """Presences of all taxa, then background, with all that a rung may look at.
 
     Attributes:
         taxa: All.
-        taxon: Position in `taxa`, -1 for background, shape (N,).
+        taxon: Position in `taxa`, `RANDOM` or `GROUP` for background, shape (N,).
         fold: Shape (N,).
         uses: Rows to train on for each fold, none of whose windows overlaps a held-out one.
         places: Where the windows are.
         embedding: Of the encoder, shape (N, D).
         covariates: Shape (N, C); C may be 0.
+        categorical: Those of them that hold classes.
         photos: Embeddings of a few ground photos by taxon and fold, each (n, D).
     """
 
@@ -64,7 +72,14 @@ class Rows:
     places: Places
     embedding: NDArray[np.float32]
     covariates: NDArray[np.float64]
+    categorical: list[int]
     photos: Mapping[tuple[int, int], NDArray[np.float32]]
+
+    @property
+    def group(self) -> NDArray[np.bool_]:
+        """Places of the target group: those given, or else the records of all taxa, shape (N,)."""
+        given = self.taxon == GROUP
+        return given if given.any() else self.taxon >= 0
 
     @property
     def names(self) -> list[str]:
@@ -119,7 +134,7 @@ def climb(
             name: {"presences": int((rows.taxon == k).sum()), "few": _few(rows, k)}
             for k, name in enumerate(rows.names)
         },
-        "background": int((rows.taxon < 0).sum()),
+        "background": int((rows.taxon == RANDOM).sum()),
         "folds": {
             str(k): {"held_out": int((rows.fold == k).sum()), "trained": int(use.sum())}
             for k, use in rows.uses.items()
@@ -162,18 +177,29 @@ def gather(encoder: SpeciesModel, config: FinetuneConfig, covariates: Sequence[P
     facts = presences.dataset.facts.iloc[presences.rows]
     rows, cols = imagery.rowcol(facts["longitude"].to_numpy(), facts["latitude"].to_numpy())
     count = len(presences)
-    rows, cols = np.r_[rows, background.rows], np.r_[cols, background.cols]
+    drawn = [background]
+    if config.data.target_group is not None:
+        drawn.append(target_group_places(sources, config.data.target_group, encoder.fill))
+    rows = np.concatenate([rows, *(places.rows for places in drawn)])
+    cols = np.concatenate([cols, *(places.cols for places in drawn)])
     fold = make_folds(rows, cols, count, background, config)
     places = Places(imagery, rows, cols, sources.window_px, encoder.fill)
     accelerator = config.trainer.accelerator
     vectors = torch.cat(
         [
             embeddings(encoder, presences, accelerator=accelerator),
-            embeddings(encoder, background, accelerator=accelerator),
+            *(embeddings(encoder, places, accelerator=accelerator) for places in drawn),
         ]
     )
-    x, y = imagery.xy(rows, cols)
-    values = sample_rasters(covariates, x, y)
+    if covariates:
+        data = config.data.model_copy(update={"covariates": [str(path) for path in covariates]})
+    else:
+        data = config.data
+    beside = find_covariates(data, imagery)
+    values, categorical = np.empty((len(rows), 0)), []
+    if beside is not None:
+        values = beside.at(*imagery.xy(rows, cols))
+        categorical = [beside.names.index(name) for name in data.categorical]
     known = np.asarray(np.isfinite(values).all(axis=1))
     if not known.all():
         log.warning("%d places lack a covariate and are left out", int((~known).sum()))
@@ -182,7 +208,8 @@ def gather(encoder: SpeciesModel, config: FinetuneConfig, covariates: Sequence[P
         for k in np.unique(fold)
     }
     chosen = np.flatnonzero(known)
-    taxon = np.r_[presences.labels[presences.rows], np.full(len(background), -1)]
+    kinds = [np.full(len(d), kind) for d, kind in zip(drawn, (RANDOM, GROUP), strict=False)]
+    taxon = np.concatenate([presences.labels[presences.rows], *kinds])
     if encoder.ground is not None and sources.dataset.has_ground:
         photos = _photos(encoder, presences, fold[:count], rng)
     return Rows(
@@ -193,6 +220,7 @@ def gather(encoder: SpeciesModel, config: FinetuneConfig, covariates: Sequence[P
         places.subset(known),
         vectors.numpy()[chosen],
         values[chosen],
+        categorical,
         photos,
     )
 
@@ -215,30 +243,6 @@ def _photos(
                     batch = presences.__getitems__(own.tolist())
                     found[k, int(j)] = np.asarray(encoder.encode_ground(batch["ground"]).numpy())
     return found
-
-
-def sample_rasters(
-    paths: Sequence[Path | str], longitude: NDArray[np.float64], latitude: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Values of all bands of rasters at places, NaN outside them, shape (N, C).
-
-    Raises:
-        ImageryError: A raster cannot be read, or holds none of the places.
-    """
-    columns: list[NDArray[np.float64]] = [np.empty((len(longitude), 0))]
-    for path in paths:
-        raster: Imagery = open_imagery(path)
-        rows, cols = raster.rowcol(longitude, latitude)
-        height, width = raster.shape
-        values = np.full((len(rows), len(raster.bands)), np.nan)
-        inside = (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
-        if not inside.any():
-            raise ImageryError(f"covariates {path} hold none of the places; give rasters that do")
-        for k in np.flatnonzero(inside):
-            pixels, valid = raster.read(int(rows[k]), int(cols[k]), 1, 1)
-            values[k] = np.where(valid[0, 0], pixels[:, 0, 0], np.nan)
-        columns.append(values)
-    return np.concatenate(columns, axis=1)
 
 
 def _few(rows: Rows, k: int) -> bool:
@@ -270,12 +274,14 @@ def _rungs(
         skipped["MaxEnt"] = "elapid is not installed; pip install elapid"
     else:
         rungs[f"MaxEnt on {shown}, random background"] = lambda: _maxent(rows, features, False)
-        if len(rows.names) > 1:
+        if len(rows.names) > 1 or (rows.taxon == GROUP).any():
             rungs[f"MaxEnt on {shown}, target-group background"] = lambda: _maxent(
                 rows, features, True
             )
         else:
-            skipped["MaxEnt, target-group background"] = "the data set has a single taxon"
+            skipped["MaxEnt, target-group background"] = (
+                "the data set has a single taxon; give data.target_group in the configuration"
+            )
     if encoder.text is not None:
         rungs["query by text"] = lambda: _by_text(encoder, rows)
     else:
@@ -286,13 +292,12 @@ def _rungs(
         skipped["query by photo"] = "the model has no ground tower, or the data set no photos"
     if not rows.covariates.shape[1]:
         skipped[WITH_COVARIATES] = "no covariates were given; pass --covariates RASTER"
-    rungs[HEAD] = lambda: _headed(rows, rows.embedding, rng)
+    looks = rows.embedding
+    rungs[HEAD] = lambda: _headed(rows, looks, seed)
     if rows.covariates.shape[1]:
-        both = np.concatenate([rows.embedding, rows.covariates], axis=1)
-        rungs[WITH_COVARIATES] = lambda: _headed(rows, both, rng)
-    place = np.column_stack([location, location**2, location.prod(1)])
-    rungs[WITH_LOCATION] = lambda: _headed(rows, np.c_[rows.embedding, place], rng)
-    rungs[SHUFFLED] = lambda: _headed(rows, np.c_[rows.embedding[mixed], place], rng)
+        rungs[WITH_COVARIATES] = lambda: _headed(rows, looks, seed, rows.covariates)
+    rungs[WITH_LOCATION] = lambda: _headed(rows, looks, seed, location)
+    rungs[SHUFFLED] = lambda: _headed(rows, looks[mixed], seed, location)
     return rungs, skipped
 
 
@@ -300,7 +305,7 @@ def _classified(rows: Rows, features: NDArray[Any], make: Callable[[], Any]) -> 
     def scored(use: NDArray[np.bool_], held: NDArray[np.bool_]) -> NDArray[Any]:
         found = np.zeros((held.sum(), len(rows.names)))
         for k in range(len(rows.names)):
-            part = use & ((rows.taxon == k) | (rows.taxon < 0))
+            part = use & ((rows.taxon == k) | (rows.taxon == RANDOM))
             present = rows.taxon[part] == k
             if present.any() and not present.all():
                 found[:, k] = make().fit(features[part], present).decision_function(features[held])
@@ -317,7 +322,7 @@ def _maxent(rows: Rows, features: NDArray[Any], group: bool) -> NDArray[np.float
         found = np.zeros((held.sum(), len(rows.names)))
         for k in range(len(rows.names)):
             here = np.flatnonzero(use & (rows.taxon == k))
-            away = np.flatnonzero(use & ((rows.taxon >= 0) if group else (rows.taxon < 0)))
+            away = np.flatnonzero(use & (rows.group if group else rows.taxon == RANDOM))
             if not len(here) or not len(away):
                 continue
             model = elapid.MaxentModel(feature_types=["linear", "quadratic", "hinge"], n_cpus=1)
@@ -331,14 +336,25 @@ def _maxent(rows: Rows, features: NDArray[Any], group: bool) -> NDArray[np.float
     return rows.by_fold(scored)
 
 
-def _headed(rows: Rows, features: NDArray[Any], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Linear heads whose penalty is chosen within the training folds."""
+def _headed(
+    rows: Rows,
+    embedding: NDArray[np.float32],
+    seed: int,
+    beside: NDArray[np.float64] | None = None,
+) -> NDArray[np.float64]:
+    """Linear heads on embeddings, and on covariates or location, as `fit_heads` makes them."""
 
     def scored(use: NDArray[np.bool_], held: NDArray[np.bool_]) -> NDArray[Any]:
+        use = use & (rows.taxon != GROUP)
+        features = embedding
+        if beside is not None:
+            categorical = rows.categorical if beside is rows.covariates else []
+            there = expand(beside[use], categorical)(beside).numpy()  # (N, F)
+            features = np.concatenate([embedding, there], axis=1)
         presences = (rows.taxon[use][:, None] == np.arange(len(rows.names))).astype(np.float32)
         records = Records(features[use], presences, 1 - presences)
         some = np.zeros(len(presences), bool)
-        some[rng.permutation(len(presences))[:CHOOSING]] = True
+        some[np.random.default_rng(seed).permutation(len(presences))[:CHOOSING]] = True
         inner = rows.fold[use][some]
         penalty = choose_penalty(records.subset(some), inner, loss="assume_negative")
         return fit_linear(records, penalty, loss="assume_negative").logits(features[held])
@@ -375,7 +391,7 @@ def _judge(rows: Rows, scores: NDArray[np.float64]) -> dict[str, Any]:
     said: list[NDArray[np.float64]] = []
     truth: list[NDArray[np.bool_]] = []
     for k, name in enumerate(rows.names):
-        own = (rows.taxon == k) | (rows.taxon < 0)
+        own = (rows.taxon == k) | (rows.taxon == RANDOM)
         present, value, fold = rows.taxon[own] == k, scores[own, k], rows.fold[own]
         odds, threshold = np.full(len(value), np.nan), np.full(len(value), np.nan)
         for held_out in np.unique(fold):
@@ -398,7 +414,7 @@ def _judge(rows: Rows, scores: NDArray[np.float64]) -> dict[str, Any]:
         )
         found["auc"] = auc(present, value)
         found["auc_folds"] = [auc(present[fold == j], value[fold == j]) for j in np.unique(fold)]
-        group = rows.taxon >= 0
+        group = rows.group | (rows.taxon == k)
         found["auc_target_group"] = auc(rows.taxon[group] == k, scores[group, k])
         by_taxon[name] = found
         said.append(odds[known])
@@ -449,19 +465,18 @@ def on_surveys(model: SpeciesModel, config: FinetuneConfig, path: Path | str) ->
 
     Places whose window overlaps a presence's are left out.
     """
-    surveys = read_surveys(path)
     sources = open_sources(config.data)
     assert sources.imagery is not None and sources.dataset is not None
-    imagery = sources.imagery
-    facts = sources.dataset.facts.iloc[sources.rows]
-    rows, cols = imagery.rowcol(surveys["lon"].to_numpy(), surveys["lat"].to_numpy())
-    trained = imagery.rowcol(facts["longitude"].to_numpy(), facts["latitude"].to_numpy())
-    height, width = imagery.shape
-    use = clear_of(rows, cols, *trained, model.window_px)
-    use &= (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
-    surveys = surveys[use]
-    places = Places(imagery, rows[use], cols[use], model.window_px, model.fill)
-    vectors = embeddings(model, places, accelerator=config.trainer.accelerator).numpy()
+    presences = PairedRows(sources.dataset, sources.rows, sources.taxa, None, sources.window_px)
+    environment, covariates = model.environment, None
+    if environment is not None:
+        covariates = open_covariates(
+            environment.sources, crs=environment.crs, wanted=environment.names
+        )
+    everything = read_surveys(path)
+    surveys, places = surveyed_places(model, everything, presences, sources.imagery, covariates)
+    read = read_places(model, places, covariates, config.trainer.accelerator).numpy()
+    vectors, features = read[:, : model.dim], read[:, model.dim :]
     found: dict[str, Any] = {}
     said, truth = [], []
     for taxon in model.taxa:
@@ -469,7 +484,7 @@ def on_surveys(model: SpeciesModel, config: FinetuneConfig, path: Path | str) ->
         if not own.any():
             continue
         query = taxon_query(model, taxon.name)
-        value = score(vectors[own], [query])[0].astype(np.float64)
+        value = score(vectors[own], [query], features[own])[0].astype(np.float64)
         present = surveys["present"].to_numpy()[own]
         threshold = next(iter(query.thresholds.values()), 0.5)
         probable = query.quantity == "probability"
@@ -483,8 +498,8 @@ def on_surveys(model: SpeciesModel, config: FinetuneConfig, path: Path | str) ->
             truth.append(present)
     table = reliability(np.concatenate(truth), np.concatenate(said)) if said else pd.DataFrame()
     return {
-        "places": int(use.sum()),
-        "left_out": int((~use).sum()),
+        "places": len(surveys),
+        "left_out": len(everything) - len(surveys),
         "taxa": found,
         "reliability": table.to_dict("records"),
     }

@@ -51,12 +51,13 @@ def measure_trust(
     held_out: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]],
     curves: Mapping[str, tuple[list[float], list[float]]],
     seed: int,
+    covariates: Tensor | None = None,
 ) -> Trust:
     """Measure a fine-tuned and calibrated model.
 
     Args:
         model: Whose head gives the maps.
-        here: Its embeddings of the presences, shape (N, D).
+        here: What its heads read at the presences, shape (N, D), or (N, D + F) with covariates.
         labels: Their taxa, shape (N,).
         away: Of the background, shape (M, D).
         fold: Spatial fold of presences, then background, shape (N + M,). Without folds members
@@ -65,6 +66,7 @@ def measure_trust(
             models that did not see them; thresholds are read from these.
         curves: Isotonic calibrations.
         seed: Of all that is random.
+        covariates: At presences, then background, in standard deviations, shape (N + M, S).
     """
     rng = np.random.default_rng(seed)
     everything = torch.cat([here, away])
@@ -74,7 +76,12 @@ def measure_trust(
     return Trust(
         weight,
         offset,
-        learn_applicability(everything, np.arange(len(everything)) if fold is None else parts, rng),
+        learn_applicability(
+            everything[:, : model.dim],
+            np.arange(len(everything)) if fold is None else parts,
+            rng,
+            covariates,
+        ),
         {name: thresholds(*held_out[name]) for name in names if len(held_out[name][0])},
         dict(curves),
         {name: int((labels == k).sum()) for k, name in enumerate(names)},

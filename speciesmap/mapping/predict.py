@@ -17,6 +17,7 @@ from speciesmap.errors import QueryError, StoreError
 from speciesmap.mapping.applicability import applicable
 from speciesmap.mapping.cut import ahead
 from speciesmap.mapping.query import Query, score, spread
+from speciesmap.mapping.surroundings import Surroundings
 from speciesmap.models.trust import Applicability
 from speciesmap.progress import track
 from speciesmap.rasters.geotiff import MapWriter
@@ -52,6 +53,7 @@ def write_maps(
     applicability: Applicability | None = None,
     richness: Path | None = None,
     months: Mapping[str, NDArray[np.float32]] | None = None,
+    surroundings: Surroundings | None = None,
 ) -> list[Map]:
     """Score a store against queries and write a Cloud-Optimized GeoTIFF for each.
 
@@ -71,6 +73,7 @@ def write_maps(
         months: Vector that each month adds to every embedding, by the month's name. Several take
             the place of band 1, by their names, and the tag QUANTITY tells what they are; a single
             one is named in the tag MONTH.
+        surroundings: Covariates, of a model that reads some.
 
     Returns:
         The maps, in the order of the queries.
@@ -109,10 +112,10 @@ def write_maps(
     ]
     for start in range(0, len(maps), MOST_OPEN_MAPS):
         some = maps[start : start + MOST_OPEN_MAPS]
-        _write_maps(store, some, rows, cols, applicability, months or {})
+        _write_maps(store, some, rows, cols, applicability, months or {}, surroundings)
     if richness is not None:
         taxa = [q for q in queries if q.kind == "taxon" and q.quantity == "probability"]
-        _write_richness(store, taxa, richness, rows, cols, applicability)
+        _write_richness(store, taxa, richness, rows, cols, applicability, surroundings)
     return maps
 
 
@@ -123,6 +126,7 @@ def _write_maps(
     cols: slice,
     known: Applicability | None,
     months: Mapping[str, NDArray[np.float32]],
+    surroundings: Surroundings | None,
 ) -> None:
     """Write maps in one pass over the store."""
     geobox = store.geobox[rows, cols]
@@ -150,20 +154,21 @@ def _write_maps(
             )
             for m, spreads in zip(maps, uncertain, strict=True)
         ]
-        for tile, row, col, inside in _tiles(store, rows, cols):
+        for tile in _tiles(store, rows, cols, surroundings):
             # tiles are scored whole: a product's last bit depends on the shapes of its factors
-            shown = [moved(tile, month) for month in months.values()] or [tile]
-            values = np.stack([score(vectors, queries) for vectors in shown], 1)  # (Q, months, ...)
-            inner = applicable(tile, known) if known else None
+            vectors, inside = tile.vectors, tile.inside
+            shown = [moved(vectors, month) for month in months.values()] or [vectors]
+            values = np.stack([score(v, queries, tile.features) for v in shown], 1)  # (Q, M, ...)
+            inner = applicable(vectors, known, tile.scaled) if known else None
             for writer, query, value, spreads in zip(
                 writers, queries, values, uncertain, strict=True
             ):
                 bands = [month[inside] for month in value]
                 if spreads:
-                    bands.append(spread(tile, query)[inside])
+                    bands.append(spread(vectors, query, tile.features)[inside])
                 if inner is not None:
                     bands.append(inner[inside])
-                writer.write(row, col, np.stack(bands))
+                writer.write(tile.row, tile.col, np.stack(bands))
 
 
 def moved(vectors: NDArray[Any], month: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -183,21 +188,34 @@ def _write_richness(
     rows: slice,
     cols: slice,
     known: Applicability | None,
+    surroundings: Surroundings | None,
 ) -> None:
     """Sum probabilities in a pass of its own, whatever the number of taxa."""
     tags = {"TAXON": "Species richness", "QUERY": "richness", "MODEL": store.identity.model}
     with MapWriter(path, store.geobox[rows, cols], bands=["richness"], tags=tags) as writer:
-        for tile, row, col, inside in _tiles(store, rows, cols):
-            total = score(tile, queries).sum(0)
+        for tile in _tiles(store, rows, cols, surroundings):
+            total = score(tile.vectors, queries, tile.features).sum(0)
             if known is not None:
-                total[applicable(tile, known) == 0] = np.nan
-            writer.write(row, col, total[inside][None])
+                total[applicable(tile.vectors, known, tile.scaled) == 0] = np.nan
+            writer.write(tile.row, tile.col, total[tile.inside][None])
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Cells of a whole tile, where they come in the wanted range, and what of them is wanted."""
+
+    vectors: NDArray[Any]
+    row: int
+    col: int
+    inside: tuple[slice, slice]
+    features: NDArray[np.float32] | None = None
+    scaled: NDArray[np.float32] | None = None
 
 
 def _tiles(
-    store: EmbeddingStore, rows: slice, cols: slice
-) -> Iterator[tuple[NDArray[Any], int, int, tuple[slice, slice]]]:
-    """Read whole tiles ahead; where each comes in the wanted range, and what of it is wanted."""
+    store: EmbeddingStore, rows: slice, cols: slice, surroundings: Surroundings | None
+) -> Iterator[_Tile]:
+    """Read whole tiles ahead."""
     blocks = list(_blocks(store, rows, cols))
     read = ((block, store.read(*block)) for block in blocks)
     for (block_rows, block_cols), vectors in track(ahead(read, 2), "Scoring", len(blocks)):
@@ -205,7 +223,11 @@ def _tiles(
             tile = vectors[:, left - block_cols.start :][:, :TILE]
             inner_rows, row = _shared(block_rows.start, tile.shape[0], rows)
             inner_cols, col = _shared(left, tile.shape[1], cols)
-            yield tile, row, col, (inner_rows, inner_cols)
+            beside: Sequence[NDArray[np.float32] | None] = (None, None)
+            if surroundings is not None:
+                right = left + tile.shape[1]
+                beside = surroundings.cells(store.geobox[block_rows, left:right])
+            yield _Tile(tile, row, col, (inner_rows, inner_cols), *beside)
 
 
 def _shared(start: int, count: int, wanted: slice) -> tuple[slice, int]:

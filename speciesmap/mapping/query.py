@@ -32,6 +32,8 @@ log = logging.getLogger("speciesmap")
 class Query:
     """One map to be made; its value at a place is `sigmoid(gain * cosine + offset)`.
 
+    The features of covariates, if it has weights for them, add to the logit.
+
     Attributes:
         label: What a reader calls it, for a taxon its scientific name.
         kind: How it was asked for.
@@ -40,11 +42,13 @@ class Query:
         offset: In logits.
         quantity: What the values are.
         members: Heads fitted to parts of the training data, whose spread is the map's
-            uncertainty, in logits, float32, shape (M, D); M is 0 where there are none.
+            uncertainty, in logits, float32, shape (M, D + F); M is 0 where there are none.
         member_offsets: Theirs, shape (M,).
         curve: Isotonic calibration, if any: values of the logistic curve, and the probabilities
             they stand for.
         thresholds: Values that bound a range, by rule, fixed at training.
+        covariates: Weights of features of covariates, in logits, float32, shape (F,); F is 0 of
+            queries that read the embedding alone.
     """
 
     label: str
@@ -57,6 +61,7 @@ class Query:
     member_offsets: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     curve: tuple[Sequence[float], Sequence[float]] | None = None
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    covariates: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
 
     @property
     def stem(self) -> str:
@@ -67,7 +72,7 @@ class Query:
 def without_calibration(query: Query) -> Query:
     """Give a query whose values only rank places, for embeddings other than calibrated on."""
     plain = {f.name: getattr(query, f.name) for f in fields(Query)[:5]}
-    return Query(**plain, quantity="suitability")
+    return Query(**plain, quantity="suitability", covariates=query.covariates)
 
 
 def make_queries(
@@ -113,8 +118,10 @@ def taxon_query(model: SpeciesModel, name: str) -> Query:
     label = model.taxa[position].name
     trust = model.trust
     known: dict[str, Any] = {}
+    if model.head.covariates is not None:
+        known["covariates"] = _array(model.head.covariates[position])
     if trust is not None:
-        known = {
+        known |= {
             "members": _array(trust.weight[position]),
             "member_offsets": _array(trust.offset[position]),
             "curve": trust.curves.get(label),
@@ -220,7 +227,11 @@ def _open_photo(path: Path) -> Image.Image:
         ) from error
 
 
-def score(vectors: NDArray[Any], queries: Sequence[Query]) -> NDArray[np.float32]:
+def score(
+    vectors: NDArray[Any],
+    queries: Sequence[Query],
+    covariates: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
     """Score places against all queries by matrix products.
 
     A product's last bit depends on the shapes of its factors. Queries are therefore taken in
@@ -229,9 +240,11 @@ def score(vectors: NDArray[Any], queries: Sequence[Query]) -> NDArray[np.float32
     Args:
         vectors: Unit embeddings, shape (..., D); NaN where nothing is known.
         queries: Any number.
+        covariates: Features of covariates at the places, shape (..., F); NaN where one is unknown.
 
     Returns:
-        Values in [0, 1], shape (queries, ...), NaN where the embedding is.
+        Values in [0, 1], shape (queries, ...), NaN where the embedding is, or a covariate that
+        the query reads.
     """
     places = torch.from_numpy(np.ascontiguousarray(vectors)).reshape(-1, vectors.shape[-1]).float()
     padded = -(-len(queries) // TOGETHER) * TOGETHER
@@ -246,6 +259,13 @@ def score(vectors: NDArray[Any], queries: Sequence[Query]) -> NDArray[np.float32
     for start in range(0, padded, TOGETHER):
         block = slice(start, start + TOGETHER)
         torch.addmm(offsets[block], directions[block], places.T, out=values[block])
+    beside = None
+    if covariates is not None:
+        beside = torch.from_numpy(covariates).reshape(len(places), -1)  # (N, F)
+    for value, query in zip(values, queries, strict=False):
+        if query.covariates.size:
+            assert beside is not None
+            value += beside @ torch.from_numpy(query.covariates)
     scored = values[: len(queries)].sigmoid_().numpy()
     for value, query in zip(scored, queries, strict=True):
         if query.curve is not None:
@@ -253,17 +273,23 @@ def score(vectors: NDArray[Any], queries: Sequence[Query]) -> NDArray[np.float32
     return scored.reshape(len(queries), *vectors.shape[:-1])
 
 
-def spread(vectors: NDArray[Any], query: Query) -> NDArray[np.float32]:
+def spread(
+    vectors: NDArray[Any], query: Query, covariates: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
     """Standard deviation of a query's members at places, in the unit of its map.
 
     Args:
         vectors: Unit embeddings, shape (..., D); NaN where nothing is known.
         query: With at least two members.
+        covariates: As for `score`.
 
     Returns:
         0 or more, shape (...), NaN where the embedding is.
     """
     places = torch.from_numpy(np.ascontiguousarray(vectors)).reshape(-1, vectors.shape[-1]).float()
+    if covariates is not None:
+        beside = torch.from_numpy(covariates).reshape(len(places), -1)
+        places = torch.cat([places, beside], 1)  # (N, D + F)
     offsets = torch.from_numpy(query.member_offsets)[:, None]
     values = torch.addmm(offsets, torch.from_numpy(query.members), places.T).sigmoid_()  # (M, N)
     if query.curve is not None:

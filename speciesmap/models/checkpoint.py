@@ -14,6 +14,7 @@ from safetensors.torch import save_model as save_weights
 
 from speciesmap.errors import ModelError
 from speciesmap.models.crisp import Architecture, SpeciesModel
+from speciesmap.models.environment import Environment
 from speciesmap.models.trust import Trust
 from speciesmap.rasters.values import Values
 from speciesmap.taxa import Taxon
@@ -41,6 +42,7 @@ def save_model(model: SpeciesModel, folder: Path | str, facts: Mapping[str, Any]
         "architecture": asdict(model.architecture),
         "prevalence": model.prevalence,
         "fingerprint": model.fingerprint,
+        "environment": model.environment.save() if model.environment else None,
         "trust": model.trust.save(folder) if model.trust else None,
         "values": asdict(model.values) if model.values else None,
         **facts,
@@ -107,10 +109,13 @@ def load_model(folder: Path | str) -> SpeciesModel:
             taxa,
             facts["prevalence"],
             references=references,
+            environment=Environment.load(stated) if (stated := facts.get("environment")) else None,
         )
         load_weights(model, folder / WEIGHTS)
         if facts.get("trust"):
-            model.trust = Trust.load(folder, facts["trust"], len(taxa), model.dim)
+            model.trust = Trust.load(
+                folder, facts["trust"], len(taxa), model.dim, model.environment
+            )
         if facts.get("values"):
             model.values = Values.read(facts["values"])
     except FileNotFoundError as error:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from speciesmap.errors import ModelError
 from speciesmap.models.crossview import PairMatcher
 from speciesmap.models.encoders import ImageTower
+from speciesmap.models.environment import Environment
 from speciesmap.models.factored import FactoredTower
 from speciesmap.models.heads import TaxonHead
 from speciesmap.models.metadata import MetadataEncoder
@@ -78,6 +79,7 @@ class SpeciesModel(nn.Module):
             against, by name; a taxon left out is uncalibrated.
         references: How many windows of the training landscape `reference` holds.
         pretrained: Names of the towers, `aerial` or `ground`, that start from timm's weights.
+        environment: Covariates that the heads read beside embeddings, if any.
 
     Attributes:
         head: Learned embeddings of `taxa`.
@@ -96,6 +98,7 @@ class SpeciesModel(nn.Module):
         prevalence: dict[str, float] | None = None,
         references: int = 0,
         pretrained: Collection[str] = (),
+        environment: Environment | None = None,
     ) -> None:
         super().__init__()
         self.architecture = a = architecture
@@ -135,7 +138,9 @@ class SpeciesModel(nn.Module):
                     "that is not factored"
                 )
             self.matcher = PairMatcher(self.aerial, self.ground, a.metadata)
-        self.head = TaxonHead(len(self.taxa), a.dim)
+        self.environment = environment
+        beside = environment.expansion.width if environment else 0
+        self.head = TaxonHead(len(self.taxa), a.dim, beside=beside)
         self.trust: Trust | None = None
         self.values: Values | None = None
         self.log_scale = nn.Parameter(torch.tensor(math.log(START_LOGIT_SCALE)))

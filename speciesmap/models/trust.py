@@ -10,6 +10,8 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from speciesmap.models.environment import Environment
+
 TRUST = "trust.safetensors"
 
 
@@ -18,12 +20,14 @@ class Applicability:
     """The training places, as distances to them are measured.
 
     Attributes:
-        centre: Mean of the training embeddings, shape (D,).
+        centre: Mean of the training embeddings, shape (D,); with covariates these follow, weighed,
+            and D counts them.
         axes: Their principal directions, shape (P, D).
         places: Coordinates along the axes and, last, the length of what the axes leave over,
             shape (R, P + 1).
         mean_distance: Between two training places, on average.
         threshold: Largest dissimilarity index that counts as known.
+        beside: Distance that a standard deviation of a covariate counts for.
     """
 
     centre: Tensor
@@ -31,6 +35,7 @@ class Applicability:
     places: Tensor
     mean_distance: float
     threshold: float
+    beside: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Trust:
     """Figures of a fine-tuned model, by name of taxon.
 
     Attributes:
-        weight: Heads fitted to parts of the training data, in logits of the map, shape (T, M, D).
+        weight: Heads fitted to parts of the training data, in logits of the map, shape (T, M, D);
+            features of covariates count in D.
         offset: Theirs, shape (T, M).
         applicability: Of all maps of the model, where it was measured.
         thresholds: Values of the map that bound a range, by rule.
@@ -60,7 +66,7 @@ class Trust:
         if self.applicability is not None:
             a = self.applicability
             tensors |= {"centre": a.centre, "axes": a.axes, "places": a.places}
-            known = {"mean_distance": a.mean_distance, "threshold": a.threshold}
+            known = {name: getattr(a, name) for name in ("mean_distance", "threshold", "beside")}
         save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / TRUST)
         return {
             "applicability": known,
@@ -70,7 +76,14 @@ class Trust:
         }
 
     @classmethod
-    def load(cls, folder: Path, facts: dict[str, Any], taxa: int, dim: int) -> Trust:
+    def load(
+        cls,
+        folder: Path,
+        facts: dict[str, Any],
+        taxa: int,
+        dim: int,
+        environment: Environment | None = None,
+    ) -> Trust:
         """Read what `save` wrote.
 
         Args:
@@ -78,6 +91,7 @@ class Trust:
             facts: What `save` gave.
             taxa: How many the model knows, T.
             dim: Of its embeddings, D.
+            environment: Its covariates, if any.
 
         Raises:
             ValueError: A tensor has another shape than the model's, or a figure another type.
@@ -85,10 +99,12 @@ class Trust:
         noted = _Facts.model_validate(facts)
         tensors = load_file(folder / TRUST)
         members = tensors["offset"].shape[-1]
-        wanted = {"weight": (taxa, members, dim), "offset": (taxa, members)}
+        read = dim + (environment.expansion.width if environment else 0)
+        wanted = {"weight": (taxa, members, read), "offset": (taxa, members)}
         if noted.applicability is not None:
             axes = len(tensors["axes"])
-            wanted |= {"centre": (dim,), "axes": (axes, dim)}
+            known = dim + (len(environment.expansion.mean) if environment else 0)
+            wanted |= {"centre": (known,), "axes": (axes, known)}
             wanted["places"] = (len(tensors["places"]), axes + 1)
         for name, shape in wanted.items():
             if tensors[name].shape != shape or not tensors[name].is_floating_point():
@@ -112,7 +128,7 @@ class Trust:
 class _Facts(BaseModel):
     """What `Trust.save` leaves to a checkpoint's JSON, checked."""
 
-    applicability: dict[Literal["mean_distance", "threshold"], float] | None
+    applicability: dict[Literal["mean_distance", "threshold", "beside"], float] | None
     thresholds: dict[str, dict[str, float]]
     curves: dict[str, tuple[list[float], list[float]]]
     presences: dict[str, int]

@@ -1,0 +1,168 @@
+"""Heads of a model fitted to their optimum, on embeddings and on covariates beside them."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from speciesmap.config import DataConfig, HeadConfig
+from speciesmap.errors import ConfigError, DatasetError
+from speciesmap.learning.data import PairedRows, Places
+from speciesmap.learning.distribution import HINGES, Loss, Records, choose_penalty, fit_linear
+from speciesmap.learning.fit import embeddings
+from speciesmap.models import SpeciesModel
+from speciesmap.models.environment import Environment, Expansion
+from speciesmap.models.heads import TaxonHead
+from speciesmap.observations.folds import kmeans_folds
+from speciesmap.rasters.covariates import Covariates, open_covariates
+from speciesmap.rasters.imagery import Imagery
+
+CHOOSING = 4_000  # places that a penalty is chosen on, at most
+INNER_FOLDS = 4  # where none are given
+
+log = logging.getLogger("speciesmap")
+
+
+def find_covariates(data: DataConfig, imagery: Imagery) -> Covariates | None:
+    """Open what a configuration gives beside the imagery, None without; location is in its CRS.
+
+    Raises:
+        ConfigError: `categorical` names none of the covariates.
+        ImageryError: A raster cannot be opened.
+    """
+    if not data.covariates and not data.location:
+        return None
+    found = open_covariates(data.covariates, crs=str(imagery.geobox.crs) if data.location else None)
+    strange = [name for name in data.categorical if name not in found.names]
+    if strange:
+        raise ConfigError(
+            f"data.categorical names {strange[0]!r}, and the covariates are "
+            f"{', '.join(found.names)}; name some of these"
+        )
+    return found
+
+
+def where(windows: PairedRows | Places) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Longitude and latitude of the middle of windows."""
+    if isinstance(windows, Places):
+        return windows.imagery.xy(windows.rows, windows.cols)
+    facts = windows.dataset.facts.iloc[windows.rows]
+    return facts["longitude"].to_numpy(), facts["latitude"].to_numpy()
+
+
+def with_covariates(
+    windows: PairedRows | Places, covariates: Covariates | None
+) -> NDArray[np.bool_]:
+    """Which windows have all covariates, shape (N,), said aloud where some have not.
+
+    Raises:
+        DatasetError: None has.
+        ImageryError: A covariate has no value at any of them.
+    """
+    if covariates is None:
+        return np.ones(len(windows), bool)
+    known = np.asarray(np.isfinite(covariates.at(*where(windows))).all(axis=1))
+    if not known.any():
+        raise DatasetError(
+            f"none of {len(known)} places has all of the covariates "
+            f"{', '.join(covariates.names)}; give rasters that overlap"
+        )
+    if not known.all():
+        log.warning("%d of %d places lack a covariate and are left out", (~known).sum(), len(known))
+    return known
+
+
+def learn_environment(
+    covariates: Covariates, table: NDArray[np.float64], data: DataConfig
+) -> Environment:
+    """Standardise and expand covariates over the places trained on, shape (N, C)."""
+    return Environment(
+        covariates.names,
+        covariates.sources,
+        covariates.crs,
+        covariates.fingerprint,
+        expand(table, [covariates.names.index(name) for name in data.categorical]),
+    )
+
+
+def expand(table: NDArray[np.float64], categorical: list[int]) -> Expansion:
+    """Squares and hinges of covariates, as everywhere in this package."""
+    return Expansion(table, categorical, hinges=HINGES, quadratic=True)
+
+
+def read_places(
+    model: SpeciesModel,
+    windows: PairedRows | Places,
+    covariates: Covariates | None,
+    accelerator: str = "auto",
+) -> Tensor:
+    """What a model's heads read at places.
+
+    Args:
+        model: With or without covariates.
+        windows: Where.
+        covariates: That it was trained with, if any.
+        accelerator: As for `embeddings`.
+
+    Returns:
+        Unit embeddings, shape (N, D), and features of covariates beside, (N, D + F).
+    """
+    vectors = embeddings(model, windows, accelerator=accelerator)
+    if model.environment is None or covariates is None:
+        return vectors
+    table = covariates.at(*where(windows))
+    return torch.cat([vectors, torch.from_numpy(model.environment.features(table))], 1)
+
+
+def fit_heads(
+    model: SpeciesModel,
+    presences: PairedRows,
+    background: Places,
+    covariates: Covariates | None,
+    fold: NDArray[np.int64] | None,
+    data: DataConfig,
+    config: HeadConfig,
+    seed: int,
+    accelerator: str = "auto",
+) -> float:
+    """Replace a model's heads by linear ones at their optimum.
+
+    Args:
+        model: Its encoder stays as it is; gets `head` and `environment`.
+        presences: Of its taxa.
+        background: Of the study area.
+        covariates: To read beside the embedding, if any; all places have them.
+        fold: Of presences, then background, shape (N + M,), that the penalty is chosen on; regions
+            by k-means without.
+        data: Says which covariates hold classes.
+        config: Which loss.
+        seed: Of the places that the penalty is chosen on.
+        accelerator: As for `embeddings`.
+
+    Returns:
+        The penalty.
+    """
+    x, y = (np.concatenate(pair) for pair in zip(where(presences), where(background), strict=True))
+    if covariates is not None:
+        model.environment = learn_environment(covariates, covariates.at(x, y), data)
+    parts = [read_places(model, w, covariates, accelerator) for w in (presences, background)]
+    features = torch.cat(parts).numpy()  # (N + M, D + F)
+    taxon = np.r_[presences.labels[presences.rows], np.full(len(background), -1)]
+    records = np.asarray(taxon[:, None] == np.arange(len(model.taxa)), np.float32)  # (N + M, T)
+    loss: Loss = config.loss
+    everything = Records(features, records, 1 - records)
+    rng = np.random.default_rng(seed)
+    some = np.zeros(len(taxon), bool)
+    some[rng.permutation(len(taxon))[:CHOOSING]] = True
+    if fold is None or len(np.unique(fold)) < 2:
+        fold = kmeans_folds(x, y, folds=INNER_FOLDS, seed=seed)
+    penalty = choose_penalty(everything.subset(some), fold[some], loss=loss)
+    weight, offset = fit_linear(everything, penalty, loss=loss).linear()  # (T, D + F), (T,)
+    if loss == "poisson":  # which knows no level: the mean place of the background gets 0
+        offset = -(parts[1] @ weight.T).mean(0)
+    model.head = TaxonHead.of_weights(weight, offset, model.dim)
+    return penalty
