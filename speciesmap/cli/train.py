@@ -51,7 +51,6 @@ def command(
     \b
     Example:
       speciesmap train configs/demo_crisp.yaml --set data.dataset=chips --out runs/pretrained
-      speciesmap train configs/demo_finetune.yaml --covariates elevation.tif --out runs/model
     """
     from speciesmap.config import ClassifyConfig, load_config
     from speciesmap.learning.train import train
