@@ -353,6 +353,7 @@ def _facts(m: Map) -> dict[str, Any]:
         "gain": m.query.gain,
         "offset": m.query.offset,
         "thresholds": dict(m.query.thresholds),
+        "caution": m.query.caution or None,
         "sha256": _sha256(m.path),
     }
 

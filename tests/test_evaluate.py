@@ -9,7 +9,7 @@ from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 from tiny import TAXA
 
-from speciesmap.learning.evaluate import calibrate, fold_auc, summarise
+from speciesmap.learning.evaluate import better_than_chance, calibrate, fold_auc, summarise
 
 NAMES = [taxon.name for taxon in TAXA]
 
@@ -35,6 +35,19 @@ def test_a_fold_without_presences_has_no_auc_and_spoils_nothing() -> None:
     assert (nothing["auc"], nothing["auc_mean"], nothing["presences"]) == (None, None, 0)
 
 
+def test_folds_that_scatter_around_a_half_tell_nothing() -> None:
+    assert better_than_chance([0.7, 0.72, 0.69, 0.75]) is True
+    assert better_than_chance([0.4, 0.62, 0.55, 0.49]) is False
+    assert better_than_chance([0.9, None]) is None
+
+
+def test_random_scores_are_flagged_and_good_ones_are_not() -> None:
+    table = folds_table()
+    assert [summarise(table, TAXA)[name]["informative"] for name in NAMES] == [True] * 3
+    table[NAMES[1]] = np.random.default_rng(1).normal(size=len(table))
+    assert [summarise(table, TAXA)[n]["informative"] for n in NAMES] == [True, False, True]
+
+
 def folds_table(seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     taxon = np.r_[np.repeat(NAMES, 40), np.repeat("", 200)]
@@ -55,6 +68,7 @@ def test_a_taxon_is_judged_against_background_and_not_against_other_taxa() -> No
     table.loc[others, NAMES[0]] = 100.0
     after = summarise(table, TAXA)[NAMES[0]]
     assert after.pop("auc_target_group") == 0 < before[NAMES[0]].pop("auc_target_group") < 1
+    assert before[NAMES[0]].pop("informative") and not after.pop("informative")
     assert after == before[NAMES[0]]
     assert after["auc"] == after["auc_random"]
 

@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit
+from scipy.stats import t
 
 from speciesmap.learning.metrics import auc
 from speciesmap.taxa import Taxon
@@ -46,7 +47,8 @@ def summarise(
         where a fold has no presence), `presences`, less those of folds whose training had none
         (a NaN score); and the pooled AUC against either kind of
         background, `auc_random` and `auc_target_group`. Without target-group places the records of
-        the other taxa are these, one per place; of a single taxon it is None.
+        the other taxa are these, one per place; of a single taxon it is None. `informative` says
+        whether the folds tell the map from chance against both kinds; None where they cannot say.
     """
     kind = folds["background"].to_numpy()
     place = ~folds.duplicated(["longitude", "latitude"]).to_numpy()
@@ -60,14 +62,31 @@ def summarise(
             group = (kind == "") & (folds["taxon"] != taxon.name).to_numpy() & place
         against = {"random": (kind == "random") & scored, "target-group": group & scored}
         part = here | against[background]
+        verdicts = [
+            better_than_chance(fold_auc(here[p], score[p], fold[p])["auc_folds"])
+            for p in (here | away for away in against.values() if away.any())
+        ]
         summary[taxon.name] = {
             **fold_auc(here[part], score[part], fold[part]),
             **{
                 f"auc_{name.replace('-', '_')}": auc(here[here | away], score[here | away])
                 for name, away in against.items()
             },
+            "informative": None if None in verdicts else all(verdicts),
         }
     return summary
+
+
+def better_than_chance(by_fold: Sequence[float | None]) -> bool | None:
+    """Whether folds' AUCs are above 0.5: a one-sided t-test at 5%; None with fewer than two folds.
+
+    Folds share training rows, so the test is a little too ready to say yes.
+    """
+    known = np.array([value for value in by_fold if value is not None])
+    if len(known) < 2:
+        return None
+    bound = known.mean() - t.ppf(0.95, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known))
+    return bool(bound > 0.5)
 
 
 def fold_auc(present: ArrayLike, score: ArrayLike, fold: ArrayLike) -> dict[str, Any]:

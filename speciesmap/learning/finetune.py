@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,10 @@ def finetune(
         if taxon.name in calibrations:
             c = calibrations[taxon.name]
             model.head.recalibrate(k, c.slope, c.intercept)
-    model.trust = judge(model, presences, background, own, calibrations, curves, config, covariates)
+    trust = judge(model, presences, background, own, calibrations, curves, config, covariates)
+    judged = metrics.get("validation", {})
+    dark = [name for name, found in judged.items() if found["informative"] is False]
+    model.trust = replace(trust, uninformative=dark)
     return model, {**fitted, **metrics}
 
 

@@ -27,6 +27,7 @@ from speciesmap.learning.data import (
     target_group_places,
 )
 from speciesmap.learning.distribution import Records, choose_penalty, fit_linear
+from speciesmap.learning.evaluate import better_than_chance, fold_auc
 from speciesmap.learning.finetune import make_folds, surveyed_places
 from speciesmap.learning.fit import embeddings
 from speciesmap.learning.heads import CHOOSING, expand, find_covariates, read_places
@@ -415,7 +416,13 @@ def _judge(rows: Rows, scores: NDArray[np.float64]) -> dict[str, Any]:
         found["auc"] = auc(present, value)
         found["auc_folds"] = [auc(present[fold == j], value[fold == j]) for j in np.unique(fold)]
         group = rows.group | (rows.taxon == k)
-        found["auc_target_group"] = auc(rows.taxon[group] == k, scores[group, k])
+        target, at = rows.taxon[group] == k, rows.fold[group]
+        found["auc_target_group"] = auc(target, scores[group, k])
+        against = [found["auc_folds"]]
+        if found["auc_target_group"] is not None:
+            against.append(fold_auc(target, scores[group, k], at)["auc_folds"])
+        verdicts = [better_than_chance(values) for values in against]
+        found["informative"] = None if None in verdicts else all(verdicts)
         by_taxon[name] = found
         said.append(odds[known])
         truth.append(present[known])

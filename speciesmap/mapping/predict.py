@@ -148,6 +148,7 @@ def _write_maps(
                         "QUERY": m.query.kind,
                         "MODEL": store.identity.model,
                         **({"QUANTITY": m.query.quantity} if len(months) > 1 else {}),
+                        **({"CAUTION": m.query.caution} if m.query.caution else {}),
                         **({"MONTH": next(iter(months))} if len(months) == 1 else {}),
                     },
                 )

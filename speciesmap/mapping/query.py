@@ -47,6 +47,7 @@ class Query:
         curve: Isotonic calibration, if any: values of the logistic curve, and the probabilities
             they stand for.
         thresholds: Values that bound a range, by rule, fixed at training.
+        caution: Why a reader should be wary of the map, if anything is known.
         covariates: Weights of features of covariates, in logits, float32, shape (F,); F is 0 of
             queries that read the embedding alone.
     """
@@ -61,6 +62,7 @@ class Query:
     member_offsets: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     curve: tuple[Sequence[float], Sequence[float]] | None = None
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    caution: str = ""
     covariates: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
 
     @property
@@ -127,13 +129,17 @@ def taxon_query(model: SpeciesModel, name: str) -> Query:
             "curve": trust.curves.get(label),
             "thresholds": trust.thresholds.get(label, {}),
         }
+        cautions = []
         if trust.presences.get(label, FEW) < FEW:
-            log.warning(
-                "%s was learned from %d presences, fewer than %d: read its map as a sketch",
-                label,
-                trust.presences[label],
-                FEW,
+            cautions.append(
+                f"learned from {trust.presences[label]} presences, fewer than {FEW}: read its map "
+                "as a sketch"
             )
+        if label in trust.uninformative:
+            cautions.append("uninformative: held-out blocks do not tell its map from chance")
+        for caution in cautions:
+            log.warning("%s: %s", label, caution)
+        known["caution"] = "; ".join(cautions)
     return Query(
         label=label,
         kind="taxon",

@@ -50,6 +50,7 @@ class Trust:
         thresholds: Values of the map that bound a range, by rule.
         curves: Isotonic calibration: suitability and the probability it stands for.
         presences: Number of records trained on.
+        uninformative: Taxa whose maps held-out folds did not tell from chance.
     """
 
     weight: Tensor
@@ -58,6 +59,7 @@ class Trust:
     thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
     curves: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
     presences: dict[str, int] = field(default_factory=dict)
+    uninformative: list[str] = field(default_factory=list)
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the tensors into a checkpoint's folder and give what its JSON keeps."""
@@ -73,6 +75,7 @@ class Trust:
             "thresholds": self.thresholds,
             "curves": self.curves,
             "presences": self.presences,
+            "uninformative": self.uninformative,
         }
 
     @classmethod
@@ -122,6 +125,7 @@ class Trust:
             noted.thresholds,
             noted.curves,
             noted.presences,
+            noted.uninformative,
         )
 
 
@@ -132,3 +136,4 @@ class _Facts(BaseModel):
     thresholds: dict[str, dict[str, float]]
     curves: dict[str, tuple[list[float], list[float]]]
     presences: dict[str, int]
+    uninformative: list[str] = []

@@ -63,7 +63,9 @@ svg text { font: 13px system-ui, sans-serif; fill: var(--ink); }
 svg .soft { fill: var(--soft); }
 details summary { cursor: pointer; font-weight: 600; }
 details[open] summary { margin-bottom: .7rem; }
-.plots { display: flex; flex-wrap: wrap; gap: 1.5rem; }
+.plots { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-end; }
+figure { margin: 0; max-width: 280px; }
+figcaption { font-size: .9rem; font-weight: 600; margin-bottom: .3rem; }
 </style></head><body><main>
 <h1>$title</h1>
 <p>$lead</p>
@@ -82,9 +84,14 @@ def write_report(result: Mapping[str, Any], protocol: pd.DataFrame, path: Path) 
         path: Of the page.
     """
     head, rungs = result["head"], result["rungs"]
-    title = f"How good is {result['model']['name']}?"
+    names = list(result["taxa"])
+    title = (
+        f"How good is the map of {names[0]}?"
+        if len(names) == 1
+        else f"How good are the maps of {len(names)} taxa?"
+    )
     lead = (
-        f"{len(result['taxa'])} taxa, {result['background']} background places, "
+        f"Model {result['model']['name']}, {result['background']} background places, "
         f"{len(result['folds'])} spatial folds: {result['folding']}. Every method below was "
         "trained and judged on the same rows; no training window overlaps a held-out one. "
         f"Embeddings are those of {result['encoder']['note']}."
@@ -99,8 +106,9 @@ def write_report(result: Mapping[str, Any], protocol: pd.DataFrame, path: Path) 
     sections = [
         _section(
             "The ladder",
-            "Mean AUC over taxa and folds with its standard error. A rung that is not above the "
-            "ones below adds nothing that simpler means would not give.",
+            "Mean AUC over taxa and folds with its standard error; the table below pools the "
+            "folds. A rung that is not above the ones before it adds nothing that simpler means "
+            "would not give.",
             _ladder(rungs, head) + _measures(rungs, head),
         ),
         _section(
@@ -139,6 +147,7 @@ def write_report(result: Mapping[str, Any], protocol: pd.DataFrame, path: Path) 
         figures="".join(
             f'<div class="figure"><b>{_number(value)}</b><span>{escape(text)}</span></div>'
             for value, text in figures
+            if value is not None
         ),
         sections="".join(sections),
     )
@@ -270,9 +279,9 @@ def _reliability(name: str, table: Sequence[Mapping[str, float]]) -> str:
     side, pad = 230, 38
     total = sum(row["count"] for row in table) or 1
     parts = [
-        f'<svg width="{side + pad + 12}" viewBox="0 0 {side + pad + 12} {side + pad + 34}" '
+        f"<figure><figcaption>{escape(name)}</figcaption>"
+        f'<svg width="{side + pad + 12}" viewBox="0 14 {side + pad + 12} {side + pad + 20}" '
         f'role="img" aria-label="Reliability of {escape(name)}">'
-        f'<text x="{pad}" y="14" font-weight="650">{escape(name)}</text>'
         f'<rect x="{pad}" y="24" width="{side}" height="{side}" fill="none" stroke="#d9e0db"/>'
         f'<line x1="{pad}" y1="{24 + side}" x2="{pad + side}" y2="24" stroke="#9aa7a0" '
         'stroke-dasharray="4 4"/>'
@@ -291,7 +300,7 @@ def _reliability(name: str, table: Sequence[Mapping[str, float]]) -> str:
         f'<text class="soft" x="{pad + side / 2}" y="{bottom + 32}" text-anchor="middle">'
         "predicted</text>"
         f'<text class="soft" transform="translate(16 {24 + side / 2}) rotate(-90)" '
-        'text-anchor="middle">observed</text></svg>'
+        'text-anchor="middle">observed</text></svg></figure>'
     )
     return "".join(parts)
 
@@ -301,6 +310,8 @@ def _taxa(found: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     for name, measures in found.items():
         few = facts[name]["few"]
         warning = ' <span class="warn">too few presences</span>' if few else ""
+        if measures["informative"] is False:
+            warning += ' <span class="warn">not told from chance</span>'
         cells = [
             f"{escape(name)}{warning}",
             str(facts[name]["presences"]),
