@@ -52,8 +52,8 @@ def config(scene: TinyScene, method: str, **changes: Any) -> PretrainConfig:
     return loaded
 
 
-def ready(made: PretrainConfig) -> tuple[Any, dict[str, torch.Tensor]]:
-    """A stage and a batch, outside of a trainer."""
+def ready(made: PretrainConfig) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A stage and a batch, outside of a trainer, and where it will report its losses."""
     torch.manual_seed(0)
     sources = open_sources(made.data)
     assert sources.dataset is not None
@@ -62,19 +62,17 @@ def ready(made: PretrainConfig) -> tuple[Any, dict[str, torch.Tensor]]:
     stage = crossview_stage(model, sources.taxa, made, 10)
     stage.log_dict = lambda parts, **_: reported.update(parts)  # type: ignore[method-assign]
     reported: dict[str, torch.Tensor] = {}
-    stage.reported = reported  # type: ignore[assignment]
-    return stage, rows.__getitems__(range(12))
+    return stage, rows.__getitems__(range(12)), reported
 
 
 def test_cve_mae_is_contrast_of_views_and_painting_of_photos(scene: TinyScene) -> None:
-    stage, batch = ready(config(scene, "cve_mae"))
+    stage, batch, parts = ready(config(scene, "cve_mae"))
     assert isinstance(stage, CveMae)
     loss = stage.training_step(batch, 0)
-    parts = stage.reported
     assert set(parts) == {"loss", "aerial_ground", "reconstruction"}
     assert torch.allclose(loss, 0.3 * parts["aerial_ground"] + parts["reconstruction"])
-    loss.backward()
-    model = stage.network.model
+    loss.backward()  # type: ignore[no-untyped-call]
+    model: Any = stage.network.model
     for learned in (
         model.log_scale,
         model.metadata.location.weight,
@@ -91,8 +89,8 @@ def test_the_weights_of_cve_mae_are_those_configured(
     scene: TinyScene, weights: tuple[float, float]
 ) -> None:
     crossview = {"contrastive": weights[0], "reconstruction": weights[1], "freeze_aerial": False}
-    stage, batch = ready(config(scene, "cve_mae", crossview=crossview))
-    loss, parts = stage.training_step(batch, 0), stage.reported
+    stage, batch, parts = ready(config(scene, "cve_mae", crossview=crossview))
+    loss = stage.training_step(batch, 0)
     wanted = weights[0] * parts["aerial_ground"] + weights[1] * parts["reconstruction"]
     assert torch.allclose(loss, wanted)
 
@@ -110,7 +108,7 @@ def test_a_frozen_aerial_encoder_rests_and_starts_from_another_model(
     original = CveMae.training_step
 
     def spy(self: CveMae, *call: Any) -> torch.Tensor:
-        backbone = self.network.model.aerial.backbone
+        backbone: Any = self.network.model.aerial.backbone
         modes.extend(module.training for module in backbone.modules())
         assert self.network.model.ground is not None
         assert self.network.model.ground.backbone.training
@@ -122,8 +120,11 @@ def test_a_frozen_aerial_encoder_rests_and_starts_from_another_model(
     assert modes
     assert not any(modes), "frozen means in evaluation mode too"
     before, after = load_model(aerial).aerial, load_model(run).aerial
+    kept, rested = before.backbone, after.backbone
+    assert isinstance(kept, torch.nn.Module)
+    assert isinstance(rested, torch.nn.Module)
     for (name, old), new in zip(
-        before.backbone.state_dict().items(), after.backbone.state_dict().values(), strict=True
+        kept.state_dict().items(), rested.state_dict().values(), strict=True
     ):
         assert torch.equal(old, new), name
     assert not torch.equal(before.project.weight, after.project.weight)
@@ -134,23 +135,25 @@ def test_an_aerial_encoder_that_is_not_frozen_learns(
 ) -> None:
     crossview = {"freeze_aerial": False, "aerial_init": str(aerial)}
     run = train(config(scene, "cve_mae", crossview=crossview), tmp_path / "run")
-    before, after = load_model(aerial).aerial.backbone, load_model(run).aerial.backbone
+    before: Any = load_model(aerial).aerial.backbone
+    after: Any = load_model(run).aerial.backbone
     assert not torch.equal(before.patch_embed.proj.weight, after.patch_embed.proj.weight)
 
 
 def test_cvm_mae_is_matching_and_painting_of_both_views(scene: TinyScene) -> None:
-    stage, batch = ready(config(scene, "cvm_mae"))
+    stage, batch, parts = ready(config(scene, "cvm_mae"))
     assert isinstance(stage, CvmMae)
-    loss, parts = stage.training_step(batch, 0), stage.reported
+    loss = stage.training_step(batch, 0)
     assert set(parts) == {"loss", "matching", "ground", "aerial"}
     wanted = parts["matching"] + (parts["ground"] + parts["aerial"]) / 2
     assert torch.allclose(loss, wanted)
-    loss.backward()
-    assert stage.network.model.matcher.metadata.date.weight.grad is not None
+    loss.backward()  # type: ignore[no-untyped-call]
+    model: Any = stage.network.model
+    assert model.matcher.metadata.date.weight.grad is not None
 
 
 def test_a_negative_is_never_a_window_of_the_photos_own_place(scene: TinyScene) -> None:
-    stage, batch = ready(config(scene, "cvm_mae"))
+    stage, batch, _ = ready(config(scene, "cvm_mae"))
     batch["place"] = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 0])
     other, known = stage.negatives(batch, None)
     assert (batch["place"][other] != batch["place"])[known].all()
@@ -160,7 +163,7 @@ def test_a_negative_is_never_a_window_of_the_photos_own_place(scene: TinyScene) 
 
 def test_the_hardest_negative_is_the_likeliest_of_those_tried(scene: TinyScene) -> None:
     crossview = {"negatives": 4, "freeze_aerial": False}
-    stage, batch = ready(config(scene, "cvm_mae", crossview=crossview))
+    stage, batch, _ = ready(config(scene, "cvm_mae", crossview=crossview))
     model: SpeciesModel = stage.network.model.eval()
     batch["place"][3] = batch["place"][1]
     with torch.no_grad():
@@ -190,7 +193,7 @@ def test_cvm_mae_learns_which_photo_belongs_to_which_window() -> None:
         logits = model.match(photos, windows)
         loss = F.binary_cross_entropy_with_logits(logits, (kind[0] == kind[1]).float())
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     assert ((logits > 0) == (kind[0] == kind[1])).float().mean() > 0.9
 
@@ -198,7 +201,7 @@ def test_cvm_mae_learns_which_photo_belongs_to_which_window() -> None:
 def test_a_step_without_metadata_takes_none(scene: TinyScene) -> None:
     bare = {"dim": 16, "aerial": VIT, "ground": GROUND}
     for method in ("cve_mae", "cvm_mae"):
-        stage, batch = ready(config(scene, method, model=bare))
+        stage, batch, _ = ready(config(scene, method, model=bare))
         del batch["metadata"]
         if method == "cvm_mae":
             batch["metadata"] = torch.full((12, 4), torch.nan)

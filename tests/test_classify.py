@@ -21,7 +21,7 @@ from PIL import Image
 from tiny import BANDS, TAXA, tiny_model
 
 from speciesmap.cli import main
-from speciesmap.config import load_config
+from speciesmap.config import ClassifyConfig, load_config
 from speciesmap.datasets.birds import open_birds
 from speciesmap.datasets.columns import FACTS, FRACTIONS
 from speciesmap.datasets.paired import open_paired
@@ -211,6 +211,7 @@ def test_splits_share_no_observation_and_no_ground(chips: Path, init: Path) -> N
     close.loc[7, "observation_uuid"] = "o50"
     dataset.facts = close
     checked = load_config(config(chips, init))
+    assert isinstance(checked, ClassifyConfig)
     rows, notes = split_rows(dataset, checked)
     facts = dataset.facts
     metres = 111_320 * np.column_stack(
@@ -232,7 +233,9 @@ def test_splits_share_no_observation_and_no_ground(chips: Path, init: Path) -> N
 
 def test_a_withheld_taxon_is_neither_trained_nor_tested(chips: Path, init: Path) -> None:
     data = {"dataset": str(chips), "withheld": [TAXA[0].name]}
-    rows, notes = split_rows(open_paired(chips), load_config(config(chips, init, data=data)))
+    checked = load_config(config(chips, init, data=data))
+    assert isinstance(checked, ClassifyConfig)
+    rows, notes = split_rows(open_paired(chips), checked)
     names = open_paired(chips).facts["name"]
     assert notes["taxa"] == 2
     assert all(TAXA[0].name not in set(names.iloc[part]) for part in rows.values())

@@ -12,6 +12,7 @@ import torch
 import torch.multiprocessing
 from tiny import TAXA, tiny_model
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from speciesmap.config import ContrastiveConfig, load_config
 from speciesmap.errors import ConfigError
@@ -55,7 +56,7 @@ def loss_and_gradients(
     aerial = in_chunks(network.encode_aerial, data["aerial"], chunk_size)
     torch.manual_seed(int(data["place"][0]))  # processes draw other names, and must share one
     loss, _ = crisp_loss(network, aerial, data, Prompts(TAXA), contrastive, chunk_size)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     grads = {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
     return loss.detach(), grads
 
@@ -99,7 +100,7 @@ def test_two_processes_give_the_loss_and_gradients_of_one_with_the_joined_batch(
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(one_process, (port, whole, tmp_path), nprocs=2)
+    spawn(one_process, (port, whole, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
     wanted_loss, wanted = loss_and_gradients(model(), whole, ContrastiveConfig(), None)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
@@ -123,9 +124,12 @@ def test_chunks_keep_no_more_than_their_own_activations() -> None:
 
     def kept(chunk_size: int | None) -> int:
         numbers: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: numbers.append(tensor.numel()) or tensor, lambda tensor: tensor
-        ):
+
+        def count(tensor: Tensor) -> Tensor:
+            numbers.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             in_chunks(network.encode_aerial, images, chunk_size)
         return sum(numbers)
 
@@ -137,14 +141,15 @@ def test_random_layers_repeat_their_draws_in_chunks() -> None:
     network = tiny_model(aerial=dropping, ground=None, text=None).train()
     torch.manual_seed(3)
     embedded = in_chunks(network.encode_aerial, batch()["aerial"], 3)
-    embedded[:, 0].sum().backward()
-    found = network.aerial.project.weight.grad.clone()
+    embedded[:, 0].sum().backward()  # type: ignore[no-untyped-call]
+    weight: Any = network.aerial.project.weight
+    found = weight.grad.clone()
     network.zero_grad()
     torch.manual_seed(3)
-    parts = [network.encode_aerial(part) for part in batch()["aerial"].split(3)]
-    torch.cat(parts)[:, 0].sum().backward()
+    parts = [network.encode_aerial(part) for part in torch.split(batch()["aerial"], 3)]
+    torch.cat(parts)[:, 0].sum().backward()  # type: ignore[no-untyped-call]
     assert torch.equal(torch.cat(parts), embedded)
-    assert torch.allclose(found, network.aerial.project.weight.grad, rtol=1e-5)
+    assert torch.allclose(found, weight.grad, rtol=1e-5)
 
 
 def parts(data: Batch, contrastive: ContrastiveConfig) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from speciesmap.errors import ModelError
 from speciesmap.models import SpeciesModel, load_model, save_model
 from speciesmap.models.crossview import CrossViewAutoencoder
+from speciesmap.models.encoders import ImageTower
 from speciesmap.models.masked import sincos_positions
 
 VIT = {"backbone": "test_vit", "kwargs": {"patch_size": 4}}
@@ -38,13 +39,15 @@ def views(count: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def autoencoder(model: SpeciesModel, ratio: float = 0.75) -> CrossViewAutoencoder:
     assert model.ground is not None
+    assert isinstance(model.aerial, ImageTower)
     return CrossViewAutoencoder(model.aerial, model.ground, ratio, dim=16, depth=1, heads=2)
 
 
 def test_both_views_share_one_transformer_and_keep_their_own_patches() -> None:
     model = matcher()
     assert model.ground is not None
-    above, below = model.aerial.backbone, model.ground.backbone
+    above: Any = model.aerial.backbone
+    below: Any = model.ground.backbone
     assert above.blocks is below.blocks
     assert above.cls_token is below.cls_token
     assert above.patch_embed is not below.patch_embed
@@ -58,7 +61,9 @@ def test_a_shared_transformer_is_stored_once_and_shared_again_when_read(tmp_path
     save_model(model, tmp_path / "run", {})
     again = load_model(tmp_path / "run")
     assert again.ground is not None
-    assert again.aerial.backbone.blocks is again.ground.backbone.blocks
+    above: Any = again.aerial.backbone
+    below: Any = again.ground.backbone
+    assert above.blocks is below.blocks
     photos, windows = views()
     rows = torch.tensor([[40.0, -120.0, 5.0, 3.0]]).expand(3, 4)
     with torch.inference_mode():
@@ -140,7 +145,8 @@ def test_positions_of_both_views_start_as_sines_and_cosines() -> None:
     autoencoder(model)
     assert model.ground is not None
     for tower in (model.aerial, model.ground):
-        position = tower.backbone.pos_embed
+        backbone: Any = tower.backbone
+        position = backbone.pos_embed
         assert torch.equal(position[0, 1:], sincos_positions(4, 4, position.shape[2]))
         assert not position[0, 0].any()
 

@@ -65,7 +65,7 @@ def test_a_folder_from_the_hub_reads_as_it_is(hub: Path) -> None:
     data = open_paired(hub)
     assert len(data) == ROWS
     assert data.bands == ("red", "green", "blue", "nir")
-    assert (data.window_px, data.resolution_m, data.dtype) == (SIDE, 0.6, np.uint8)
+    assert (data.window_px, data.resolution_m, data.dtype) == (SIDE, 0.6, np.dtype(np.uint8))
     windows = data.aerial()
     assert windows.dtype == np.uint8
     np.testing.assert_array_equal(windows, pixels())
@@ -147,7 +147,7 @@ def write(path: Path, windows: list[Any], **replaced: Any) -> Path:
 
 
 def ragged(position: tuple[int, ...]) -> list[Any]:
-    windows = pixels(5).tolist()
+    windows: list[Any] = pixels(5).tolist()
     inner: Any = windows
     for k in position:
         inner = inner[k]

@@ -159,7 +159,12 @@ def test_each_window_carries_the_metadata_of_its_own_row_and_photos_none(
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    towers = {"bands": 3, "aerial": VIT, "ground": GROUND, "metadata": {"dropout": 0.25}}
+    towers: dict[str, Any] = {
+        "bands": 3,
+        "aerial": VIT,
+        "ground": GROUND,
+        "metadata": {"dropout": 0.25},
+    }
     models = {
         "cve": tiny_model(**towers),
         "cvm": tiny_model(**towers, matcher=True),

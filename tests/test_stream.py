@@ -23,7 +23,12 @@ from torch import Tensor
 from speciesmap.config import load_config
 from speciesmap.datasets import paired
 from speciesmap.datasets.columns import FRACTIONS
-from speciesmap.datasets.nature_multi_view import chosen_rows, read_taxonomy, remote_files
+from speciesmap.datasets.nature_multi_view import (
+    chosen_rows,
+    lineage_of,
+    read_taxonomy,
+    remote_files,
+)
 from speciesmap.datasets.paired import open_paired
 from speciesmap.datasets.stream import Stream
 from speciesmap.errors import ConfigError, DatasetError
@@ -301,8 +306,8 @@ def test_a_taxonomy_turns_numbers_into_lineages(hub: Path, tmp_path: Path, separ
     taxa = {taxon.name: taxon for taxon in open_paired(hub, taxonomy=table).taxa}
     assert taxa["Quercus agrifolia"].lineage == ("Plantae", "Fagaceae", "Quercus")
     assert taxa["Salvia mellifera"].prompt() == "Plantae Lamiaceae Salvia mellifera"
-    assert paired.lineage_of("47126/999/57130", TAXONOMY) == ("Plantae", "Salvia")
-    assert paired.lineage_of("47126/5", TAXONOMY) == ("Plantae",)
+    assert lineage_of("47126/999/57130", TAXONOMY) == ("Plantae", "Salvia")
+    assert lineage_of("47126/5", TAXONOMY) == ("Plantae",)
 
 
 @pytest.mark.parametrize(
