@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 SIDE_PX = 64
 VIT = {
     "backbone": "vit_tiny_patch16_224",
-    "kwargs": {"patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3},
+    "kwargs": {"patch_size": 16, "embed_dim": 96, "depth": 3, "num_heads": 3},
 }
 METHODS = {"CRISP": "crisp", "CVE-MAE": "cve_mae", "CVM-MAE": "cvm_mae"}
 SUPERVISED = "supervised only"
@@ -161,8 +161,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--size-px", type=int, default=2048)
-    parser.add_argument("--pretrain-epochs", type=int, default=10)
+    parser.add_argument("--size-px", type=int, default=1024)
+    parser.add_argument("--pretrain-epochs", type=int, default=30)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--only", choices=[*METHODS, SUPERVISED, "compare"])
     parser.add_argument("--results", type=Path, default=RESULTS, help="where table and plot go")
