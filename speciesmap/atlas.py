@@ -173,9 +173,11 @@ def predict(
     """
     started = time.perf_counter()
     out = Path(out)
-    outputs.refuse_existing(out, overwrite)
-    seed: int | None = None
+    pixels = imagery.source if isinstance(imagery, Imagery) else imagery
+    kept = store.path if isinstance(store, EmbeddingStore) else store
     source = str(model) if isinstance(model, str | Path) else None
+    outputs.refuse_existing(out, overwrite, source, pixels, kept, *photos)
+    seed: int | None = None
     if isinstance(model, str | Path):
         seed = read_facts(model).get("training", {}).get("seed")
         model = load_model(model)
@@ -246,15 +248,14 @@ def predict(
             write_project(folder / "maps.qgz", tifs, title=out.name)
         if len(tifs) > PAGE_MAPS:
             log.warning("map.html shows the first %d of %d maps", PAGE_MAPS, len(tifs))
-        base = imagery.source if isinstance(imagery, Imagery) else imagery
-        if base is not None and is_remote(str(base)):
-            base = None
+        if pixels is not None and is_remote(str(pixels)):
+            pixels = None
             log.info("map.html has no imagery under the maps, which would be read from afar again")
         make_map(
             tifs[:PAGE_MAPS],
             folder / "map.html",
             observations=observations,
-            base=base,
+            base=pixels,
             title=title,
         )
         record = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import uuid
@@ -12,14 +13,36 @@ from pathlib import Path
 
 from speciesmap.errors import OutputError
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Stop before work that would destroy an output.
+
+def refuse_existing(path: Path, overwrite: bool, *inputs: Path | str | None) -> None:
+    """Stop before work whose output cannot be written, or would destroy something.
+
+    Args:
+        path: Of the output.
+        overwrite: Whether an output that exists may be replaced.
+        inputs: Files and folders that are read; addresses and patterns too. None says nothing.
 
     Raises:
-        OutputError: The path exists and `overwrite` is false.
+        OutputError: The path exists and `overwrite` is false; or it is, or holds, an input or the
+            working directory; or its folder cannot be written.
     """
-    if path.exists() and not overwrite:
+    place = path.parent.resolve() / path.name if path.is_symlink() else path.resolve()
+    if Path.cwd().is_relative_to(place):
+        raise OutputError(f"{path} holds the folder you are in; give the output a name of its own")
+    home = next(parent for parent in place.parents if parent.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        reason = "may not be written" if home.is_dir() else "is a file"
+        raise OutputError(f"cannot write {path}: {home} {reason}; choose another folder")
+    if not path.exists():
+        return
+    for source in inputs:
+        if source is not None and Path(source).resolve().is_relative_to(place):
+            raise OutputError(
+                f"the output {path} would replace the input {source}; give it another name"
+            )
+    if not overwrite:
         raise OutputError(f"{path} exists already; pass --overwrite to replace it")
 
 
@@ -67,12 +90,24 @@ def replacing(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
                 old.rename(path)
                 raise
             _remove(old)
-    except PermissionError as error:
+    except OSError as error:
+        if not _is_of(error, beside):
+            raise
         raise OutputError(
             f"cannot write {path}: {error.strerror}; choose a folder that you may write"
         ) from error
     finally:
         _remove(beside)
+
+
+def _is_of(error: OSError, output: Path) -> bool:
+    """Tell an error of writing an output, or of making its folder, from one of reading an input."""
+    if error.errno in NO_ROOM:
+        return True
+    if not isinstance(error.filename, str | bytes):
+        return False
+    named, output = Path(os.fsdecode(error.filename)).absolute(), output.absolute()
+    return named.is_relative_to(output) or output.is_relative_to(named)
 
 
 def _exchange(one: Path, other: Path) -> bool:

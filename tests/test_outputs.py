@@ -99,3 +99,62 @@ def test_refusal_comes_before_work(tmp_path: Path) -> None:
     refuse_existing(tmp_path, overwrite=True)
     with pytest.raises(OutputError, match="--overwrite"):
         refuse_existing(tmp_path, overwrite=False)
+
+
+def test_an_output_never_replaces_what_is_read(tmp_path: Path) -> None:
+    scene = tmp_path / "rasters" / "scene.tif"
+    scene.parent.mkdir()
+    scene.write_text("pixels")
+    beside = tmp_path / "rasters2"
+    beside.mkdir()
+    pattern = str(scene.parent / "*.tif")
+    for out, source in ((scene, scene), (scene.parent, scene), (scene.parent, pattern)):
+        with pytest.raises(OutputError, match=r"would replace the input .*; give it another name"):
+            refuse_existing(out, True, None, source)
+    refuse_existing(beside, True, scene, "https://example.org/rasters2", pattern)
+    refuse_existing(scene.parent / "maps", False, scene.parent)
+
+
+def test_the_working_directory_is_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "project" / "work"
+    work.mkdir(parents=True)
+    monkeypatch.chdir(work)
+    for out in (".", "..", "/", "../../project", str(work)):
+        with (
+            pytest.raises(OutputError, match="holds the folder you are in"),
+            replacing(out, overwrite=True),
+        ):
+            pass
+    with replacing("maps") as beside:
+        beside.mkdir()
+    assert everything(work) == ["maps"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "table.csv").touch()
+    with pytest.raises(OutputError, match=r"table\.csv is a file; choose another folder"):
+        refuse_existing(tmp_path / "table.csv" / "maps", overwrite=True)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(OutputError, match="may not be written; choose another folder"):
+        refuse_existing(tmp_path / "new" / "maps", overwrite=False)
+
+
+def test_an_error_of_writing_is_told_from_one_of_reading(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for error in (
+        PermissionError(13, "Permission denied", str(tmp_path)),
+        OSError(28, "No space left on device"),
+    ):
+        with (
+            pytest.raises(OutputError, match=f"cannot write .*out: {error.strerror}"),
+            replacing(out) as beside,
+        ):
+            beside.write_text("half")
+            raise error
+        assert everything(tmp_path) == []
+    with pytest.raises(PermissionError, match=r"photo\.jpg"), replacing(out):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "photo.jpg"))

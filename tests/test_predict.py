@@ -318,6 +318,20 @@ def test_a_store_of_an_area_maps_that_area_and_says_what_is_missing(
         write_maps(store, make_queries(model), tmp_path, bbox=south)
 
 
+def test_an_area_without_a_valid_window_is_said_to_be_empty(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, path = FakeModel(window_px=64), scene(tmp_path / "small.tif", shape=(20, 20))
+    store = embed(model, path, tmp_path / "s.zarr", stride_px=8)
+    write_maps(store, make_queries(model), tmp_path)
+    assert "the maps are empty: no window of the area has 50% of valid pixels" in caplog.text
+    caplog.clear()
+    store = embed(model, path, tmp_path / "less.zarr", stride_px=8, min_valid=0.01)
+    (tmp_path / "less").mkdir()
+    write_maps(store, make_queries(model), tmp_path / "less")
+    assert "empty" not in caplog.text
+
+
 def test_files_of_equal_names_do_not_overwrite_each_other(tmp_path: Path) -> None:
     store = embed(FakeModel(), scene(tmp_path / "a.tif"), tmp_path / "s.zarr")
     vector = np.eye(8, dtype=np.float32)[0]
@@ -495,6 +509,11 @@ def test_an_existing_output_is_kept_and_a_folder_that_is_no_model_is_named(
     assert ran.code == 1
     assert ran.err == f"error: {tmp_path / 'maps'} exists already; pass --overwrite to replace it\n"
     assert (tmp_path / "maps/notes.txt").read_text() == "mine"
+    for out in (path, tmp_path):
+        ran = call("predict", checkpoint, "--imagery", path, "--out", out, "--overwrite")
+        assert (ran.code, ran.out) == (1, "")
+        assert f"the output {out} would replace the input {path}" in ran.err
+    assert path.is_file()
     ran = call("predict", tmp_path, "--imagery", path, "--out", tmp_path / "new")
     assert (ran.code, ran.out) == (1, "")
     assert f"{tmp_path} is not a model" in ran.err

@@ -87,7 +87,7 @@ def command(
     from speciesmap.outputs import refuse_existing
     from speciesmap.rasters.imagery import open_imagery
 
-    refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite, observations, imagery, photos)
     records = read_observations(observations, taxon=taxon)
     if bbox is None and not records.empty:
         west, south, east, north = records.total_bounds

@@ -61,7 +61,7 @@ def command(
     from speciesmap.outputs import refuse_existing
     from speciesmap.present.webmap import make_map
 
-    refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite, *rasters, observations, photos, imagery)
     records = None if observations is None else read_observations(observations)
     make_map(
         rasters,

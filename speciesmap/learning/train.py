@@ -77,7 +77,8 @@ def train(
     out = Path(out)
     first = process_rank() == 0  # further processes of a run only train
     if first:
-        refuse_existing(out, overwrite)
+        init = None if isinstance(config, PretrainConfig) else config.init
+        refuse_existing(out, overwrite, init, config.data.dataset, config.data.imagery)
     work = out.with_name(f".{out.name}.training")
     described = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     if first and work.exists() and not resume:

@@ -130,6 +130,7 @@ def _write_maps(
 ) -> None:
     """Write maps in one pass over the store."""
     geobox = store.geobox[rows, cols]
+    empty = True
     queries = [m.query for m in maps]
     uncertain = [len(query.members) > 1 for query in queries]
     with ExitStack() as stack:
@@ -161,6 +162,7 @@ def _write_maps(
             shown = [moved(vectors, month) for month in months.values()] or [vectors]
             values = np.stack([score(v, queries, tile.features) for v in shown], 1)  # (Q, M, ...)
             inner = applicable(vectors, known, tile.scaled) if known else None
+            empty = empty and bool(np.isnan(values[0, 0][inside]).all())
             for writer, query, value, spreads in zip(
                 writers, queries, values, uncertain, strict=True
             ):
@@ -170,6 +172,13 @@ def _write_maps(
                 if inner is not None:
                     bands.append(inner[inside])
                 writer.write(tile.row, tile.col, np.stack(bands))
+    if empty:
+        log.warning(
+            "the maps are empty: no window of the area has %.0f%% of valid pixels; choose another "
+            "area, a smaller --min-valid, or imagery larger than the window of %d px",
+            100 * store.identity.min_valid,
+            store.identity.window_px,
+        )
 
 
 def moved(vectors: NDArray[Any], month: NDArray[np.float32]) -> NDArray[np.float32]:

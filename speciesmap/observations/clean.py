@@ -127,7 +127,7 @@ def clean_files(
     out = Path(out)
     if out.suffix != ".parquet":
         raise OutputError(f"{out} should be a Parquet file; call it {out.with_suffix('.parquet')}")
-    refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite, *paths)
     reading = Reading(paths, taxon=taxon)
     cleaning = _Cleaning(rules or Rules())
     with (
