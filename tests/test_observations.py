@@ -421,10 +421,23 @@ def test_an_unread_date_is_unknown_and_said_so(
         ("awt_sp01", "awt_sp01"),
         ("Species A", "Species A"),
         ("species 1", "species 1"),
+        ("type B", "type B"),
+        ("QUERCUS AGRIFOLIA", "Quercus agrifolia"),
+        ("quercus Agrifolia", "Quercus agrifolia"),
+        ("ARCTOSTAPHYLOS UVA-URSI", "Arctostaphylos uva-ursi"),
     ],
 )
 def test_authors_are_cut_off_names(written: str, name: str) -> None:
     assert scientific_name(written) == name
+
+
+@pytest.mark.parametrize("header", ["scientific_name", "species", "taxon_species_name"])
+def test_names_that_differ_in_case_are_one_taxon(tmp_path: Path, header: str) -> None:
+    names = ["Quercus lobata", "QUERCUS LOBATA", "quercus lobata", "quercus Lobata"]
+    rows = "".join(f"{name},38.5,{-121 - k / 100}\n" for k, name in enumerate(names))
+    table = read_observations(plain(tmp_path / "t.csv", f"{header},latitude,longitude\n{rows}"))
+    assert table["taxon"].unique().tolist() == ["Quercus lobata"]
+    assert set(table["rank"]) == {"species"}
 
 
 @settings(max_examples=200)

@@ -75,7 +75,7 @@ def random_background(
         raise ObservationsError(
             f"{imagery.source} has only {kept} of {count} background places among "
             f"{tried.size} pixels tried (window {window_px} px, {min_valid:.0%} of it valid); "
-            "ask for fewer, or lower min_valid"
+            "ask for fewer"
         )
     rows, cols = np.divmod(np.concatenate(found)[:count], width)
     return rows.astype(np.float64) + 0.5, cols.astype(np.float64) + 0.5

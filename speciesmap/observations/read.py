@@ -407,7 +407,8 @@ class _Rows:
         genus = self.text("genus")
         epithet = species.str.fullmatch(r"[a-z-]+") & (genus != "")
         species = species.where(~epithet, genus + " " + species)
-        names = species
+        cased = {name: well_cased(name) for name in species.unique()}
+        names = pd.Series([cased[name] for name in species], dtype=object)
         for higher in reversed(RANKS):
             own = self.text(higher)
             names = names.where((names != "") | (rank != higher), own)
@@ -452,6 +453,19 @@ class _Rows:
         )
 
 
+def well_cased(text: str) -> str:
+    """Write two words as a binomial is written, where their case shows that they are not.
+
+    Museums' `QUERCUS AGRIFOLIA` and hand-typed `quercus Agrifolia` would else be other taxa than
+    `Quercus agrifolia`.
+
+    >>> well_cased("QUERCUS AGRIFOLIA"), well_cased("quercus agrifolia"), well_cased("Quercus Née")
+    ('Quercus agrifolia', 'Quercus agrifolia', 'Quercus Née')
+    """
+    binomial = re.fullmatch(r"[^\W\d_]{2,} [^\W\d_]{2,}(-[^\W\d_]+)*", text)
+    return text.capitalize() if binomial and (text.isupper() or text[0].islower()) else text
+
+
 def scientific_name(text: str, *, trinomial: bool = False) -> str:
     """Cut the author, and what stands below the species, off a scientific name.
 
@@ -468,7 +482,7 @@ def scientific_name(text: str, *, trinomial: bool = False) -> str:
     """
     if re.fullmatch(r"[A-Z][a-z]+_[a-z-]+", text):
         text = text.replace("_", " ")
-    words = text.split()
+    words = well_cased(" ".join(text.split())).split()
     if len(words) < 2 or not words[0][0].isupper():
         return " ".join(words)
     epithet = re.fullmatch(r"[^\W\d_A-Z][\w-]+", words[1]) is not None and words[1].islower()
