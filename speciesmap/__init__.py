@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from speciesmap.atlas import predict
+    from speciesmap.config import load_config
     from speciesmap.datasets.chips import make_chips
     from speciesmap.datasets.paired import open_paired
     from speciesmap.learning.train import train
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "embed": "speciesmap.mapping.embed",
+    "load_config": "speciesmap.config",
     "load_model": "speciesmap.models",
     "make_chips": "speciesmap.datasets.chips",
     "make_map": "speciesmap.present.webmap",
@@ -37,6 +39,7 @@ _HOMES = {
 __all__ = [
     "__version__",
     "embed",
+    "load_config",
     "load_model",
     "make_chips",
     "make_map",

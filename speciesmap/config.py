@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -19,6 +20,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Share = Annotated[float, Field(gt=0, lt=1)]
 Section = TypeVar("Section", bound=Strict)
 
 
@@ -261,7 +263,7 @@ class ValidationConfig(Strict):
     method: Literal["blocks", "kmeans", "knndm"] = "blocks"
     folds: int = Field(default=5, ge=2)
     block_m: float | None = Field(default=None, gt=0)
-    prevalence: float | dict[str, float] | None = None
+    prevalence: Share | dict[str, Share] | None = None
     surveys: str | None = None
     calibration: Literal["platt", "isotonic"] = "platt"
 
@@ -376,6 +378,9 @@ AnyConfig = PretrainConfig | FinetuneConfig | ClassifyConfig
 Config = Annotated[AnyConfig, Field(discriminator="stage")]
 STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "classify": ClassifyConfig}
 
+BRANCH = re.compile(rf"{'|'.join(STAGES)}|int|float|str|(constrained-|dict\[|list\[).*")
+"""What pydantic adds to a key's path: the one of several types that it tried."""
+
 _adapter: TypeAdapter[AnyConfig] = TypeAdapter(Config)
 
 
@@ -457,7 +462,7 @@ def _assign(content: dict[str, Any], keys: Sequence[str], value: Any, change: st
 def _explain(error: ValidationError) -> str:
     """The first thing that is wrong, in words."""
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part not in STAGES]
+    path = [str(part) for part in first["loc"] if not BRANCH.fullmatch(str(part))]
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
         known = _keys_at(first["loc"])
@@ -468,7 +473,7 @@ def _explain(error: ValidationError) -> str:
     if first["type"].startswith("union_tag"):
         got = first["input"].get("stage")
         return f"'stage' must be one of {', '.join(STAGES)}, got {got!r}"
-    return f"{where} = {first['input']!r}: {first['msg'].lower()}"
+    return f"{where} = {first['input']!r}: {first['msg'].removeprefix('Value error, ').lower()}"
 
 
 def _keys_at(location: Sequence[int | str]) -> list[str]:

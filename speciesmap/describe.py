@@ -65,10 +65,10 @@ def as_text(facts: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
+        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items()) or "none"
     if isinstance(value, list | tuple):
         more = f" and {len(value) - 12} more" if len(value) > 12 else ""
-        return ", ".join(_plain(item) for item in value[:12]) + more
+        return ", ".join(_plain(item) for item in value[:12]) + more or "none"
     if isinstance(value, float):
         return f"{value:.9g}"
     return "none" if value is None else str(value)

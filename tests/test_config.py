@@ -79,8 +79,19 @@ def test_a_mapping_is_read_and_left_as_it_is() -> None:
         (pretrain(optim={"lr": -1}), r"optim.lr = -1: input should be greater than 0"),
         (pretrain(method="clip"), "method = 'clip'"),
         (pretrain(data=3), "data = 3"),
-        (pretrain(data={"background": 0}), r"data.background\S* = 0"),
-        (finetune(validation={"folds": 2}), "validation = .*blocks need block_m"),
+        (pretrain(data={"background": 0}), r"data.background = 0: input should be greater"),
+        (
+            finetune(validation={"block_m": 5, "prevalence": 1.5}),
+            r"validation.prevalence = 1.5: input should be less than 1",
+        ),
+        (
+            finetune(validation={"block_m": 5, "prevalence": {"Quercus lobata": 0}}),
+            r"validation.prevalence = .*: input should be",
+        ),
+        (
+            finetune(validation={"folds": 2}),
+            "validation = {'folds': 2}: folds by blocks need block_m",
+        ),
         (pretrain(masked={"decoder_dim": 66}), "masked.decoder_dim = 66.*multiple of 4"),
     ],
 )

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import rasterio
 import torch
 import yaml
+from affine import Affine
 from numpy.typing import ArrayLike
 from tiny import BANDS, TAXA, TinyScene, tiny_model, tiny_scene
 from torch import Tensor
 
-from speciesmap.config import load_config
+from speciesmap.config import FinetuneConfig, load_config
 from speciesmap.datasets.paired import PairedDataset, open_paired
 from speciesmap.errors import (
     ConfigError,
@@ -26,6 +28,7 @@ from speciesmap.errors import (
     OutputError,
 )
 from speciesmap.learning.data import PairedRows, draw_background, open_sources
+from speciesmap.learning.finetune import check_validation
 from speciesmap.learning.fit import ByPlace
 from speciesmap.learning.modules import Crisp, Finetune
 from speciesmap.learning.train import train
@@ -503,6 +506,36 @@ def test_withheld_taxa_are_never_seen(
             ConfigError,
             "withheld",
         ),
+        (
+            lambda s, i: crisp(s, trainer={"accelerator": "abacus"}),
+            ConfigError,
+            "cannot train with trainer.accelerator = 'abacus'",
+        ),
+        (
+            lambda s, i: crisp(s, trainer={"accelerator": "cpu", "precision": "9-bit"}),
+            ConfigError,
+            "precision = '9-bit'",
+        ),
+        (
+            lambda s, i: tune(s, i, validation={"block_m": 40, "prevalence": {NAMES[0][:-1]: 0.1}}),
+            ConfigError,
+            f"validation.prevalence names .*; it has {NAMES[0]}",
+        ),
+        (
+            lambda s, i: tune(
+                s,
+                i,
+                data={"dataset": str(s.chips), "imagery": str(s.imagery), "background": 2},
+                validation={"folds": 2, "block_m": 40},
+            ),
+            ConfigError,
+            "fold . leaves .* presences and [01] background places to train on",
+        ),
+        (
+            lambda s, i: mae(s, data={"imagery": str(s.imagery), "window_px": 16, "background": 1}),
+            DatasetError,
+            "there is 1 background place to learn from",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(
@@ -528,6 +561,41 @@ def test_a_model_of_other_bands_is_refused(untrained: Path, tmp_path: Path) -> N
         smaller = tiny_model(bands=3, taxa=())
         save_model(smaller, tmp_path / "smaller", {})
         train(load_config(tune(colour, tmp_path / "smaller")), tmp_path / "run")
+
+
+def test_pixels_of_other_sizes_do_not_meet(scene: TinyScene, tmp_path: Path) -> None:
+    coarse = tiny_model(taxa=(), bands=4, resolution_m=10.0)
+    object.__setattr__(coarse.architecture, "bands", BANDS)
+    save_model(coarse, tmp_path / "coarse", {})
+    with pytest.raises(ModelError, match=r"trained on pixels of 10 m, those of .* have 1 m; cut"):
+        train(load_config(tune(scene, tmp_path / "coarse")), tmp_path / "run")
+    with rasterio.open(scene.imagery) as raster:
+        profile = {**raster.profile, "transform": raster.transform * Affine.scale(2)}
+        with rasterio.open(tmp_path / "zoomed.tif", "w", **profile) as zoomed:
+            zoomed.write(raster.read())
+            zoomed.descriptions = raster.descriptions
+    data = {"dataset": str(scene.chips), "imagery": str(tmp_path / "zoomed.tif")}
+    with pytest.raises(ConfigError, match=r"zoomed.tif has pixels of 2 m, those of .* have 1 m"):
+        train(load_config(tune(scene, tmp_path / "coarse", data=data)), tmp_path / "run")
+
+
+def test_folds_that_hold_out_what_pretraining_saw_are_said_to(
+    scene: TinyScene, pretrained: Path, untrained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = open_sources(load_config(tune(scene, untrained)).data)
+    for init, said in ((pretrained, True), (untrained, False)):
+        caplog.clear()
+        config = load_config(tune(scene, init, validation={"block_m": 40}))
+        assert isinstance(config, FinetuneConfig)
+        check_validation(config, sources)
+        assert ("validation will look better than it is" in caplog.text) == said
+
+
+def test_losses_that_are_no_numbers_are_an_error(scene: TinyScene, tmp_path: Path) -> None:
+    broken = crisp(scene, optim={"epochs": 1, "batch_size": 12, "lr": 1e30})
+    with pytest.raises(ConfigError, match=r"training diverged: .* lower optim.lr = 1e\+30"):
+        train(load_config(broken), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_without_photos_are_refused_where_photos_are_learned_from(tmp_path: Path) -> None:

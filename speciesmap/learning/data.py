@@ -21,6 +21,7 @@ from speciesmap.datasets.birds import BirdDataset, open_dataset
 from speciesmap.datasets.nature_multi_view import chosen_rows
 from speciesmap.datasets.paired import PairedDataset
 from speciesmap.errors import ConfigError, DatasetError, ObservationsError
+from speciesmap.mapping.fit import MOST_RESOLUTION_RATIO
 from speciesmap.models.crisp import to_square
 from speciesmap.observations.background import (
     biased_background,
@@ -285,7 +286,8 @@ def open_sources(data: DataConfig) -> Sources:
 
     Raises:
         ConfigError: Neither a data set nor imagery is named, the window's size is nowhere said,
-            or a withheld taxon is not in the data, or nothing is left.
+            the two have pixels of different sizes, a withheld taxon is not in the data, or nothing
+            is left.
     """
     imagery = open_imagery(data.imagery) if data.imagery else None
     if data.dataset:
@@ -326,6 +328,16 @@ def open_sources(data: DataConfig) -> Sources:
         if imagery is not None and scaling:
             gains = tagged_gains(imagery.scaling, scaling)
             imagery = imagery if gains is None else imagery.rescaled(gains)
+        if imagery is not None and not (
+            1 / MOST_RESOLUTION_RATIO
+            <= imagery.resolution_m / dataset.resolution_m
+            <= MOST_RESOLUTION_RATIO
+        ):
+            raise ConfigError(
+                f"{data.imagery} has pixels of {imagery.resolution_m:.3g} m, those of "
+                f"{data.dataset} have {dataset.resolution_m:.3g} m; presences and background would "
+                "differ by that alone: name the imagery that the chips were cut from"
+            )
         window_px = data.window_px or dataset.window_px
         if window_px > dataset.window_px:
             raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,8 @@ from speciesmap.learning.trust import (
     measure_trust,
     read_surveys,
 )
-from speciesmap.models import SpeciesModel, load_model
+from speciesmap.mapping.fit import MOST_RESOLUTION_RATIO
+from speciesmap.models import SpeciesModel, load_model, read_facts
 from speciesmap.models.heads import TaxonHead
 from speciesmap.models.trust import Trust
 from speciesmap.observations.folds import (
@@ -63,6 +65,9 @@ from speciesmap.outputs import replacing
 from speciesmap.progress import track
 from speciesmap.rasters.covariates import Covariates
 from speciesmap.rasters.imagery import Imagery
+from speciesmap.taxa import nearest
+
+log = logging.getLogger("speciesmap")
 
 FOLDS = "folds"  # scores of the folds of a validation that are done
 AREA = 1000  # places of the imagery that folds by `knndm` are matched to
@@ -85,7 +90,8 @@ def finetune(
         The model, in evaluation mode, and metrics of training and validation.
 
     Raises:
-        ConfigError: The data set or the imagery is missing.
+        ConfigError: The data set or the imagery is missing, or a prevalence is stated of a taxon
+            that is not there.
         ModelError: The initial model does not fit the data.
     """
     rng = np.random.default_rng(config.seed)
@@ -100,6 +106,15 @@ def finetune(
             f"{', '.join(base.bands)}; {config.data.dataset} has {sources.window_px} px and "
             f"{', '.join(sources.bands)}; cut chips to fit, or pre-train on these"
         )
+    trained_m, given_m = base.resolution_m, sources.resolution_m
+    if not 1 / MOST_RESOLUTION_RATIO <= given_m / trained_m <= MOST_RESOLUTION_RATIO:
+        raise ModelError(
+            f"{config.init} was trained on pixels of {trained_m:.3g} m, those of "
+            f"{config.data.dataset} have {given_m:.3g} m; cut chips with --resolution-m "
+            f"{trained_m:.3g}, or pre-train on these"
+        )
+    if config.validation is not None:
+        check_validation(config, sources)
     image_px = base.ground.image_px if base.ground and sources.dataset.has_ground else None
     presences = PairedRows(sources.dataset, sources.rows, sources.taxa, image_px, sources.window_px)
     data, area = config.data, (sources.imagery, sources.window_px)
@@ -147,6 +162,35 @@ def finetune(
     dark = [name for name, found in judged.items() if found["informative"] is False]
     model.trust = replace(trust, uninformative=dark)
     return model, {**fitted, **metrics}
+
+
+def check_validation(config: FinetuneConfig, sources: Sources) -> None:
+    """Refuse prevalences of taxa that are not there; say where folds hold out nothing new.
+
+    Raises:
+        ConfigError: A prevalence is stated of a taxon that the data set lacks.
+    """
+    assert config.validation is not None
+    names = [taxon.name for taxon in sources.taxa]
+    stated = config.validation.prevalence
+    for name in stated if isinstance(stated, dict) else ():
+        if name not in names:
+            raise ConfigError(
+                f"validation.prevalence names {name!r}, which {config.data.dataset} lacks; it has "
+                f"{', '.join(nearest(name, names) or names[:5])}"
+            )
+    before = read_facts(config.init).get("training", {})
+    if (
+        before.get("method") != "mae"
+        and before.get("data", {}).get("dataset") == config.data.dataset
+    ):
+        log.warning(
+            "%s learned from the records of %s with their photos and names, so folds hold out "
+            "nothing that it has not seen: validation will look better than it is; pre-train with "
+            "method: mae, or on other records, to measure it",
+            config.init,
+            config.data.dataset,
+        )
 
 
 def on_surveys(
@@ -329,6 +373,9 @@ def cross_validate(
         background), longitude, latitude, background (its kind, empty for presences), fold, trained
         (windows trained on in that fold), and a logit per taxon, by its name, NaN where the fold's
         training had no presence of it.
+
+    Raises:
+        ConfigError: A fold leaves nothing to train on.
     """
     assert config.validation is not None
     imagery = background.imagery
@@ -341,8 +388,18 @@ def cross_validate(
     folds = make_folds(rows, cols, count, background, config)
     logits = np.empty((len(rows), len(presences.taxa)))
     trained = np.empty(len(rows), dtype=np.int64)
-    for k in track(range(config.validation.folds), "Cross-validating"):
-        use = separated(cols, rows, folds, k, presences.dataset.window_px + 1)
+    uses = [
+        separated(cols, rows, folds, k, presences.dataset.window_px + 1)
+        for k in range(config.validation.folds)
+    ]
+    for k, use in enumerate(uses):
+        if min(use[:count].sum(), use[count:end].sum()) < 2:
+            raise ConfigError(
+                f"fold {k} leaves {use[:count].sum()} presences and {use[count:end].sum()} "
+                "background places to train on, since windows that overlap a held-out one are left "
+                "out; give larger blocks in validation.block_m, fewer folds, or more places"
+            )
+    for k, use in enumerate(track(uses, "Cross-validating")):
         held = folds == k
         trained[held] = use[:end].sum()
         kept = None if work is None else work / FOLDS / f"{k}.npy"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 
 from speciesmap.config import OptimConfig, TrainerConfig
+from speciesmap.errors import ConfigError, DatasetError
 from speciesmap.learning.data import Batch, Kept, PairedRows, Places, Sources, as_is
 from speciesmap.learning.modules import Stage
 from speciesmap.mapping.embed import choose_device
@@ -53,6 +56,9 @@ def fit(
 
     Returns:
         The last losses by name, the number of steps, and the precision.
+
+    Raises:
+        ConfigError: Lightning has no such device or precision here, or the losses diverged.
     """
     precision = (
         config.precision if config.precision != "auto" else best_precision(config.accelerator)
@@ -80,21 +86,28 @@ def fit(
         torch.manual_seed(torch.initial_seed() + process_rank())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = L.Trainer(
-            accelerator=config.accelerator,
-            devices=config.devices,
-            precision=precision,  # type: ignore[arg-type]
-            max_epochs=optim.epochs,
-            gradient_clip_val=1.0,
-            callbacks=callbacks,
-            logger=[CSVLogger(work, "logs", ""), TensorBoardLogger(work, "logs", "")]
-            if work is not None
-            else False,
-            log_every_n_steps=10,
-            enable_checkpointing=work is not None,
-            enable_progress_bar=work is not None and loud,
-            enable_model_summary=False,
-        )
+        try:
+            trainer = L.Trainer(
+                accelerator=config.accelerator,
+                devices=config.devices,
+                precision=precision,  # type: ignore[arg-type]
+                max_epochs=optim.epochs,
+                gradient_clip_val=1.0,
+                callbacks=callbacks,
+                logger=[CSVLogger(work, "logs", ""), TensorBoardLogger(work, "logs", "")]
+                if work is not None
+                else False,
+                log_every_n_steps=10,
+                enable_checkpointing=work is not None,
+                enable_progress_bar=work is not None and loud,
+                enable_model_summary=False,
+            )
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise ConfigError(
+                f"Lightning cannot train with trainer.accelerator = {config.accelerator!r}, "
+                f"devices = {config.devices!r}, precision = {precision!r} ({error}); leave them at "
+                "'auto'"
+            ) from error
         trainer.fit(
             stage,
             loader,
@@ -103,6 +116,11 @@ def fit(
         )
     stage.network.eval()
     losses = {name: round(float(value), 4) for name, value in trainer.callback_metrics.items()}
+    if not all(map(math.isfinite, losses.values())):
+        raise ConfigError(
+            f"training diverged: after {trainer.global_step} steps the losses are {losses}; lower "
+            f"optim.lr = {optim.lr:g}, or look for pixels out of range"
+        )
     return {"losses": losses, "steps": trainer.global_step, "precision": precision}
 
 
@@ -147,7 +165,15 @@ def batches(
     """Shuffle into batches: an epoch, or `count` batches drawn with replacement.
 
     With `together`, rows of one place follow each other.
+
+    Raises:
+        DatasetError: There are fewer than two windows.
     """
+    if len(windows) < 2:
+        what = "row" if isinstance(windows, PairedRows) else "background place"
+        raise DatasetError(
+            f"there is {len(windows)} {what} to learn from, and a batch needs 2; give more of them"
+        )
     size = min(optim.batch_size, len(windows))
     sampler: Sampler[int] | None = None
     if count:
