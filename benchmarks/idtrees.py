@@ -45,7 +45,7 @@ from speciesmap.rasters.imagery import open_imagery
 FOLDS, FEWEST = 5, 11
 PLOT_M, RGB_PX, HSI_PX = 20, 200, 20
 SIDE_PX = 40  # what a crown's RGB is resampled to
-WINDOWS, VIEWS = 30, 4  # random windows of a plot, and random views of each crown and window
+WINDOWS, VIEWS = 15, 4  # random windows of a plot, and random views of each crown and window
 WATER = ((190, 212), (280, 315), (355, 369))  # noisy bands, by position
 
 
@@ -98,10 +98,13 @@ def read(folder: Path, seed: int) -> Crowns:
             known = names.index(box["taxonID"]) if box["taxonID"] in names else -1
             places.append((top - (south + north) / 2, (west + east) / 2 - left, half, known))
         places += [(*rng.uniform(2, 18, 2), 2.0, -1) for _ in range(WINDOWS)]
+        views = [
+            crop(colour, row, col, half, rng if view else None)
+            for view in range(VIEWS)
+            for row, col, half, _ in places
+        ]
+        parts.append(describe(torch.stack(views)).reshape(VIEWS, len(places), -1))  # (V, n, F)
         for row, col, half, known in places:
-            views = [crop(colour, row, col, half, None)]
-            views += [crop(colour, row, col, half, rng) for _ in range(VIEWS - 1)]
-            parts.append(describe(torch.stack(views)))
             low = [max(0, min(HSI_PX - 1, round(at - half))) for at in (row, col)]
             high = [
                 max(start + 1, min(HSI_PX, round(at + half)))
@@ -115,7 +118,7 @@ def read(folder: Path, seed: int) -> Crowns:
         clean[first:end] = False
     spectrum = np.stack(spectra)[:, clean]
     return Crowns(
-        torch.stack(parts, 1),
+        torch.cat(parts, 1),
         torch.from_numpy(spectrum / 10_000),
         np.array(plots),
         np.array(species),
@@ -179,7 +182,7 @@ def perceptron(inputs: int, dim: int = 64) -> nn.Module:
 
 
 def pretrain(
-    described: Tensor, other: Tensor | None, seed: int, steps: int = 600, size: int = 256
+    described: Tensor, other: Tensor | None, seed: int, steps: int = 400, size: int = 256
 ) -> nn.Module:
     """Pre-train on RGB with the spectra as the other view, or with RGB's own other views.
 

@@ -15,13 +15,11 @@ Steps that are done are not repeated: what is slow can be run in pieces with `--
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from speciesmap.config import PretrainConfig, load_config
+from speciesmap.config import ClassifyConfig, PretrainConfig, load_config
 from speciesmap.datasets.chips import make_chips
 from speciesmap.learning.classify import classify, read_results
 from speciesmap.learning.data import PairedRows, open_sources
@@ -90,15 +88,13 @@ def start(out: Path, chips: Path, name: str, epochs: int) -> Path:
     return save_model(build(config.model, sources, rows), folder, {"metrics": {}})
 
 
-def compare(out: Path, chips: Path, models: dict[str, Path], seed: int, epochs: int) -> Path:
-    """Fine-tune every start with every share of the labels, for one deal of the blocks."""
-    folder = out / f"seed_{seed}"
-    if folder.exists():
-        return folder
+def compare(out: Path, chips: Path, name: str, model: Path, seed: int, epochs: int) -> pd.DataFrame:
+    """Fine-tune one start with every share of the labels, for one deal of the blocks."""
+    folder = out / f"seed_{seed}" / name.replace(" ", "_")
     config = load_config(
         {
             "stage": "classify",
-            "init": {name: str(path) for name, path in models.items()},
+            "init": str(model),
             "seed": seed,
             "data": {"dataset": str(chips)},
             "splits": {"block_m": BLOCK_M},
@@ -110,7 +106,11 @@ def compare(out: Path, chips: Path, models: dict[str, Path], seed: int, epochs: 
             "trainer": {"accelerator": "cpu", "devices": 1},
         }
     )
-    return classify(config, folder)  # type: ignore[arg-type]
+    assert isinstance(config, ClassifyConfig)
+    if not folder.exists():
+        folder.parent.mkdir(exist_ok=True)
+        classify(config, folder)
+    return pd.DataFrame(read_results(folder)["table"]).assign(init=name, seed=seed)
 
 
 def plot(table: pd.DataFrame, file: Path) -> None:
@@ -142,18 +142,15 @@ def plot(table: pd.DataFrame, file: Path) -> None:
     figure.savefig(file, dpi=130)
 
 
-def summarise(folders: list[Path]) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Mean and standard deviation over seeds, by start and share, and notes on the splits."""
-    results = [read_results(folder) for folder in folders]
-    rows = pd.concat([pd.DataFrame(result["table"]) for result in results])
-    grouped = rows.groupby(["init", "percent"], sort=False)
-    table = grouped.agg(
+def summarise(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard deviation over seeds, by start and share."""
+    table = rows.groupby(["init", "percent"], sort=False).agg(
         labels=("labels", "mean"),
         mean=("species_top1", "mean"),
         sd=("species_top1", "std"),
         seeds=("species_top1", "size"),
-    ).reset_index()
-    return table.round({"labels": 0, "mean": 3, "sd": 3}), results[0]["splits"]
+    )
+    return table.reset_index().round({"labels": 0, "mean": 3, "sd": 3})
 
 
 def main() -> None:
@@ -161,28 +158,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--size-px", type=int, default=1024)
-    parser.add_argument("--pretrain-epochs", type=int, default=30)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--only", choices=[*METHODS, SUPERVISED, "compare"])
+    parser.add_argument("--size-px", type=int, default=2048)
+    parser.add_argument("--pretrain-epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--only", choices=[*METHODS, SUPERVISED])
     parser.add_argument("--results", type=Path, default=RESULTS, help="where table and plot go")
     arguments = parser.parse_args()
     out: Path = arguments.out
     chips = prepare(out, arguments.size_px)
-    wanted = (
-        [arguments.only] if arguments.only in (*METHODS, SUPERVISED) else [*METHODS, SUPERVISED]
-    )
+    wanted = [arguments.only] if arguments.only else [*METHODS, SUPERVISED]
     models = {name: start(out, chips, name, arguments.pretrain_epochs) for name in wanted}
-    if len(models) == 1:
+    if arguments.only:
         return
-    folders = [
-        compare(out, chips, models, seed, arguments.epochs) for seed in range(arguments.seeds)
+    results = [
+        compare(out, chips, name, path, seed, arguments.epochs)
+        for seed in range(arguments.seeds)
+        for name, path in models.items()
     ]
-    table, notes = summarise(folders)
+    table = summarise(pd.concat(results))
+    arguments.results.mkdir(exist_ok=True)
     table.to_csv(arguments.results / "label_fractions.csv", index=False)
     plot(table, arguments.results / "label_fractions.png")
     print(table.pivot(index="percent", columns="init", values=["mean", "sd"]).to_string())
-    print(json.dumps(notes, indent=1))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from speciesmap.learning.train import build, train
 from speciesmap.models import SpeciesModel, load_model, read_facts
 
 CPU = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("birdsat_*.yaml"))
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("birdsat_*mae.yaml"))
 VIT = {"backbone": "test_vit", "kwargs": {"patch_size": 4}}
 GROUND = {"backbone": "test_vit", "kwargs": {"patch_size": 8}, "image_px": 16}
 

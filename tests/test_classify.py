@@ -320,10 +320,17 @@ def test_birds_are_named_in_their_own_splits_at_nested_shares_of_labels(
     bird_init: Path, tmp_path: Path
 ) -> None:
     birds = inat_birds(tmp_path / "birds", train=60, test=12)
-    few = {"epochs": 2, "batch_size": 16, "lr": 0.002}
-    data = {"dataset": str(birds), "window_px": SIDE}
-    content = config(birds, bird_init, data=data, splits={}, percent=[20.0, 100.0], optim=few)
-    table = pd.DataFrame(read_results(train(load_config(content), tmp_path / "run"))["table"])
+    path = Path(__file__).parent.parent / "configs" / "birdsat_classify.yaml"
+    changes = [
+        f"init={bird_init}",
+        f"data.dataset={birds}",
+        f"data.window_px={SIDE}",
+        "percent=[20.0, 100.0]",
+        "optim={epochs: 2, batch_size: 16, lr: 0.002}",
+        f"trainer={json.dumps(CPU)}",
+    ]
+    run = train(load_config(path, changes), tmp_path / "run")
+    table = pd.DataFrame(read_results(run)["table"])
     assert len(table) == 2 * 3 * 2
     dataset = open_birds(birds)
     trained = dataset.facts["split"] == "train"

@@ -86,11 +86,11 @@ def command(
     from speciesmap.present.picture import picture_map
 
     if model is not None:
-        from speciesmap.datasets.paired import open_paired
+        from speciesmap.datasets.birds import open_dataset
         from speciesmap.models import load_model
 
         refuse_existing(out, overwrite)
-        points = photo_points(load_model(model), open_paired(store), rank, sample, seed)
+        points = photo_points(load_model(model), open_dataset(store), rank, sample, seed)
         umap_points(
             *points,
             out=out,

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from rasterio.enums import ColorInterp
 
+from speciesmap.datasets.birds import BirdDataset
 from speciesmap.datasets.paired import PairedDataset
 from speciesmap.errors import DependencyError, QueryError, StoreError
 from speciesmap.models import SpeciesModel
@@ -141,7 +142,11 @@ def fit_umap(
 
 
 def photo_points(
-    model: SpeciesModel, dataset: PairedDataset, rank: int, most: int = 3000, seed: int = 0
+    model: SpeciesModel,
+    dataset: PairedDataset | BirdDataset,
+    rank: int,
+    most: int = 3000,
+    seed: int = 0,
 ) -> tuple[NDArray[np.float32], list[str], list[str]]:
     """Embed the photos of a data set, with what colours and names each.
 
