@@ -28,6 +28,7 @@ from rasterio._env import del_gdal_config
 from rasterio.env import set_gdal_config
 
 from speciesmap.cli.chips import command
+from speciesmap.datasets import chips
 from speciesmap.datasets.chips import make_chips
 from speciesmap.datasets.paired import open_paired
 from speciesmap.errors import AreaError, ConfigError, DependencyError, ImageryError
@@ -508,8 +509,12 @@ def test_an_area_across_the_antimeridian_is_searched_on_both_sides(
 
 @needs_rustac
 def test_chips_are_cut_scene_by_scene_resumed_and_know_their_origin(
-    server: Server, tmp_path: Path, naip: list[dict[str, Any]]
+    server: Server,
+    tmp_path: Path,
+    naip: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(chips, "BATCH_OBSERVATIONS", 40)
     rng = np.random.default_rng(3)
     imagery = open_imagery(write_geotiff(tmp_path / "whole.tif", noise(), GRID, bands=BANDS))
     longitude, latitude = imagery.xy(rng.uniform(20, 580, 150), rng.uniform(20, 780, 150))
@@ -527,9 +532,12 @@ def test_chips_are_cut_scene_by_scene_resumed_and_know_their_origin(
         assert not (tmp_path / "set").exists()
         server.set(truncated=[])
         before = server.state.sent
+        server.set(lines=[])
         result = CliRunner().invoke(command, [*words, str(tmp_path / "set")])
     assert result.exit_code == 0, result.exception
     assert server.state.sent["s0.tif"] - before["s0.tif"] < before["s0.tif"] / 2, "not read again"
+    checks = [line for line in server.state.lines if line.endswith("bytes=0-0")]
+    assert len(checks) < 100, "a file is not asked for its version at every window"
     made, local = open_paired(tmp_path / "set"), open_paired(tmp_path / "local")
     assert len(made) == len(local) == expected.rows
     order = [list(d.facts["observation_uuid"]) for d in (made, local)]
@@ -543,6 +551,17 @@ def test_chips_are_cut_scene_by_scene_resumed_and_know_their_origin(
     )
     assert not list(tmp_path.glob(".set*"))
     assert not any("127.0.0.1" in str(v) for v in origin.to_numpy().ravel())
+
+
+def test_windows_of_a_file_that_changes_meanwhile_are_not_given(server: Server) -> None:
+    cog(server.folder / "a.tif", noise())
+    imagery = open_imagery(f"{server.address}/a.tif")
+    (first, valid), _ = imagery.read_windows([(0, 0), (64, 0)], 32)
+    assert valid.all() and (first == noise()[:, :32, :32]).all()
+    cog(server.folder / "b.tif", noise(seed=1))
+    shutil.move(server.folder / "b.tif", server.folder / "a.tif")
+    with pytest.raises(ImageryError, match="changed on its server"):
+        imagery.read_windows([(300, 300)], 32)
 
 
 def test_nothing_of_stac_is_imported_for_a_file(tmp_path: Path) -> None:

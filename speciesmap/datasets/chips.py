@@ -39,7 +39,7 @@ log = logging.getLogger("speciesmap")
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp")
 MAX_PHOTO_BYTES = 100_000_000
 BLOCK_PX = 1024
-BATCH_OBSERVATIONS = 64
+BATCH_OBSERVATIONS = 256
 
 ABSENT = "not a presence"
 OUTSIDE = "window leaves the imagery"
@@ -153,8 +153,8 @@ def make_chips(
     seen: set[str] = set()
     used: set[int] = set()
     provenance: list[tuple[str, list[tuple[str, str, str]]]] = []
-    cutter = Cutter(imagery, starts, window_px, out)
     with (
+        Cutter(imagery, starts, window_px, out) as cutter,
         replacing(out, overwrite=overwrite) as beside,
         PairedWriter(beside, imagery.bands, window_px, imagery.dtype) as writer,
         ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,

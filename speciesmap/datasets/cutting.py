@@ -68,6 +68,15 @@ class Cutter:
                     shutil.rmtree(stale)
             self._kept = out.with_name(name)
             self._kept.mkdir(parents=True, exist_ok=True)
+        # threads that last, as each keeps its files open
+        self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="chips")
+
+    def __enter__(self) -> Cutter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End the threads; what was kept stays for a run that goes on."""
+        self._pool.shutdown(cancel_futures=True)
 
     def cut(self, rows: Sequence[int]) -> list[Window]:
         """Read the windows of a batch; the same batches must be asked for after an interruption.
@@ -76,7 +85,7 @@ class Cutter:
             ImageryError: A window cannot be read.
         """
         if self._kept is None:
-            return [self._read(row) for row in rows]
+            return self._read(rows)
         name = hashlib.sha256(np.asarray(rows, np.int64).tobytes()).hexdigest()[:24]
         file = self._kept / f"{name}.npz"
         if file.exists():
@@ -86,13 +95,8 @@ class Cutter:
                 Window(p, float(v), self._scenes(row))
                 for p, v, row in zip(pixels, valid, rows, strict=True)
             ]
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="chips") as pool:
-            reading = [pool.submit(self._read, row) for row in rows]
-            try:
-                windows = [window.result() for window in reading]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # a server that fails is not asked on
-                raise
+        neighbours = [part.tolist() for part in np.array_split(rows, AT_ONCE) if len(part)]
+        windows = [window for part in self._pool.map(self._read, neighbours) for window in part]
         with replacing(file) as beside:
             np.savez(
                 beside,
@@ -106,10 +110,14 @@ class Cutter:
         if self._kept is not None:
             shutil.rmtree(self._kept, ignore_errors=True)
 
-    def _read(self, row: int) -> Window:
-        top, left = self._starts[row].tolist()
-        pixels, valid = self._imagery.read(top, left, self._window_px, self._window_px)
-        return Window(pixels, float(valid.mean()), self._scenes(row))
+    def _read(self, rows: Sequence[int]) -> list[Window]:
+        starts = [(int(top), int(left)) for top, left in self._starts[list(rows)]]
+        return [
+            Window(pixels, float(valid.mean()), self._scenes(row))
+            for row, (pixels, valid) in zip(
+                rows, self._imagery.read_windows(starts, self._window_px), strict=True
+            )
+        ]
 
     def _scenes(self, row: int) -> list[tuple[str, str, str]]:
         top, left = self._starts[row].tolist()

@@ -13,7 +13,8 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -237,6 +238,18 @@ class Files:
             self._versions[path] = remote_version(path, signer).tag
         return self._versions[path]
 
+    @contextmanager
+    def checked_at_end(self) -> Iterator[None]:
+        """Let this thread's `refuse_changed` wait for the block's end, and ask once for a file."""
+        waiting: dict[str, str | None] = {}
+        self._local.waiting = waiting
+        try:
+            yield
+        finally:
+            self._local.waiting = None
+        for path, signer in waiting.items():
+            self.refuse_changed(path, signer)
+
     def refuse_changed(self, path: str, signer: str | None) -> None:
         """Stop where a file is no longer the one that was read first.
 
@@ -244,6 +257,11 @@ class Files:
             ImageryError: It changed on its server, or the server does not answer.
         """
         if not path.startswith(("http://", "https://")):
+            return
+        waiting: dict[str, str | None] | None = getattr(self._local, "waiting", None)
+        if waiting is not None:
+            self.version(path, signer)
+            waiting[path] = signer
             return
         first = self.version(path, signer)
         now = remote_version(path, signer).tag

@@ -21,7 +21,7 @@ from speciesmap.rasters.bands import canonical
 from speciesmap.rasters.files import Files, is_remote, public
 from speciesmap.rasters.files import open_raster as open_raster
 from speciesmap.rasters.grid import choose_grid, ground_m, in_words
-from speciesmap.rasters.placed import PlacedScene, Reader, Rectangle, place_scene
+from speciesmap.rasters.placed import Part, PlacedScene, Reader, Rectangle, place_scene
 from speciesmap.rasters.scenes import SUFFIXES as SUFFIXES
 from speciesmap.rasters.scenes import (
     Scene,
@@ -307,6 +307,22 @@ class Imagery:
             gain, shift = np.array(self._gains, np.float32).T[:, :, None, None]
             pixels = pixels.astype(np.float32) * gain + shift
         return pixels, valid
+
+    def read_windows(self, starts: Sequence[tuple[int, int]], side_px: int) -> list[Part]:
+        """Read squares, asking servers only once whether their files have changed meanwhile.
+
+        Args:
+            starts: First row and column of each; neighbours together are read fastest.
+            side_px: Their side.
+
+        Returns:
+            Of each what `read` gives.
+
+        Raises:
+            ImageryError: A file cannot be read, or changed.
+        """
+        with self._files.checked_at_end():
+            return [self.read(row, col, side_px, side_px) for row, col in starts]
 
     def rowcol(
         self, x: ArrayLike, y: ArrayLike, crs: Any = "EPSG:4326"

@@ -12,6 +12,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -22,7 +23,7 @@ from odc.geo.geobox import GeoBox
 from speciesmap.errors import AreaError, ConfigError, DependencyError, ImageryError
 from speciesmap.rasters.bands import canonical
 from speciesmap.rasters.files import SIGNED_HOST, public, reason
-from speciesmap.rasters.scenes import RasterFile, Scene, describe_file
+from speciesmap.rasters.scenes import AT_ONCE, RasterFile, Scene, describe_file
 from speciesmap.rasters.windows import bounds_of
 
 PREFIX = "stac+"
@@ -107,7 +108,8 @@ def find_scenes(
     host = urlsplit(address).hostname
     signer = SIGNED_HOST if host == SIGNED_HOST else None
     wanted = [canonical(band) for band in bands]
-    return [_scene(item, wanted, signer) for item in items]
+    with ThreadPoolExecutor(min(AT_ONCE, len(items))) as pool:  # headers may have to be read
+        return list(pool.map(lambda item: _scene(item, wanted, signer), items))
 
 
 def _interval(pystac_client: Any, datetime: str | None) -> str:
