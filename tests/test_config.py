@@ -13,6 +13,7 @@ from speciesmap.config import (
     load_config,
     shipped_config,
 )
+from speciesmap.demo.scene import assigned
 from speciesmap.errors import ConfigError
 
 SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -120,6 +121,11 @@ def test_changes_are_yaml_and_reach_any_depth() -> None:
     assert config.data.imagery == "a=b.tif"
     assert config.model.text is not None
     assert config.model.text.hub is None
+
+
+@pytest.mark.parametrize("path", ["demo #1: ü/chips", "2024", "~", "[a]", "'a' \"b\"", "yes", "😀"])
+def test_a_path_of_any_characters_can_be_assigned(path: str) -> None:
+    assert load_config(pretrain(), [assigned("data.dataset", path)]).data.dataset == path
 
 
 @pytest.mark.parametrize(

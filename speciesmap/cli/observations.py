@@ -44,6 +44,7 @@ WORDS = {
 @click.option(
     "--uncertainty-max-m",
     default=10_000.0,
+    type=click.FloatRange(min=0),
     show_default=True,
     help="Drop records less certain than this, and placeholders; inf keeps all.",
 )

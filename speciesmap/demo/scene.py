@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,15 @@ class SceneResult:
             return value
 
         return {key: plain(value) for key, value in vars(self).items() if key != "page"}
+
+
+def assigned(key: str, value: Path | str) -> str:
+    """Assign a path or name to a configuration's key, whatever it means in YAML.
+
+    >>> assigned("data.dataset", "demo #1: ü/chips")
+    'data.dataset="demo #1: ü/chips"'
+    """
+    return f"{key}={json.dumps(str(value), ensure_ascii=False)}"
 
 
 def rounded(figures: Mapping[str, Any]) -> dict[str, Any]:

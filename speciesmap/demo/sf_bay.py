@@ -13,7 +13,7 @@ import pandas as pd
 from speciesmap.atlas import predict
 from speciesmap.config import load_config, shipped_config
 from speciesmap.datasets.chips import make_chips
-from speciesmap.demo.scene import SceneResult, rounded
+from speciesmap.demo.scene import SceneResult, assigned, rounded
 from speciesmap.errors import DependencyError
 from speciesmap.learning.baselines import RIVALS, held_out_scores
 from speciesmap.learning.data import Places
@@ -64,13 +64,16 @@ def run(out: Path, seed: int = 0) -> SceneResult:
     background = out / "background.parquet"
     gpd.GeoDataFrame(geometry=gpd.points_from_xy(x, y), crs="EPSG:4326").to_parquet(background)
 
-    places = [f"data.imagery={source}", f"data.background={background}", f"seed={seed}"]
-    pretrained = train(
-        load_config(pre_config, [f"data.imagery={source}", f"seed={seed}"]), out / "pretrained"
-    )
+    shared = [assigned("data.imagery", source), f"seed={seed}"]
+    pretrained = train(load_config(pre_config, shared), out / "pretrained")
     tune = load_config(
         shipped_config("demo_landsat_finetune.yaml"),
-        [*places, f"init={pretrained}", f"data.dataset={out / 'chips'}"],
+        [
+            *shared,
+            assigned("data.background", background),
+            assigned("data.dataset", out / "chips"),
+            assigned("init", pretrained),
+        ],
     )
     model = train(tune, out / "model")
     prediction = predict(

@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from speciesmap.atlas import Prediction, predict
 from speciesmap.config import load_config, shipped_config
 from speciesmap.datasets.chips import make_chips
-from speciesmap.demo.scene import SceneResult, rounded
+from speciesmap.demo.scene import SceneResult, assigned, rounded
 from speciesmap.learning.baselines import logistic, trained_scores, window_statistics
 from speciesmap.learning.data import Places, draw_background
 from speciesmap.learning.metrics import auc
@@ -59,9 +59,9 @@ class Study:
         """Assignments to the shipped configurations that name this study's data."""
         return [
             f"seed={self.seed}",
-            f"data.dataset={self.chips}",
+            assigned("data.dataset", self.chips),
             f"data.withheld=[{self.withheld}]",
-            f"data.imagery={self.landscape.aerial}",
+            assigned("data.imagery", self.landscape.aerial),
         ]
 
 
@@ -83,7 +83,9 @@ def run(out: Path, seed: int = 0) -> SceneResult:
     observations.to_parquet(out / "observations.parquet")
     pre_train = load_config(shipped_config("demo_crisp.yaml"), study.data)
     pretrained = train(pre_train, out / "pretrained")
-    tune = load_config(shipped_config("demo_finetune.yaml"), [*study.data, f"init={pretrained}"])
+    tune = load_config(
+        shipped_config("demo_finetune.yaml"), [*study.data, assigned("init", pretrained)]
+    )
     folder = train(tune, out / "model")
     prediction, maps = map_taxa(study, folder, out)
     table = measure(study, maps, baseline(study, load_model(folder).fill))

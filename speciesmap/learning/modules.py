@@ -178,8 +178,8 @@ class Finetune(Stage):
 class Prompts:
     """Lineage prompts of a batch, all cut at one rank.
 
-    Most batches name species; some name only the genus or a higher rank, half of those with a
-    made-up epithet behind. So the names of higher ranks mean something by themselves, and an
+    Half of the batches name species; the others only the genus or a higher rank, half of those with
+    a made-up epithet behind. So the names of higher ranks mean something by themselves, and an
     unknown species of a known genus falls back on its genus.
 
     Args:
