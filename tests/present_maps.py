@@ -128,6 +128,18 @@ CONTRAST = """() => {
     return 0.2126 * line(r / 255) + 0.7152 * line(g / 255) + 0.0722 * line(b / 255);
   };
   const found = [];
+  const measure = (element, colour, text) => {
+    let ground = null;
+    for (let e = element; e && !ground; e = e.parentElement) {
+      const c = parse(getComputedStyle(e).backgroundColor);
+      if (c[3] > 0.85) ground = c;
+    }
+    if (!ground) return;
+    const [a, b] = [light(parse(colour)), light(ground)].sort((x, y) => y - x);
+    found.push([(a + 0.05) / (b + 0.05), text.slice(0, 40)]);
+  };
+  for (const field of document.querySelectorAll("[placeholder]"))
+    measure(field, getComputedStyle(field, "::placeholder").color, field.placeholder);
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const element = walker.currentNode.parentElement;
@@ -137,14 +149,7 @@ CONTRAST = """() => {
     if (element.closest("script, style, noscript, select")) continue;
     const style = getComputedStyle(element);
     if (style.visibility === "hidden") continue;
-    let ground = null;
-    for (let e = element; e && !ground; e = e.parentElement) {
-      const c = parse(getComputedStyle(e).backgroundColor);
-      if (c[3] > 0.85) ground = c;
-    }
-    if (!ground) continue;
-    const [a, b] = [light(parse(style.color)), light(ground)].sort((x, y) => y - x);
-    found.push([(a + 0.05) / (b + 0.05), text.slice(0, 40)]);
+    measure(element, style.color, text);
   }
   return found.sort((x, y) => x[0] - y[0]);
 }"""
