@@ -14,6 +14,7 @@ import pystac
 import pytest
 from present_maps import HOSTILE, ramp, write_map
 from rasterio.transform import from_origin
+from stac_model.schema import MLModelProperties
 
 from speciesmap.errors import ImageryError, OutputError
 from speciesmap.present.stac import MLM, write_item
@@ -117,7 +118,8 @@ def test_model_is_described_fully_or_by_its_fingerprint(
         assert not [key for key in item.properties if key.startswith("mlm:")]
         return
     assert MLM in item.stac_extensions
-    assert item.properties["mlm:name"] == "speciesmap-oaks_second_try"
+    described = {key: v for key, v in item.properties.items() if key.startswith("mlm:")}
+    assert MLModelProperties.model_validate(described).name == "speciesmap-oaks_second_try"
     [window] = item.properties["mlm:input"]
     assert window["input"]["shape"] == [-1, 4, 64, 64]
     asset = item.assets["model"]
