@@ -69,7 +69,7 @@ def evaluate(
     facts = read_facts(folder)
     loaded = load_model(folder)
     config = _configuration(facts, Path(data))
-    encoder, note, warning = _encoder(loaded, facts)
+    encoder, note, warning = _encoder(loaded, facts, config)
     assert config.validation is not None
     asked = surveys if surveys is not None else config.validation.surveys
     result: dict[str, Any] = {
@@ -127,30 +127,42 @@ def _folding(chosen: ValidationConfig) -> str:
     }[chosen.method]
 
 
-def _encoder(model: SpeciesModel, facts: dict[str, Any]) -> tuple[SpeciesModel, str, list[str]]:
+def _encoder(
+    model: SpeciesModel, facts: dict[str, Any], config: FinetuneConfig
+) -> tuple[SpeciesModel, str, list[str]]:
     """Whose embeddings the ladder stands on, in words, and what to keep in mind."""
     trained = facts.get("training", {})
-    if trained.get("stage") != "finetune" or trained.get("freeze_encoder"):
-        return model, "the model itself, which was not fine-tuned", []
-    try:
-        return (
-            load_model(trained["init"]),
-            f"{Path(trained['init']).name}, from which the model was fine-tuned",
-            [
-                "Embeddings are those before fine-tuning, which has not seen what is held out. "
-                "The fine-tuned encoder's own cross-validation is in folds.parquet of the model."
-            ],
+    folder: Path | None = None
+    if trained.get("stage") == "finetune" and not trained.get("freeze_encoder"):
+        folder = Path(trained["init"])
+        try:
+            model, facts = load_model(folder), read_facts(folder)
+        except ModelError:
+            return (
+                model,
+                "the fine-tuned model",
+                [
+                    f"The checkpoint {folder} that the model was fine-tuned from is not at hand. "
+                    "The encoder has seen the held-out records, so rungs on embeddings are too "
+                    "good."
+                ],
+            )
+        trained = facts.get("training", {})
+    notes = []
+    if folder is not None:
+        notes.append(
+            "Embeddings are those before fine-tuning. The fine-tuned encoder's own "
+            "cross-validation is in folds.parquet of the model."
         )
-    except ModelError:
-        return (
-            model,
-            "the fine-tuned model",
-            [
-                f"The checkpoint {trained['init']} that the model was fine-tuned from is not at "
-                "hand. The encoder has seen the held-out records, so rungs on embeddings are "
-                "too good."
-            ],
+    data = trained.get("data") or {}
+    if trained.get("method") not in (None, "mae") and data.get("dataset") == config.data.dataset:
+        notes.append(
+            "Pre-training paired windows of this very data set with their photos and names, those "
+            "held out here among them: rungs on embeddings, and most of all queries by text and "
+            "photo, are a little too good."
         )
+    note = "the model itself" if folder is None else f"{folder.name}, before fine-tuning"
+    return model, note, notes
 
 
 def _known(result: dict[str, Any], model: SpeciesModel) -> dict[tuple[str, str, str], str]:

@@ -190,9 +190,17 @@ def test_an_encoder_that_saw_the_held_out_records_is_said_to_have(
     assert "before fine-tuning" in appraisal.result["notes"][0]
     gone = {"training": copy.deepcopy(settings(scene, tmp_path / "gone"))}
     model = load_model(folder)
-    encoder, _, notes = _encoder(model, gone)
+    config = load_config(settings(scene, tmp_path / "gone"))
+    encoder, _, notes = _encoder(model, gone, config)  # type: ignore[arg-type]
     assert encoder is model
     assert "has seen the held-out records" in notes[0]
+    frozen = {"training": {**gone["training"], "freeze_encoder": True}}
+    assert _encoder(model, frozen, config)[2] == []  # type: ignore[arg-type]
+    paired = {"method": "crisp", "data": {"dataset": str(scene.chips)}, "stage": "pretrain"}
+    base = save_model(tiny_model(), tmp_path / "crisp", {"training": paired})
+    tuned = {"training": settings(scene, base)}
+    _, _, notes = _encoder(model, tuned, config)  # type: ignore[arg-type]
+    assert "those held out here among them" in notes[1]
 
 
 def test_the_command_prints_where_the_report_is(
