@@ -108,6 +108,9 @@ def test_the_bay_scene_is_evaluated_beside_two_baselines(
     table = {row["method"]: row for row in facts["metrics"]["cross_validation"]}
     assert list(table) == ["speciesmap", "location only", "band means and textures"]
     assert all(0 <= row["AUC"] <= 1 and row["sd"] >= 0 for row in table.values())
+    ladder = [row["method"] for row in facts["metrics"]["ladder"]]
+    assert {"prevalence only", "location only", "embedding + head"} < set(ladder)
+    assert (Path(facts["html"]).parents[1] / "evaluation/report.html").is_file()
     folds = pd.read_parquet(Path(facts["model"]) / "folds.parquet")
     assert facts["metrics"]["presences"] == int((folds["taxon"] == "Ariolimax").sum())
     assert np.unique(folds["fold"]).tolist() == list(range(6))

@@ -22,7 +22,9 @@ MAY_IMPORT = {
     "atlas": WORDS | DATA | {"models", "mapping", "learning", "present"},
     "appraise": WORDS | DATA | {"models", "mapping", "learning", "present"},
     "describe": WORDS | DATA | {"models", "mapping", "learning", "present"},
-    "demo": WORDS | DATA | {"models", "mapping", "learning", "present", "atlas", "describe"},
+    "demo": WORDS
+    | DATA
+    | {"models", "mapping", "learning", "present", "atlas", "appraise", "describe"},
 }
 """What each room may import beside itself; cli may import all."""
 WITHIN_DATA = {

@@ -10,6 +10,7 @@ import geopandas as gpd
 import numpy as np
 import pandas as pd
 
+from speciesmap.appraise import evaluate
 from speciesmap.atlas import predict
 from speciesmap.config import load_config, shipped_config
 from speciesmap.datasets.chips import make_chips
@@ -28,6 +29,12 @@ from speciesmap.rasters.imagery import Imagery, open_imagery
 TAXON = "Ariolimax"
 LINEAGE = "Animalia/Mollusca/Gastropoda/Ariolimacidae"
 BACKGROUND = 3000
+SHOWN = {
+    "auc": "AUC",
+    "average_precision": "average precision",
+    "boyce": "Boyce index",
+    "brier_skill": "Brier skill",
+}  # measures of the ladder
 LAND_ABOVE = 45  # the first band is near infrared, where water is black: histogram's trough
 
 
@@ -101,6 +108,11 @@ def run(out: Path, seed: int = 0) -> SceneResult:
         table.append({"method": name, **figures(fold_auc(present, scores, fold))})
     trained = folds.groupby("fold")["trained"].first() / (len(folds) - folds["fold"].value_counts())
     left_out = 1 - float(trained.mean())
+    evaluation = evaluate(model, data=out / "chips", out=out / "evaluation")
+    ladder = [
+        {"method": name, **rounded({SHOWN[key]: rung["mean"][key] for key in SHOWN})}
+        for name, rung in evaluation.result["rungs"].items()
+    ]
     return SceneResult(
         imagery=Path(source),
         observations=out / "observations.parquet",
@@ -108,7 +120,7 @@ def run(out: Path, seed: int = 0) -> SceneResult:
         store=prediction.store,
         maps=maps,
         html=prediction.html,
-        metrics={"cross_validation": table, "presences": int(present.sum())},
+        metrics={"cross_validation": table, "ladder": ladder, "presences": int(present.sum())},
         page=Scene(
             title="San Francisco Bay: banana slugs on Landsat 7",
             text=(
@@ -123,8 +135,15 @@ def run(out: Path, seed: int = 0) -> SceneResult:
             rasters=list(maps.values()),
             imagery=source,
             figures=[(f"{table[0]['AUC']:.2f}", "AUC on held-out blocks, all folds pooled")],
-            tables={"Held-out blocks of 4 km, six folds": table},
-            files={"observations": out / "observations.parquet", "map": maps[TAXON]},
+            tables={
+                "Held-out blocks of 4 km, six folds": table,
+                "The ladder on the same folds, on the encoder before fine-tuning": ladder,
+            },
+            files={
+                "evaluation": evaluation.html,
+                "observations": out / "observations.parquet",
+                "map": maps[TAXON],
+            },
         ),
     )
 
