@@ -68,6 +68,54 @@ class Taxon:
         return " ".join(names if ranks is None else names[: max(1, ranks)])
 
 
+def well_cased(text: str) -> str:
+    """Write two words as a binomial is written, where their case shows that they are not.
+
+    Museums' `QUERCUS AGRIFOLIA` and hand-typed `quercus Agrifolia` would else be other taxa than
+    `Quercus agrifolia`.
+
+    >>> well_cased("QUERCUS AGRIFOLIA"), well_cased("quercus agrifolia"), well_cased("Quercus Née")
+    ('Quercus agrifolia', 'Quercus agrifolia', 'Quercus Née')
+    """
+    binomial = re.fullmatch(r"[^\W\d_]{2,} [^\W\d_]{2,}(-[^\W\d_]+)*", text)
+    return text.capitalize() if binomial and (text.isupper() or text[0].islower()) else text
+
+
+def scientific_name(text: str, *, trinomial: bool = False) -> str:
+    """Cut the author, and what stands below the species, off a scientific name.
+
+    What does not look like a scientific name is left as it is.
+
+    Args:
+        text: For example `"Quercus agrifolia var. oxyadenia (Torr.) J.T.Howell"`.
+        trinomial: Whether a third plain word is an infraspecific epithet, as zoologists and
+            iNaturalist write it.
+
+    Returns:
+        For example `"Quercus agrifolia"`; `"Quercus"` for `"Quercus sp."`, `"Quercus L."` and
+        `"Quercus cf. agrifolia"`.
+    """
+    if re.fullmatch(r"[A-Z][a-z]+_[a-z-]+", text):
+        text = text.replace("_", " ")
+    words = well_cased(" ".join(text.split())).split()
+    if len(words) < 2 or not words[0][0].isupper():
+        return " ".join(words)
+    epithet = re.fullmatch(r"[^\W\d_A-Z][\w-]+", words[1]) is not None and words[1].islower()
+    author = re.match(r"[A-Z(&\[]", words[1]) is not None and len(words[1]) > 1
+    if words[1].lower() in ("sp.", "spp.", "sp", "spp", "cf.", "aff.", "indet.") or (
+        author and not epithet
+    ):
+        return words[0]
+    if not epithet or len(words) == 2:
+        return " ".join(words)
+    marker = words[2].lower() in ("var.", "subsp.", "ssp.", "f.", "forma", "subvar.", "var")
+    authored = re.match(r"[A-Z(&\[]", words[2]) is not None
+    lower_author = words[2] in ("de", "von", "van", "ex", "f.", "d'", "et")
+    if marker or authored or lower_author or (trinomial and words[2].islower()):
+        return " ".join(words[:2])
+    return " ".join(words)
+
+
 def slug(text: str) -> str:
     """Turn any text into a lower-case ASCII file stem.
 

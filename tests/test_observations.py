@@ -21,7 +21,8 @@ from speciesmap.cli.observations import command
 from speciesmap.errors import ObservationsError, OutputError
 from speciesmap.observations import delimited
 from speciesmap.observations.clean import Rules, clean, clean_files
-from speciesmap.observations.read import COLUMNS, read_observations, scientific_name
+from speciesmap.observations.read import COLUMNS, read_observations
+from speciesmap.taxa import scientific_name
 
 INAT_CALIFORNIA = Path(__file__).parents[2] / "shared/data/inat_california/observations.csv"
 

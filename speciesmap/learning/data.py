@@ -297,30 +297,7 @@ def open_sources(data: DataConfig) -> Sources:
                 f"{data.dataset} has photos only, and a model is trained on both views; train on "
                 "iNat-2021 birds, and evaluate on this"
             )
-        names = {taxon.name for taxon in dataset.taxa}
-        for name in data.withheld:
-            if name not in names:
-                raise ConfigError(f"data.withheld names {name!r}, which {data.dataset} lacks")
-        taxa = tuple(taxon for taxon in dataset.taxa if taxon.name not in data.withheld)
-        wanted = dataset.facts["name"].isin([taxon.name for taxon in taxa]).to_numpy()
-        if "split" in dataset.facts:
-            wanted = wanted & (dataset.facts["split"] == (data.split or "train")).to_numpy()
-        if not wanted.any():
-            raise ConfigError(
-                f"{data.dataset} has no rows beside those of data.withheld; withhold fewer taxa"
-            )
-        wanted = wanted & chosen_rows(
-            dataset.facts,
-            data.dataset,
-            one_per_observation=data.one_per_observation,
-            supervised=data.supervised,
-            percent=data.percent,
-        )
-        if not wanted.any():
-            raise ConfigError(
-                f"{data.dataset} has no rows left by data.one_per_observation, data.supervised and "
-                "data.percent; choose fewer of them"
-            )
+        taxa, rows = usable(dataset, data)
         if imagery is not None and imagery.bands != dataset.bands:
             imagery = imagery.select(dataset.bands)
         scaling = dataset.notes.get("scaling")
@@ -346,7 +323,7 @@ def open_sources(data: DataConfig) -> Sources:
             )
         return Sources(
             dataset,
-            np.flatnonzero(wanted),
+            rows,
             taxa,
             imagery,
             window_px,
@@ -371,6 +348,41 @@ def open_sources(data: DataConfig) -> Sources:
         imagery.dtype,
         imagery.scaling,
     )
+
+
+def usable(
+    dataset: PairedDataset | BirdDataset, data: DataConfig
+) -> tuple[tuple[Taxon, ...], NDArray[np.int64]]:
+    """Choose the taxa and the rows of a data set that a configuration lets be seen.
+
+    Raises:
+        ConfigError: A withheld taxon is not in the data, or nothing is left.
+    """
+    names = {taxon.name for taxon in dataset.taxa}
+    for name in data.withheld:
+        if name not in names:
+            raise ConfigError(f"data.withheld names {name!r}, which {data.dataset} lacks")
+    taxa = tuple(taxon for taxon in dataset.taxa if taxon.name not in data.withheld)
+    wanted = dataset.facts["name"].isin([taxon.name for taxon in taxa]).to_numpy()
+    if "split" in dataset.facts:
+        wanted = wanted & (dataset.facts["split"] == (data.split or "train")).to_numpy()
+    if not wanted.any():
+        raise ConfigError(
+            f"{data.dataset} has no rows beside those of data.withheld; withhold fewer taxa"
+        )
+    wanted = wanted & chosen_rows(
+        dataset.facts,
+        data.dataset,
+        one_per_observation=data.one_per_observation,
+        supervised=data.supervised,
+        percent=data.percent,
+    )
+    if not wanted.any():
+        raise ConfigError(
+            f"{data.dataset} has no rows left by data.one_per_observation, data.supervised and "
+            "data.percent; choose fewer of them"
+        )
+    return taxa, np.flatnonzero(wanted)
 
 
 def draw_background(
