@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from speciesmap.config import load_config
+from speciesmap.config import DataConfig, load_config
 from speciesmap.datasets import paired
 from speciesmap.datasets.columns import FRACTIONS
 from speciesmap.datasets.nature_multi_view import (
@@ -28,6 +29,7 @@ from speciesmap.datasets.nature_multi_view import (
     lineage_of,
     read_taxonomy,
     remote_files,
+    unrepeated,
 )
 from speciesmap.datasets.paired import open_paired
 from speciesmap.datasets.stream import Stream
@@ -289,6 +291,22 @@ def test_rows_are_chosen_by_the_columns_of_nature_multi_view(hub: Path) -> None:
         chosen_rows(facts, hub, percent=3)
     with pytest.raises(DatasetError, match="has no column 'supervised'"):
         chosen_rows(facts.drop(columns="supervised"), hub, supervised=True)
+
+
+def test_a_photo_that_comes_twice_is_taken_once_and_counted(
+    hub: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    doubled = tmp_path / "doubled" / "data"
+    shutil.copytree(hub / "data", doubled)
+    shutil.copy(doubled / "train-00001-of-00002.parquet", doubled / "train-2.parquet")
+    once = open_sources(DataConfig(dataset=str(hub)))
+    twice = open_sources(DataConfig(dataset=str(doubled.parent)))
+    assert twice.dataset is not None
+    assert len(twice.dataset) == ROWS + 25
+    assert len(twice.rows) == len(once.rows) == ROWS
+    assert "25 rows left out that repeat a photo of their observation" in caplog.text
+    unnumbered = twice.dataset.facts.assign(gl_photo_id=0)
+    assert unrepeated(unnumbered, doubled).all(), "nothing tells that they are the same"
 
 
 def taxonomy(folder: Path, separator: str = ",") -> Path:

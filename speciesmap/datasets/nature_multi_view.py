@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 
 from speciesmap.datasets.columns import FRACTIONS
 from speciesmap.errors import DatasetError
+
+log = logging.getLogger("speciesmap")
 
 RANKS = ("kingdom", "phylum", "class", "order", "family", "genus")
 """Ranks that a lineage is made of, broadest first."""
@@ -88,6 +91,27 @@ def chosen_rows(
             )
         wanted &= facts[column].fillna(False).to_numpy(dtype=bool)
     return wanted
+
+
+def unrepeated(facts: pd.DataFrame, where: object) -> NDArray[np.bool_]:
+    """Which rows come for the first time, by the numbers of observation and photo, shape (N,).
+
+    Rows without either number are taken to differ. What repeats is counted in a warning.
+
+    Args:
+        facts: Columns beside the images.
+        where: What to call the data set in the warning.
+    """
+    if not {"observation_uuid", "gl_photo_id"} <= set(facts.columns):
+        return np.ones(len(facts), dtype=bool)
+    keys = facts[["observation_uuid", "gl_photo_id"]]
+    known = keys["observation_uuid"].fillna("").ne("") & keys["gl_photo_id"].fillna(0).ne(0)
+    again: NDArray[np.bool_] = (keys.duplicated() & known).to_numpy()
+    if again.any():
+        log.warning(
+            "%s: %d rows left out that repeat a photo of their observation", where, again.sum()
+        )
+    return np.logical_not(again)
 
 
 def read_taxonomy(path: Path | str) -> dict[int, tuple[str, str]]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from speciesmap.config import ClassifyConfig, SplitsConfig, ViewsConfig
 from speciesmap.datasets.birds import BirdDataset, open_dataset
-from speciesmap.datasets.nature_multi_view import chosen_rows, of_split
+from speciesmap.datasets.nature_multi_view import chosen_rows, of_split, unrepeated
 from speciesmap.datasets.paired import PairedDataset
 from speciesmap.errors import ConfigError, ModelError
 from speciesmap.learning.data import Batch, PairedRows
@@ -166,6 +166,7 @@ def split_rows(
         supervised=config.data.supervised,
     )
     chosen &= facts["name"].fillna("").ne("").to_numpy()
+    chosen &= unrepeated(facts, dataset.path)
     chosen &= ~facts["name"].isin(config.data.withheld).to_numpy()
     member = _member(dataset, config.splits, config.seed)
     rows = {name: np.flatnonzero(chosen & (member == k)) for k, name in enumerate(SPLITS)}

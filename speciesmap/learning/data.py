@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from speciesmap.config import DataConfig
 from speciesmap.datasets.birds import BirdDataset, open_dataset
-from speciesmap.datasets.nature_multi_view import chosen_rows
+from speciesmap.datasets.nature_multi_view import chosen_rows, unrepeated
 from speciesmap.datasets.paired import PairedDataset
 from speciesmap.errors import ConfigError, DatasetError, ObservationsError
 from speciesmap.mapping.fit import MOST_RESOLUTION_RATIO
@@ -370,7 +370,8 @@ def usable(
         raise ConfigError(
             f"{data.dataset} has no rows beside those of data.withheld; withhold fewer taxa"
         )
-    wanted = wanted & chosen_rows(
+    wanted = wanted & unrepeated(dataset.facts, data.dataset)
+    wanted &= chosen_rows(
         dataset.facts,
         data.dataset,
         one_per_observation=data.one_per_observation,
