@@ -126,9 +126,10 @@ def run(out: Path, seed: int = 0) -> SceneResult:
             text=(
                 f"{int(present.sum())} presences of the genus Ariolimax against {BACKGROUND} "
                 "random places on land. The scene's bands are near infrared, red and green, which "
-                "its file labels red, green and blue: the picture is in false colour. The encoder was pre-trained "
-                "on the raster's own windows by masked image modelling, then fine-tuned. Whole blocks of 4 km were held out "
-                "in turn, in six folds; training windows that overlap a held-out one were left "
+                "its file labels red, green and blue: the picture is in false colour. The encoder "
+                "was pre-trained on the raster's own windows by masked image modelling, then "
+                "fine-tuned. Whole blocks of 4 km were held out in turn, in six folds; training "
+                "windows that overlap a held-out one were left "
                 f"out ({left_out:.0%}). The map is relative suitability: presences alone do not "
                 "tell a probability."
             ),
