@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from speciesmap.datasets.paired import PairedDataset, read_images
@@ -127,10 +126,6 @@ class Stream:
         chosen = [k for k in self._rows[group].tolist() if k in awaited]
         awaited.difference_update(chosen)
         windows, photos = read_images(self.dataset, group, np.array(chosen) - first)
-        for k, window, photo in zip(chosen, windows, _encoded(photos), strict=True):
+        encoded: list[bytes | None] = photos.to_pylist()
+        for k, window, photo in zip(chosen, windows, encoded, strict=True):
             yield k, (window.copy(), photo)
-
-
-def _encoded(photos: pa.Array) -> list[bytes | None]:
-    encoded: list[bytes | None] = photos.to_pylist()
-    return encoded

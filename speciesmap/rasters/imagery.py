@@ -29,7 +29,6 @@ from speciesmap.rasters.scenes import (
     describe_files,
     file_bytes,
     list_files,
-    pixel_type,
     refuse_unlike,
 )
 from speciesmap.rasters.windows import transformed
@@ -476,7 +475,7 @@ def open_imagery(
         source=source,
         bands=tuple(names[i - 1] for i in indexes),
         geobox=grid,
-        dtype=np.dtype(pixel_type(scenes[0])),
+        dtype=members[0].dtype,
         resolution_m=ground_m(grid),
         detail_m=max(ground_m(geobox) for geobox in finest),
         _indexes=indexes,

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 from odc.geo.geobox import GeoBox
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
@@ -221,8 +220,3 @@ def refuse_unlike(scenes: Sequence[Scene], source: str) -> None:
                 f"{', '.join(first.bands)} of {', '.join(sorted(types[1]))}; a mosaic needs the "
                 "same bands in every scene"
             )
-
-
-def pixel_type(scene: Scene) -> np.dtype[np.generic]:
-    """The type that holds the pixels of all files of a scene."""
-    return np.result_type(*(file.dtype for file in scene.files))
