@@ -493,13 +493,15 @@ def on_surveys(model: SpeciesModel, config: FinetuneConfig, path: Path | str) ->
         query = taxon_query(model, taxon.name)
         value = score(vectors[own], [query], features[own])[0].astype(np.float64)
         present = surveys["present"].to_numpy()[own]
-        threshold = next(iter(query.thresholds.values()), 0.5)
+        threshold = next(iter(query.thresholds.values()), None)
         probable = query.quantity == "probability"
         found[taxon.name] = {
             "quantity": query.quantity,
             "threshold": threshold,
-            **measure(present, value, threshold, probability=probable),
+            **measure(present, value, threshold or 0.0, probability=probable),
         }
+        if threshold is None:  # none was fixed at training
+            found[taxon.name] |= {"tss": None, "omission": None}
         if probable:
             said.append(value)
             truth.append(present)

@@ -59,6 +59,7 @@ tr.own td { font-weight: 650; background: #eef6f1; }
 .warn { color: var(--bad); }
 .empty { color: #68766d; font-style: italic; }
 svg { max-width: 100%; height: auto; display: block; }
+svg.ladder { min-width: 42rem; }
 svg text { font: 13px system-ui, sans-serif; fill: var(--ink); }
 svg .soft { fill: var(--soft); }
 details summary { cursor: pointer; font-weight: 600; }
@@ -109,7 +110,7 @@ def write_report(result: Mapping[str, Any], protocol: pd.DataFrame, path: Path) 
             "Mean AUC over taxa and folds with its standard error; the table below pools the "
             "folds. A rung that is not above the ones before it adds nothing that simpler means "
             "would not give.",
-            _ladder(rungs, head) + _measures(rungs, head),
+            f'<div class="wide">{_ladder(rungs, head)}</div>' + _measures(rungs, head),
         ),
         _section(
             "Differences",
@@ -182,7 +183,7 @@ def _ladder(rungs: Mapping[str, Any], head: str) -> str:
 
     height = top + step * len(values) + 10
     parts = [
-        f'<svg viewBox="0 0 {left + width + 70} {height}" role="img" '
+        f'<svg class="ladder" viewBox="0 0 {left + width + 70} {height}" role="img" '
         'aria-label="Mean AUC of each method with its standard error">'
     ]
     tick = round(low, 1)
@@ -275,9 +276,14 @@ def _plotted(rungs: Mapping[str, Any], head: str) -> list[str]:
 
 
 def _reliability(name: str, table: Sequence[Mapping[str, float]]) -> str:
-    """Observed against predicted frequency; a dot's area is the share of places in its bin."""
+    """Observed against predicted frequency; a dot's area is the share of places in its bin.
+
+    Both axes end at the first tenth above all dots, since records are rare among background.
+    """
     side, pad = 230, 38
     total = sum(row["count"] for row in table) or 1
+    most = max((max(row["predicted"], row["observed"]) for row in table), default=1.0)
+    end = min(1.0, (int(most * 10) + 1) / 10)
     parts = [
         f"<figure><figcaption>{escape(name)}</figcaption>"
         f'<svg width="{side + pad + 12}" viewBox="0 14 {side + pad + 12} {side + pad + 20}" '
@@ -287,7 +293,7 @@ def _reliability(name: str, table: Sequence[Mapping[str, float]]) -> str:
         'stroke-dasharray="4 4"/>'
     ]
     for row in table:
-        cx, cy = pad + side * row["predicted"], 24 + side * (1 - row["observed"])
+        cx, cy = pad + side * row["predicted"] / end, 24 + side * (1 - row["observed"] / end)
         radius = 2.5 + 11 * (row["count"] / total) ** 0.5
         parts.append(
             f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{radius:.1f}" fill="#1f6f4a" '
@@ -296,7 +302,7 @@ def _reliability(name: str, table: Sequence[Mapping[str, float]]) -> str:
     bottom = 24 + side
     parts.append(
         f'<text class="soft" x="{pad}" y="{bottom + 18}">0</text>'
-        f'<text class="soft" x="{pad + side}" y="{bottom + 18}" text-anchor="end">1</text>'
+        f'<text class="soft" x="{pad + side}" y="{bottom + 18}" text-anchor="end">{end:g}</text>'
         f'<text class="soft" x="{pad + side / 2}" y="{bottom + 32}" text-anchor="middle">'
         "predicted</text>"
         f'<text class="soft" transform="translate(16 {24 + side / 2}) rotate(-90)" '
