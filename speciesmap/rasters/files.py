@@ -13,7 +13,8 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from speciesmap.errors import DependencyError, ImageryError
 
 Result = TypeVar("Result")
 
+AT_ONCE = 16  # requests to servers
 OPEN_FILES = 32  # per thread; a mosaic may have thousands
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Pauses between whole attempts at a server; GDAL makes `GDAL_HTTP_MAX_RETRY` within each."""
@@ -204,7 +206,7 @@ class Files:
     which version of each remote file was read first.
     """
 
-    def __init__(self, versions: dict[str, str] | None = None) -> None:
+    def __init__(self, versions: dict[str, Version] | None = None) -> None:
         self._local = threading.local()
         self._versions = versions or {}
 
@@ -232,11 +234,17 @@ class Files:
         if stale is not None:
             stale.raster.close()
 
-    def version(self, path: str, signer: str | None) -> str:
-        """Which version of a remote file is read: its ETag or date, and its size."""
+    def version(self, path: str, signer: str | None) -> Version:
+        """Which version of a remote file is read."""
         if path not in self._versions:
-            self._versions[path] = remote_version(path, signer).tag
+            self._versions[path] = remote_version(path, signer)
         return self._versions[path]
+
+    def versions(self, paths: Mapping[str, str | None]) -> None:
+        """Learn the versions of several remote files at once; values are their signers."""
+        if paths:
+            with ThreadPoolExecutor(min(AT_ONCE, len(paths))) as pool:
+                list(pool.map(self.version, paths, paths.values()))
 
     @contextmanager
     def checked_at_end(self) -> Iterator[None]:
@@ -263,7 +271,7 @@ class Files:
             self.version(path, signer)
             waiting[path] = signer
             return
-        first = self.version(path, signer)
+        first = self.version(path, signer).tag
         now = remote_version(path, signer).tag
         if now != first:
             raise ImageryError(
@@ -271,7 +279,7 @@ class Files:
                 "now); run again, into another store, to read the new version throughout"
             )
 
-    def __reduce__(self) -> tuple[type[Files], tuple[dict[str, str]]]:
+    def __reduce__(self) -> tuple[type[Files], tuple[dict[str, Version]]]:
         return Files, (dict(self._versions),)
 
 

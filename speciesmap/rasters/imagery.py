@@ -24,16 +24,17 @@ from speciesmap.rasters.grid import choose_grid, ground_m, in_words
 from speciesmap.rasters.placed import Part, PlacedScene, Reader, Rectangle, place_scene
 from speciesmap.rasters.scenes import SUFFIXES as SUFFIXES
 from speciesmap.rasters.scenes import (
+    RasterFile,
     Scene,
     describe_file,
     describe_files,
-    file_bytes,
     list_files,
     refuse_unlike,
 )
 from speciesmap.rasters.windows import transformed
 
 SAMPLE_PX = 512  # side of the squares that `sample` reads
+BLOCK_PX = 512  # of Cloud-Optimized GeoTIFFs by default
 
 log = logging.getLogger("speciesmap")
 
@@ -94,12 +95,30 @@ class Imagery:
         return in_words(self.geobox)
 
     def bytes_in(self, row: int, col: int, height: int, width: int) -> int:
-        """Estimate how many bytes of its files hold a rectangle, by shares of their areas."""
+        """Estimate how many bytes of its files are read for a rectangle, by shares of their areas.
+
+        Files are taken to have blocks of 512 pixels, which are read whole.
+        """
         total = 0.0
-        for m, shared in self._touching(row, col, height, width):
-            share = (shared[2] - shared[0]) * (shared[3] - shared[1]) / (m.height * m.width)
-            total += share * sum(file_bytes(p.file) for p, _, _ in m.used(self._indexes))
+        touching = list(self._touching(row, col, height, width))
+        self._learn_versions([m for m, _ in touching])
+        for m, (top, left, bottom, right) in touching:
+            rows = _in_blocks(top - m.row, bottom - m.row, m.height)
+            cols = _in_blocks(left - m.col, right - m.col, m.width)
+            share = rows * cols / (m.height * m.width)
+            total += share * sum(self._bytes(p.file) for p, _, _ in m.used(self._indexes))
         return round(total)
+
+    def _bytes(self, file: RasterFile) -> int:
+        """Size of a file, 0 where it is not known."""
+        if is_remote(file.path):
+            return self._files.version(file.path, file.signer).size
+        path = Path(file.path)
+        return path.stat().st_size if path.exists() else 0
+
+    def _learn_versions(self, members: Sequence[PlacedScene]) -> None:
+        files = [p.file for m in members for p, _, _ in m.used(self._indexes)]
+        self._files.versions({f.path: f.signer for f in files if is_remote(f.path)})
 
     @property
     def remote(self) -> bool:
@@ -126,13 +145,13 @@ class Imagery:
         if self._gains is not None:
             digest.update(repr(self._gains).encode())
         local = []
+        self._learn_versions(self._members)
         for m in self._members:
             for p, _, _ in m.used(self._indexes):
                 path = p.file.path
-                file = Path(path)
-                known: Any = file.stat().st_size if not is_remote(path) and file.exists() else -1
+                known: Any = self._bytes(p.file) or -1
                 if is_remote(path):
-                    known = self._files.version(path, p.file.signer)
+                    known = self._files.version(path, p.file.signer).tag
                 else:
                     local.append(m)
                 digest.update(repr((p.row, p.col, p.height, p.width, known)).encode())
@@ -488,6 +507,11 @@ def open_imagery(
         "grid: %s; %d scenes%s", in_words(grid), len(members), ", warped" if warped else ""
     )
     return imagery if bands is None else imagery.select(bands)
+
+
+def _in_blocks(first: int, last: int, side: int) -> int:
+    """Length of the blocks that hold a part of a side."""
+    return min(side, -(-last // BLOCK_PX) * BLOCK_PX) - first // BLOCK_PX * BLOCK_PX
 
 
 def _ordered(scenes: Sequence[Scene], first: str) -> list[Scene]:

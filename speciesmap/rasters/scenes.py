@@ -18,18 +18,17 @@ from rasterio.windows import Window
 from speciesmap.errors import ImageryError
 from speciesmap.rasters.bands import band_names
 from speciesmap.rasters.files import (
+    AT_ONCE,
     is_remote,
     open_raster,
     public,
     reason,
-    remote_version,
     retrying,
 )
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img")
 TILE_INDEXES = (".gpkg", ".shp", ".geojson", ".fgb")
 LOCATION = "location"  # column of a tile index that gdaltindex writes
-AT_ONCE = 16  # requests to servers
 
 Item = TypeVar("Item")
 
@@ -194,14 +193,6 @@ def _refuse_truncated(raster: DatasetReader, path: str) -> None:
             f"{path} is truncated or damaged: its last pixel, row {raster.height - 1}, column "
             f"{raster.width - 1}, cannot be read ({reason(error)}); copy or download it again"
         ) from error
-
-
-def file_bytes(file: RasterFile) -> int:
-    """Size of a file, 0 where it is not known."""
-    if is_remote(file.path):
-        return remote_version(file.path, file.signer).size
-    path = Path(file.path)
-    return path.stat().st_size if path.exists() else 0
 
 
 def refuse_unlike(scenes: Sequence[Scene], source: str) -> None:

@@ -22,8 +22,8 @@ from odc.geo.geobox import GeoBox
 
 from speciesmap.errors import AreaError, ConfigError, DependencyError, ImageryError
 from speciesmap.rasters.bands import canonical
-from speciesmap.rasters.files import SIGNED_HOST, public, reason
-from speciesmap.rasters.scenes import AT_ONCE, RasterFile, Scene, describe_file
+from speciesmap.rasters.files import AT_ONCE, SIGNED_HOST, public, reason
+from speciesmap.rasters.scenes import RasterFile, Scene, describe_file
 from speciesmap.rasters.windows import bounds_of
 
 PREFIX = "stac+"
