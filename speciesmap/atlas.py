@@ -187,6 +187,7 @@ def predict(
     season = seasonal_vectors(model, months)
     if season:
         asked = [without_calibration(query) for query in asked]
+    around = find_surroundings(model, covariates)
     if imagery is not None:
         encode = partial(
             embed,
@@ -223,7 +224,8 @@ def predict(
     encoded = time.perf_counter()
     with outputs.replacing(out, overwrite=overwrite) as folder:
         folder.mkdir()
-        around = find_surroundings(model, covariates, filled.geobox)
+        if around is not None:
+            around.probe(filled.geobox)
         likely = [q for q in asked if q.kind == "taxon" and q.quantity == "probability"]
         maps = write_maps(
             filled,

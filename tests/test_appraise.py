@@ -19,7 +19,7 @@ from tiny import BANDS, TAXA, TinyScene, tiny_model, tiny_scene
 from speciesmap.appraise import Appraisal, evaluate
 from speciesmap.cli import main
 from speciesmap.config import load_config
-from speciesmap.errors import ConfigError, ObservationsError, OutputError
+from speciesmap.errors import ConfigError, ImageryError, ObservationsError, OutputError
 from speciesmap.learning.ladder import HEAD, SHUFFLED, WITH_COVARIATES, gather
 from speciesmap.models import load_model, save_model
 from speciesmap.present.odmap import protocol
@@ -174,6 +174,8 @@ def test_what_is_missing_is_said_in_words(scene: TinyScene, folder: Path, tmp_pa
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ConfigError, match="needs spatial folds"):
         evaluate(folder, data=tmp_path / "c.yaml", out=tmp_path / "out")
+    with pytest.raises(ImageryError):
+        evaluate(folder, data=scene.chips, out=tmp_path / "out", covariates=[tmp_path / "no.tif"])
     with pytest.raises(ObservationsError, match="cannot be read"):
         evaluate(folder, data=scene.chips, out=tmp_path / "out", surveys=tmp_path / "none.csv")
     (tmp_path / "there").mkdir()

@@ -266,6 +266,7 @@ def test_a_trained_model_maps_all_of_it(tmp_path: Path) -> None:
     for m in made.maps:
         with rasterio.open(m.path) as raster:
             assert raster.descriptions == ("probability", "uncertainty", "applicability")
+            assert "learned from 20 presences" in raster.tags()["CAUTION"]
             value, uncertainty, inside = raster.read()
         there = np.isfinite(value)
         assert there.any()
@@ -290,6 +291,7 @@ def test_a_trained_model_maps_all_of_it(tmp_path: Path) -> None:
     run = json.loads(made.run.read_text())
     for name, facts in run["maps"].items():
         assert facts["thresholds"] == trust["thresholds"][facts["label"]], name
+        assert "fewer than 25" in facts["caution"]
     again = predict(model, store=made.store, out=tmp_path / "again", species=[TAXA[0].name])
     first = ranges[ranges["taxon"] == TAXA[0].name]["threshold"].tolist()
     assert gpd.read_file(again.path / "ranges.gpkg")["threshold"].tolist() == first

@@ -161,27 +161,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--regions", nargs="+", default=["AWT", "NSW", "SWI"])
+    parser.add_argument("--methods", nargs="+", choices=RIVALS, default=RIVALS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     result = {}
-    print("| region | species | method | mean AUC | CPU seconds | heads, target group, minus it |")
+    print("| region | species | method | mean AUC | CPU seconds | last method minus it |")
     print("|---|---|---|---|---|---|")
     for name in options.regions:
         region = read_region(options.folder, name)
         everywhere = np.repeat(region.random[:, None], len(region.species), axis=1)
         runs = {}
-        for label in RIVALS:
+        for label in options.methods:
             run = heads if label.startswith("heads") else maxent
             started = time.process_time()
             scores = run(region, everywhere if label.endswith("random") else region.target)
             seconds = time.process_time() - started  # of one thread, whatever else runs
             runs[label] = {"auc": survey_auc(region, scores), "seconds": seconds}
-        ours = runs[RIVALS[-1]]["auc"]
+        ours = runs[options.methods[-1]]["auc"]
         for label, found in runs.items():
             gap = paired_difference(ours, found["auc"])
             found |= gap
-            text = "" if label == RIVALS[-1] else (
+            text = "" if label == options.methods[-1] else (
                 f"{gap['difference']:+.4f} ± {gap['standard_error']:.4f} "
                 f"(higher in {gap['better']} of {gap['pairs']})"
             )  # fmt: skip

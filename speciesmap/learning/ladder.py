@@ -167,6 +167,10 @@ def gather(encoder: SpeciesModel, config: FinetuneConfig, covariates: Sequence[P
     sources = open_sources(config.data)
     if sources.dataset is None or sources.imagery is None:
         raise ConfigError("evaluation needs data.dataset for presences and data.imagery")
+    data = config.data
+    if covariates:
+        data = data.model_copy(update={"covariates": [str(path) for path in covariates]})
+    beside = find_covariates(data, sources.imagery)
     rng = np.random.default_rng(config.seed)
     image_px = encoder.ground.image_px if encoder.ground and sources.dataset.has_ground else None
     presences = PairedRows(sources.dataset, sources.rows, sources.taxa, image_px, sources.window_px)
@@ -192,11 +196,6 @@ def gather(encoder: SpeciesModel, config: FinetuneConfig, covariates: Sequence[P
             *(embeddings(encoder, places, accelerator=accelerator) for places in drawn),
         ]
     )
-    if covariates:
-        data = config.data.model_copy(update={"covariates": [str(path) for path in covariates]})
-    else:
-        data = config.data
-    beside = find_covariates(data, imagery)
     values, categorical = np.empty((len(rows), 0)), []
     if beside is not None:
         values = beside.at(*imagery.xy(rows, cols))

@@ -72,19 +72,16 @@ class Surroundings:
                 )
 
 
-def find_surroundings(
-    model: SpeciesModel, given: Sequence[Path | str], area: GeoBox
-) -> Surroundings | None:
+def find_surroundings(model: SpeciesModel, given: Sequence[Path | str]) -> Surroundings | None:
     """Open the covariates that a model reads.
 
     Args:
         model: With or without covariates.
         given: Rasters; those that the model was trained with by default.
-        area: That will be mapped.
 
     Raises:
         ModelError: Rasters were given, and the model reads none.
-        ImageryError: A raster cannot be opened, is not there or does not hold the area.
+        ImageryError: A raster cannot be opened or is not there.
     """
     environment = model.environment
     if environment is None:
@@ -104,5 +101,4 @@ def find_surroundings(
         log.warning(
             "%s changed since the model was trained on them", ", ".join(environment.sources)
         )
-    found.probe(area)
     return found
