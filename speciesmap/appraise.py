@@ -65,7 +65,7 @@ def evaluate(
         SpeciesmapError: An input is missing or does not fit; nothing is left of the folder.
     """
     out, folder = Path(out), Path(model)
-    outputs.refuse_existing(out, overwrite)
+    outputs.refuse_existing(out, overwrite, folder, data, surveys)
     facts = read_facts(folder)
     loaded = load_model(folder)
     config = _configuration(facts, Path(data))

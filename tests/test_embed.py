@@ -264,6 +264,9 @@ def test_a_store_of_something_else_is_refused_with_both_names(tmp_path: Path) ->
     (tmp_path / "folder").mkdir()
     with pytest.raises(StoreError, match="folder is not an embedding store"):
         embed(FakeModel(), path, tmp_path / "folder", overwrite=True)
+    with pytest.raises(AreaError):
+        embed(FakeModel(), path, out, overwrite=True, bbox=(100, 10, 101, 11))
+    assert open_store(out).identity.stride_px == 8, "a mistyped area costs no store"
     embed(FakeModel(fingerprint="other"), path, out, overwrite=True)
     assert open_store(out).identity.model == "other"
 

@@ -130,3 +130,19 @@ def test_only_taxa_with_a_stated_prevalence_and_presences_are_calibrated() -> No
     assert stated[NAMES[1]].prevalence == 0.3
     table = table[table["taxon"] != NAMES[2]]
     assert set(calibrate(table, TAXA, 0.1)) == set(NAMES[:2])
+
+
+def test_few_presences_make_no_probability(caplog: pytest.LogCaptureFixture) -> None:
+    table = folds_table()
+    seen = np.flatnonzero(table["taxon"] == NAMES[0])
+    assert set(calibrate(table.drop(seen[10:]), TAXA, 0.1)) == set(NAMES)
+    assert set(calibrate(table.drop(seen[9:]), TAXA, 0.1)) == set(NAMES[1:])
+    assert f"{NAMES[0]} has 9 held-out presences" in caplog.text
+
+
+def test_the_mean_is_the_prevalence_where_presences_are_far_from_all_background() -> None:
+    table = folds_table()
+    table[NAMES[0]] = np.where(table["taxon"] == NAMES[0], 40.0, -40.0)
+    found = calibrate(table, TAXA, 0.02)[NAMES[0]]
+    away = table.loc[table["taxon"] == "", NAMES[0]].to_numpy()
+    assert expit(found.slope * away + found.intercept).mean() == pytest.approx(0.02, rel=1e-6)

@@ -15,7 +15,8 @@ import torch
 import yaml
 from affine import Affine
 from numpy.typing import ArrayLike
-from tiny import BANDS, TAXA, TinyScene, tiny_model, tiny_scene
+from odc.geo.geobox import GeoBox
+from tiny import BANDS, SIDE, TAXA, TinyScene, tiny_model, tiny_scene
 from torch import Tensor
 
 from speciesmap.config import FinetuneConfig, load_config
@@ -29,10 +30,11 @@ from speciesmap.errors import (
 )
 from speciesmap.learning.data import PairedRows, draw_background, open_sources
 from speciesmap.learning.finetune import check_validation
-from speciesmap.learning.fit import ByPlace
+from speciesmap.learning.fit import ByPlace, measure_values
 from speciesmap.learning.modules import Crisp, Finetune
-from speciesmap.learning.train import train
+from speciesmap.learning.train import build, train
 from speciesmap.models import load_model, read_facts, save_model
+from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import open_imagery
 from speciesmap.taxa import Taxon
 
@@ -231,6 +233,22 @@ def test_the_same_seed_gives_the_same_weights(scene: TinyScene, tmp_path: Path) 
     assert all(torch.equal(first[name], again[name]) for name in first)
     other = weights(train(load_config(crisp(scene, seed=1)), tmp_path / "other"))
     assert not torch.equal(first["aerial.project.weight"], other["aerial.project.weight"])
+
+
+def test_band_statistics_are_of_valid_pixels(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    pixels = rng.integers(100, 140, (2, SIDE, SIDE)).astype(np.uint8)
+    pixels[:, :, np.arange(SIDE) % 8 < 3] = 0
+    grid = GeoBox((SIDE, SIDE), Affine(1, 0, 550_000, 0, -1, 4_180_000), "EPSG:32610")
+    holed = write_geotiff(tmp_path / "holed.tif", pixels, grid, bands=("red", "nir"), nodata=0)
+    sources = open_sources(load_config(mae(TinyScene(holed, tmp_path))).data)
+    assert sources.imagery is not None
+    places = draw_background(sources.imagery, 16, 40, rng)
+    built = build(load_config(mae(TinyScene(holed, tmp_path))).model, sources, places)
+    assert built.architecture.mean == pytest.approx((119.5, 119.5), abs=0.5)
+    assert built.architecture.std == pytest.approx((11.5, 11.5), abs=0.3)
+    values = measure_values(places, sources)
+    assert min(cuts[0] for cuts in values.quantiles) >= 100
 
 
 def mae(scene: TinyScene, **changes: Any) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def command(
         from speciesmap.datasets.birds import open_dataset
         from speciesmap.models import load_model
 
-        refuse_existing(out, overwrite)
+        refuse_existing(out, overwrite, store, model)
         points = photo_points(load_model(model), open_dataset(store), rank, sample, seed)
         umap_points(
             *points,

@@ -89,12 +89,12 @@ def classify(config: ClassifyConfig, out: Path | str, *, overwrite: bool = False
         SpeciesmapError: The configuration, its data or the output do not allow it.
     """
     out = Path(out)
-    refuse_existing(out, overwrite)
+    inits = config.init if isinstance(config.init, Mapping) else {"": config.init}
+    refuse_existing(out, overwrite, config.data.dataset, *inits.values())
     if config.data.dataset is None:
         raise ConfigError("stage classify needs data.dataset with labelled rows")
     dataset = open_dataset(config.data.dataset, None, config.data.taxonomy)
     part, notes = split_rows(dataset, config)
-    inits = config.init if isinstance(config.init, Mapping) else {"": config.init}
     table = []
     for name, folder in inits.items():
         model = load_model(folder)

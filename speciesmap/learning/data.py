@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -87,6 +87,10 @@ class PairedRows(Dataset[Batch]):
         """Read the middle of raw windows by positions in `rows`, shape (N, B, P, P)."""
         windows = torch.from_numpy(self.dataset.aerial(self.rows[np.asarray(positions)]))
         return middle(windows, self.window_px)
+
+    def pixels(self, positions: ArrayLike) -> Iterator[NDArray[Any]]:
+        """Read the pixels of windows one by one, shape (B, P * P)."""
+        return (self.aerial([k])[0].flatten(1).numpy() for k in np.asarray(positions))
 
     @cached_property
     def _photos(self) -> Tensor | None:
@@ -203,6 +207,13 @@ class Places(Dataset[Batch]):
         chosen = np.asarray(positions)
         return self._read(chosen) if kept is None else kept[torch.from_numpy(chosen)]
 
+    def pixels(self, positions: ArrayLike) -> Iterator[NDArray[Any]]:
+        """Read the valid pixels of windows one by one, shape (B, n)."""
+        for k in np.asarray(positions):
+            start = window_start(self.rows[k], self.cols[k], self.window_px)
+            pixels, valid = self.imagery.read(*start, self.window_px, self.window_px)
+            yield pixels[:, valid]
+
     @cached_property
     def _windows(self) -> Tensor | None:
         size = len(self) * len(self.fill) * self.window_px**2 * self.imagery.dtype.itemsize
@@ -243,6 +254,10 @@ class Kept(Dataset[Batch]):
     def aerial(self, positions: ArrayLike) -> Tensor:
         """Raw windows by position, shape (N, B, P, P)."""
         return self.windows[torch.from_numpy(np.asarray(positions))]
+
+    def pixels(self, positions: ArrayLike) -> Iterator[NDArray[Any]]:
+        """Pixels of windows one by one, shape (B, P * P)."""
+        return (self.windows[k].flatten(1).numpy() for k in np.asarray(positions))
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """Fetch one batch by positions."""

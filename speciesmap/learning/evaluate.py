@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,10 @@ from scipy.stats import t
 
 from speciesmap.learning.metrics import auc
 from speciesmap.taxa import Taxon
+
+FEWEST = 10  # presences, and surveyed absences, that a calibration needs
+
+log = logging.getLogger("speciesmap")
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ def calibrate(
         prevalence: One for all, or by name; taxa without one stay uncalibrated.
 
     Returns:
-        Calibrations by name of taxon.
+        Calibrations by name of taxon; none of those with fewer than 10 held-out presences.
     """
     if prevalence is None:
         return {}
@@ -143,8 +148,18 @@ def calibrate(
         logit = folds[taxon.name].to_numpy()
         away = (folds["taxon"] == "").to_numpy() & np.isfinite(logit)
         here = (folds["taxon"] == taxon.name).to_numpy() & np.isfinite(logit)
-        if taxon.name in stated and here.any():
-            found[taxon.name] = _calibrate(logit[here], logit[away], stated[taxon.name])
+        if taxon.name not in stated:
+            continue
+        if here.sum() < FEWEST:
+            log.warning(
+                "%s has %d held-out presences, %d are needed to calibrate: its map is called "
+                "suitability",
+                taxon.name,
+                here.sum(),
+                FEWEST,
+            )
+            continue
+        found[taxon.name] = _calibrate(logit[here], logit[away], stated[taxon.name])
     return found
 
 
@@ -162,7 +177,7 @@ def _calibrate(
     start = np.array([0.0, np.log(prevalence / (1 - prevalence)) - away.mean()])
     fitted = minimize(loss, start, method="Nelder-Mead").x
     slope = float(np.exp(fitted[0]))
-    low, high = -50.0, 50.0
+    low, high = -50.0 - (slope * away).max(), 50.0 - (slope * away).min()
     for _ in range(60):
         middle = (low + high) / 2
         if expit(slope * away + middle).mean() < prevalence:

@@ -55,7 +55,7 @@ def evaluate_retrieval(
         SpeciesmapError: An input or the output does not allow it.
     """
     out = Path(out)
-    refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite, model, data, reranker)
     dataset = open_dataset(data)
     wanted = dataset.facts["name"].fillna("") != ""
     if "split" in dataset.facts:

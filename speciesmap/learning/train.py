@@ -240,9 +240,15 @@ def build(
     mean, std = config.aerial.mean, config.aerial.std
     if mean is None or std is None:
         chosen = np.linspace(0, len(windows) - 1, min(STATISTICS, len(windows))).astype(int)
-        pixels = windows.__getitems__(chosen.tolist())["aerial"].double()
-        mean = mean or pixels.mean((0, 2, 3)).tolist()
-        std = std or pixels.std((0, 2, 3)).clamp(min=1e-6).tolist()
+        count = 0
+        total, squares = np.zeros((2, len(sources.bands)))
+        for pixels in windows.pixels(chosen):
+            count += pixels.shape[1]
+            total += pixels.sum(1, dtype=np.float64)  # (B,)
+            squares += np.square(pixels, dtype=np.float64).sum(1)  # (B,)
+        middle = total / count
+        mean = mean or middle.tolist()
+        std = std or np.sqrt(np.maximum(squares / count - middle**2, 1e-12)).tolist()
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != len(sources.bands):
             raise ConfigError(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from speciesmap.errors import ObservationsError
 from speciesmap.learning.distribution import Records, choose_penalty, fit_linear
-from speciesmap.learning.evaluate import Calibration
+from speciesmap.learning.evaluate import FEWEST, Calibration
 from speciesmap.learning.metrics import best_threshold
 from speciesmap.mapping.applicability import learn_applicability
 from speciesmap.models import SpeciesModel
@@ -36,7 +36,6 @@ from speciesmap.taxa import Taxon
 SEEDS = 2  # members per fold
 ROWS = 20_000  # places that members are fitted to, at most
 CHOOSING = 4_000  # places that their penalty is chosen on, at most
-FEWEST = 10  # surveyed presences, and absences, that a calibration needs
 COLUMNS = ("lon", "lat", "taxon", "present")
 
 log = logging.getLogger("speciesmap")

@@ -128,9 +128,8 @@ def embed(
         **opening,
     )
     out = Path(out)
-    if overwrite and out.exists():
-        shutil.rmtree(open_store(out).path)
-    existing = open_store(out) if out.exists() else None
+    replaced = open_store(out) if overwrite and out.exists() else None
+    existing = open_store(out) if out.exists() and replaced is None else None
     if existing is not None:
         stride_px = stride_px or existing.identity.stride_px
         min_valid = existing.identity.min_valid if min_valid is None else min_valid
@@ -150,6 +149,8 @@ def embed(
         raise ConfigError(f"--min-valid {min_valid} is not a share; give a number from 0 to 1")
     if existing is not None:
         existing.refuse_other(identity)
+    if replaced is not None:
+        shutil.rmtree(replaced.path)
     store = existing or EmbeddingStore.create(
         out, identity, cells, model.dim, source=imagery.source
     )

@@ -61,7 +61,7 @@ def umap_colours(
         OutputError: The file exists already.
         DependencyError: umap-learn is not installed.
     """
-    refuse_existing(Path(out), overwrite)
+    refuse_existing(Path(out), overwrite, store)
     opened = open_store(store)
     height, width = opened.geobox.shape
     rng = np.random.default_rng(seed)
