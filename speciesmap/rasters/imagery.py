@@ -503,7 +503,7 @@ def open_imagery(
         _members=tuple(members),
     )
     warped = any(p.warped for m in members for p in m.files)
-    (log.info if len(members) > 1 or warped else log.debug)(
+    (log.info if len(members) > 1 or warped or imagery.remote else log.debug)(
         "grid: %s; %d scenes%s", in_words(grid), len(members), ", warped" if warped else ""
     )
     return imagery if bands is None else imagery.select(bands)

@@ -16,7 +16,7 @@ from rasterio.warp import reproject
 from rasterio.windows import Window
 
 from speciesmap.errors import ImageryError
-from speciesmap.rasters.files import Files, public, reason, retrying
+from speciesmap.rasters.files import Files, is_remote, public, reason, retrying
 from speciesmap.rasters.grid import offset, on_grid, to_pixels
 from speciesmap.rasters.scenes import RasterFile, Scene
 
@@ -193,11 +193,13 @@ class Reader:
         try:
             part, usable = retrying(attempt, file.path)
         except (RasterioError, OSError) as error:
+            remedy = "the file is damaged or truncated: copy or download it again"
+            if is_remote(file.path):
+                remedy = "its server does not give it whole, or it is damaged there: try later"
             raise ImageryError(
                 f"{public(file.path)} cannot be read at rows {window.row_off} to "
                 f"{window.row_off + window.height}, columns {window.col_off} to "
-                f"{window.col_off + window.width} ({reason(error)}); the file is damaged or "
-                "truncated: copy or download it again"
+                f"{window.col_off + window.width} ({reason(error)}); {remedy}"
             ) from error
         self.files.refuse_changed(file.path, file.signer)
         if part.dtype.kind == "f":
