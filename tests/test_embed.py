@@ -602,3 +602,34 @@ def test_memory_of_batches_is_used_again_only_when_asked(tmp_path: Path) -> None
     assert len(places) == 2 < len(seen)
     fresh = [b.pixels for b in kept if b.pixels is not None]
     assert all(torch.equal(a, b) for a, b in zip(seen, fresh, strict=True))
+
+
+def test_the_times_of_a_gpu_are_counted_as_they_come_and_do_not_pile_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            made.append(self)
+
+        def record(self, stream: Any) -> None:
+            self.number = made.index(self)
+
+        def query(self) -> bool:
+            return self.number < len(made) - 8  # the work of four blocks is under way
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return 500.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch, stream = encode.Stopwatch(), object()
+    for _ in range(40):
+        with watch("encode", stream):  # type: ignore[arg-type]
+            pass
+    assert len(watch._events) <= 5
+    assert watch.seconds["encode"] >= 17
+    assert watch.settle()["encode"] == 20

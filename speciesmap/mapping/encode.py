@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -35,7 +35,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
     def __call__(self, stage: str, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
@@ -46,6 +46,8 @@ class Stopwatch:
             yield
             ends[1].record(stream)
             self._events.append((stage, ends[0], ends[1]))
+            while self._events and self._events[0][2].query():  # type: ignore[no-untyped-call]
+                self._count()
             return
         started = time.perf_counter()
         yield
@@ -70,11 +72,14 @@ class Stopwatch:
 
     def settle(self) -> Counter[str]:
         """Wait for GPUs and give the seconds."""
-        for stage, start, end in self._events:
-            end.synchronize()
-            self.seconds[stage] += start.elapsed_time(end) / 1000
-        self._events.clear()
+        while self._events:
+            self._events[0][2].synchronize()
+            self._count()
         return self.seconds
+
+    def _count(self) -> None:
+        stage, start, end = self._events.popleft()
+        self.seconds[stage] += start.elapsed_time(end) / 1000
 
 
 class Encoder:
