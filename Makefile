@@ -27,6 +27,7 @@ PEERS := benchmarks/engine/.venv
 benchmark: $(STAMP) $(PEERS)/.installed
 	$(BIN)/python benchmarks/engine/run.py $(BIN)/python $(PEERS)/bin/python
 	$(BIN)/python benchmarks/engine/growth.py
+	$(BIN)/python benchmarks/engine/queries.py
 
 $(PEERS)/.installed: benchmarks/engine/requirements.txt
 	test -d $(PEERS) || $(PYTHON) -m venv $(PEERS)

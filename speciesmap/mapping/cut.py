@@ -22,7 +22,7 @@ from speciesmap.rasters.windows import WindowGrid
 
 Item = TypeVar("Item")
 
-BLOCK_BYTES = 16 << 20  # of pixels read at once; a tile of larger windows is read in strips
+BLOCK_BYTES = 8 << 20  # of pixels read at once; a tile of larger windows is read in strips
 log = logging.getLogger("speciesmap")
 
 EXACT_IN_TORCH = ("uint8", "int8", "int16", "int32", "int64", "float32", "float64")
@@ -74,7 +74,7 @@ def cut_windows(
     """Read tiles and cut them into batches of windows, or of the squares that make up windows.
 
     Every pixel is read once for each tile (or strip of a tile, where a tile's pixels exceed
-    16 MiB), not for each window. A square that several windows of a tile hold is cut once.
+    8 MiB), not for each window. A square that several windows of a tile hold is cut once.
 
     Args:
         imagery: To read.

@@ -42,7 +42,7 @@ HOPELESS = ("response code: 400", "response code: 401", "response code: 403", "c
 SIGNED_HOST = "planetarycomputer.microsoft.com"
 CLOUDS = {"s3": "vsis3", "gs": "vsigs", "az": "vsiaz"}
 GDAL_DEFAULTS = {
-    "GDAL_CACHEMAX": 64 << 20,  # GDAL's 5% of memory makes memory grow with rasters
+    "GDAL_CACHEMAX": 32 << 20,  # GDAL's 5% of memory makes memory grow with rasters
     "GDAL_HTTP_MAX_RETRY": 3,
     "GDAL_HTTP_RETRY_DELAY": 0.25,  # seconds, doubled at each further try
     "GDAL_HTTP_CONNECTTIMEOUT": 15,
