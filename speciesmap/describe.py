@@ -57,20 +57,26 @@ def describe(path: Path | str) -> dict[str, Any]:
     return _raster(path)
 
 
-def as_text(facts: Mapping[str, Any]) -> str:
-    """Lay facts out for reading, one to a line."""
+def as_text(facts: Mapping[str, Any], indent: str = "") -> str:
+    """Lay facts out for reading, one to a line; those that hold further ones head a block."""
     width = max(len(name) for name in facts)
-    return "\n".join(f"{name:<{width}}  {_plain(value)}" for name, value in facts.items())
+    lines = []
+    for name, value in facts.items():
+        if isinstance(value, Mapping) and any(isinstance(v, Mapping) for v in value.values()):
+            lines += [f"{indent}{name}", as_text(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{name:<{width}}  {_plain(value, 3 if indent else 9)}")
+    return "\n".join(lines)
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any, digits: int) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items()) or "none"
+        return ", ".join(f"{name} {_plain(v, digits)}" for name, v in value.items()) or "none"
     if isinstance(value, list | tuple):
         more = f" and {len(value) - 12} more" if len(value) > 12 else ""
-        return ", ".join(_plain(item) for item in value[:12]) + more or "none"
+        return ", ".join(_plain(item, digits) for item in value[:12]) + more or "none"
     if isinstance(value, float):
-        return f"{value:.9g}"
+        return f"{value:.{digits}g}"
     return "none" if value is None else str(value)
 
 

@@ -124,3 +124,14 @@ def test_the_command_prints_text_or_one_json_object(
         else:
             assert out.strip() == as_text(describe(made / "maps"))
             assert "quercus_lobata.tif Quercus lobata" in out
+
+
+def test_facts_that_hold_further_ones_head_a_block() -> None:
+    facts = {"dim": 8, "metrics": {"steps": 6, "validation": {"Quercus lobata": {"auc": 0.12345}}}}
+    assert as_text(facts).splitlines() == [
+        "dim      8",
+        "metrics",
+        "  steps       6",
+        "  validation",
+        "    Quercus lobata  auc 0.123",
+    ]
