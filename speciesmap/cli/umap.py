@@ -104,5 +104,11 @@ def command(
     page = out.with_suffix(".html")
     refuse_existing(page, overwrite)
     umap_colours(store, out, sample=sample, neighbours=neighbours, seed=seed, overwrite=overwrite)
-    picture_map(out, page, title=f"Colours of {store.name}", overwrite=overwrite)
+    picture_map(
+        out,
+        page,
+        title=f"Colours of {store.name}",
+        caption="Cells of like colours look alike to the model from above.",
+        overwrite=overwrite,
+    )
     print_result(out, as_json, html=page)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import offlinefolium as folium
+from branca.element import Element
 from offlinefolium.plugins import Fullscreen
 from offlinefolium.raster_layers import ImageOverlay
 
@@ -15,10 +17,19 @@ from speciesmap.present.warp import encode_webp, longitude_latitude, read_pictur
 
 SIDE_PX = 4096
 PICTURE_BYTES = 6_000_000
+LABEL = (
+    "position:fixed;top:12px;left:60px;z-index:1000;max-width:32em;padding:8px 12px;"
+    "background:#fffffff0;border-radius:6px;font:14px/1.4 system-ui,sans-serif"
+)
 
 
 def picture_map(
-    raster: Path | str, out: Path | str, *, title: str = "", overwrite: bool = False
+    raster: Path | str,
+    out: Path | str,
+    *,
+    title: str = "",
+    caption: str = "",
+    overwrite: bool = False,
 ) -> Path:
     """Put a picture into an interactive HTML page that needs no network.
 
@@ -26,6 +37,7 @@ def picture_map(
         raster: GeoTIFF with bands red, green and blue; in any CRS.
         out: The page.
         title: Name of the picture.
+        caption: What is seen on it, in a sentence.
         overwrite: Replace an existing page.
 
     Returns:
@@ -47,13 +59,15 @@ def picture_map(
             (picture.grid.right, picture.grid.top),
         )
     )
-    page = folium.Map(location=[(south + north) / 2, (west + east) / 2], tiles=None)
+    page = folium.Map(location=[(south + north) / 2, (west + east) / 2], tiles=None, zoom_snap=0.1)
     corners = [[south, west], [north, east]]
     ImageOverlay(url, corners, name=title or Path(raster).stem, pixelated=True).add_to(page)
     page.fit_bounds(corners)
     Fullscreen().add_to(page)  # type: ignore[no-untyped-call]
     figure: Any = page.get_root()
     figure.title = title or Path(raster).stem
+    words = f"<b>{escape(figure.title)}</b><br>{escape(caption)}"
+    figure.html.add_child(Element(f"<div style='{LABEL}'>{words}</div>"))
     with replacing(out, overwrite=overwrite) as beside:
         beside.write_text(figure.render(), encoding="utf-8")
     return out
