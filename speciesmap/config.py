@@ -222,9 +222,9 @@ class ViewsConfig(Strict):
 class ContrastiveConfig(Strict):
     """Which pairs of a batch attract, repel or are left out of CRISP's loss.
 
-    `same_place`: other photos of the same place are left out, or positives too; then rows of one
-    place are kept together in batches. `same_taxon`: a photo and a window of the same taxon but of
-    two places repel, or are left out.
+    `same_place`: other photos of the same coordinates are left out, or positives too; then rows of
+    one place are kept together in batches. `same_taxon`: a photo and a window of the same taxon but
+    of two places repel, or are left out.
     """
 
     same_place: Literal["ignored", "positive"] = "ignored"

@@ -22,7 +22,6 @@ from speciesmap.observations.folds import (
     kmeans_folds,
     knndm,
     nearest_fold,
-    nndm,
     separated,
     spatial_blocks,
 )
@@ -105,9 +104,8 @@ def test_folds_that_cannot_be_made_say_why() -> None:
             make(x, x, folds=5, seed=0)
         with pytest.raises(ObservationsError, match="at least 2"):
             make(x, x, folds=1, seed=0)
-    for match_to_nothing in (partial(knndm, folds=2, seed=0), partial(nndm, range_m=1)):
-        with pytest.raises(ObservationsError, match=r"no place|0 places"):
-            match_to_nothing(x, x, [], [])
+    with pytest.raises(ObservationsError, match=r"no place|0 places"):
+        knndm(x, x, [], [], folds=2, seed=0)
     with pytest.raises(ObservationsError, match="one fold id"):
         separated(x, x, [0, 1], 0, 10)
 
@@ -152,49 +150,6 @@ def test_matched_folds_are_as_far_from_training_as_the_map_is_from_records() -> 
     fold = knndm(*spread.T, *area.T, folds=5, seed=0)
     wanted = np.median(cKDTree(spread).query(area)[0])
     assert 0.5 * wanted < np.median(fold_distances(spread, fold)) < 2 * wanted
-
-
-def nndm_by_definition(
-    points: np.ndarray, area: np.ndarray, range_m: float, min_train: float
-) -> np.ndarray:
-    """Milà et al. 2022 step by step: look at all distances again after every removal."""
-    count = len(points)
-    wanted = cKDTree(points).query(area)[0]
-    apart = np.linalg.norm(points[:, None] - points, axis=-1)
-    np.fill_diagonal(apart, np.nan)
-    near = np.nanmin(apart, axis=1)
-    radius = near.min()
-    while radius <= range_m:
-        changed = False
-        for i in np.flatnonzero(near == radius):
-            others = ((near <= radius).sum() - 1) / count
-            left = np.isfinite(apart[i]).sum()
-            if others >= (wanted <= radius).mean() and left / count > min_train and left > 1:
-                apart[i, np.nanargmin(apart[i])] = np.nan
-                near[i] = np.nanmin(apart[i])
-                changed = True
-        if not changed or not (near == radius).any():
-            later = near[near > radius]
-            if not later.size:
-                break
-            radius = later.min()
-    return np.isfinite(apart)
-
-
-@pytest.mark.parametrize(("range_m", "min_train"), [(1e9, 0.5), (3000.0, 0.5), (1e9, 0.9)])
-def test_leave_one_out_is_matched_as_defined(range_m: float, min_train: float) -> None:
-    rng = np.random.default_rng(1)
-    points, area = clumps(rng, 60, wide_m=1500), rng.uniform(0, 20_000, (300, 2))
-    training = nndm(*points.T, *area.T, range_m=range_m, min_train=min_train)
-    expected = nndm_by_definition(points, area, range_m, min_train)
-    np.testing.assert_array_equal(training, expected)
-    assert not training.diagonal().any()
-    assert training.sum(1).min() >= min_train * 60 - 1
-    if range_m > 3000 and min_train == 0.5:
-        apart = np.linalg.norm(points[:, None] - points, axis=-1)
-        held_out = np.where(training, apart, np.inf).min(1)
-        wanted = np.median(cKDTree(points).query(area)[0])
-        assert 0.5 * wanted < np.median(held_out) < 2 * wanted
 
 
 def raster(path: Path, valid: np.ndarray) -> Imagery:

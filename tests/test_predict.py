@@ -447,7 +447,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:
         "no CRS": (["--imagery", homeless], "homeless.tif has no coordinate reference system"),
         "other bands": (
             ["--imagery", folder / "two.tif"],
-            "two.tif has 2 bands (red, green), the model was trained on 3 (red, green, blue)",
+            "two.tif has the bands red, green, the model was trained on red, green, blue",
         ),
         "truncated": (["--imagery", cut], "cut.tif"),
         "missing raster": (["--imagery", folder / "none.tif"], "none.tif does not exist"),

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import click
 
-from speciesmap.cli.options import logging_options, out_option, overwrite_option, print_result
+from speciesmap.cli.options import (
+    json_option,
+    logging_options,
+    out_option,
+    overwrite_option,
+    print_result,
+)
 
 
 @click.command("simulate")
@@ -15,8 +21,11 @@ from speciesmap.cli.options import logging_options, out_option, overwrite_option
 @click.option("--species", default=8, show_default=True, help="Species, the control among them.")
 @click.option("--seed", default=0, show_default=True, help="Same seed, same files.")
 @overwrite_option
+@json_option
 @logging_options
-def command(out: Path, size_px: int, species: int, seed: int, overwrite: bool) -> None:
+def command(
+    out: Path, size_px: int, species: int, seed: int, overwrite: bool, as_json: bool
+) -> None:
     """Write a virtual landscape with known truth.
 
     DIR gets aerial.tif (red, green, blue, near infrared at 0.6 m), observations.csv in the
@@ -31,4 +40,12 @@ def command(out: Path, size_px: int, species: int, seed: int, overwrite: bool) -
     from speciesmap.simulate import simulate
 
     scene = simulate(out, size_px=size_px, species=species, seed=seed, overwrite=overwrite)
-    print_result(scene.path)
+    print_result(
+        scene.path,
+        as_json,
+        imagery=str(scene.aerial),
+        observations=str(scene.observations),
+        photos=str(scene.photos),
+        truth={taxon: str(raster) for taxon, raster in scene.truth.items()},
+        sites=str(scene.sites),
+    )

@@ -67,10 +67,13 @@ def fit_imagery(
     if set(wanted) <= set(imagery.bands) and (bands is None or len(bands) == len(wanted)):
         imagery = imagery.select(wanted)
     elif bands is None or len(bands) != len(wanted):
+        remedy = "use another model"
+        if len(imagery.bands) >= len(wanted):
+            given = ",".join(f"{band}={k}" for k, band in enumerate(wanted, 1))
+            remedy = f"say which is which, for example --bands {given}, or {remedy}"
         raise ImageryError(
-            f"{name} has {len(imagery.bands)} bands ({', '.join(imagery.bands)}), the model was "
-            f"trained on {len(wanted)} ({', '.join(wanted)}); choose with --bands or use another "
-            "model"
+            f"{name} has the bands {', '.join(imagery.bands)}, the model was trained on "
+            f"{', '.join(wanted)}; {remedy}"
         )
     if not any_resolution:
         _refuse_other_resolution(imagery, model.resolution_m, name)

@@ -6,8 +6,6 @@ axis-aligned square.
 
 from __future__ import annotations
 
-import heapq
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import cKDTree
@@ -16,8 +14,6 @@ from speciesmap.errors import ObservationsError
 
 CANDIDATES = 20
 """How many numbers of clusters `knndm` tries."""
-MOST_PAIRED = 5000
-"""How many points `nndm` takes."""
 
 
 def _positions(x_m: ArrayLike, y_m: ArrayLike) -> NDArray[np.float64]:
@@ -183,78 +179,6 @@ def knndm(
         if distance < least:
             best, least = fold, distance
     return best
-
-
-def nndm(
-    x_m: ArrayLike,
-    y_m: ArrayLike,
-    area_x_m: ArrayLike,
-    area_y_m: ArrayLike,
-    *,
-    range_m: float,
-    min_train: float = 0.5,
-) -> NDArray[np.bool_]:
-    """Select training rows for leave-one-out testing as far from training as mapping will be.
-
-    Nearest-neighbour-distance matching (Milà et al. 2022, section 2.2): from the nearest on, a held
-    out point's neighbours are taken from its training as long as more held-out points than places
-    of the prediction area have so near a neighbour.
-
-    Args:
-        x_m: Eastings in metres, shape (N,), at most 5,000: all pairs are held in memory. Use
-            `knndm` for more.
-        y_m: Northings in metres, shape (N,).
-        area_x_m: Eastings of places drawn uniformly from the area to be mapped, shape (P,).
-        area_y_m: Their northings, shape (P,).
-        range_m: Distance up to which distances are matched, normally the range of the residuals'
-            autocorrelation.
-        min_train: Share of the points that always stays in training.
-
-    Returns:
-        Shape (N, N): row i marks what to train on when i is held out.
-
-    Raises:
-        ObservationsError: Too few or too many points, or no place in the area.
-    """
-    points, area = _positions(x_m, y_m), _positions(area_x_m, area_y_m)
-    total = len(points)
-    if not 2 <= total <= MOST_PAIRED or not len(area):
-        raise ObservationsError(
-            f"{total} points and {len(area)} places of the area cannot be matched one by one; give "
-            f"2 to {MOST_PAIRED} points and a place at least, or use knndm"
-        )
-    wanted = np.sort(cKDTree(points).query(area)[0])
-    apart = np.linalg.norm(points[:, None] - points, axis=-1)  # (N, N)
-    np.fill_diagonal(apart, np.inf)
-    order = np.argsort(apart, axis=1, kind="stable")[:, :-1]  # (N, N - 1), nearest first
-    apart = np.take_along_axis(apart, order, axis=1)
-    taken = np.zeros(total, dtype=np.int64)
-    queue = [(float(apart[i, 0]), i) for i in range(total)]
-    heapq.heapify(queue)
-    settled = 0
-    while queue and queue[0][0] <= range_m:
-        near, ties = queue[0][0], []
-        while queue and queue[0][0] == near:
-            ties.append(heapq.heappop(queue)[1])
-        share = np.searchsorted(wanted, near, side="right") / len(wanted)
-        while ties:
-            i = ties.pop(0)
-            others = settled + len(ties)
-            left = total - 1 - taken[i]
-            if others / total < share or left / total <= min_train or left == 1:
-                settled += 1
-                continue
-            taken[i] += 1
-            following = float(apart[i, taken[i]])
-            if following == near:
-                ties.append(i)
-            else:
-                heapq.heappush(queue, (following, i))
-    training = np.ones((total, total), dtype=bool)
-    np.fill_diagonal(training, False)
-    for i in range(total):
-        training[i, order[i, : taken[i]]] = False
-    return training  # (N, N)
 
 
 def fold_distances(points: NDArray[np.float64], fold: NDArray[np.int64]) -> NDArray[np.float64]:
