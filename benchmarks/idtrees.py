@@ -12,10 +12,10 @@ that. It is pre-trained on crowns and random windows of the training plots: by C
 RGB and spectrum, or between two random views of RGB alone (SimCLR, Chen et al. 2020). Nothing of
 the pre-training was tuned on the figures.
 
-With two seeds (`results/idtrees.csv` and `.png`) RGB alone reaches 0.56 ± 0.05 without pre-training,
-0.58 ± 0.08 pre-trained on RGB, 0.57 ± 0.06 with spectra as the other view; spectra reach 0.71 ± 0.10.
-CRISP was over no pre-training with both (by 0.02), over RGB alone with one: that it teaches more than
-RGB's own views is not shown.
+With two seeds (`results/idtrees.csv` and `.png`) RGB alone reaches 0.56 ± 0.05 without
+pre-training, 0.58 ± 0.08 pre-trained on RGB, 0.57 ± 0.06 with spectra as the other view; spectra
+reach 0.71 ± 0.10. CRISP was over no pre-training with both (by 0.01 and 0.03), over RGB alone with
+one of them: that it teaches more than RGB's own views is not shown.
 
     python benchmarks/idtrees.py PATH/TO/idtrees_mlbs --out FOLDER [--seeds 5]
 
