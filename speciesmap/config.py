@@ -411,9 +411,9 @@ def load_config(source: Path | str | Mapping[str, Any], changes: Sequence[str] =
             raise ConfigError(f"--set {change!r} is no assignment; write --set optim.lr=0.001")
         try:
             read = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise ConfigError(
-                f"--set {change!r} has a value that is not readable YAML; quote it, or write "
+                f"--set {change[:200]!r} has a value that is not readable YAML; quote it, or write "
                 "--set optim.lr=0.001"
             ) from error
         _assign(content, key.split("."), read, change)

@@ -170,3 +170,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="is not readable YAML"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["[" * 3000, "{a: " * 3000, "!!python/name:os.system"])
+def test_a_value_that_is_nested_too_deeply_or_names_code_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="not readable YAML") as refused:
+        load_config(shipped_config("demo_crisp.yaml"), [f"optim.lr={value}"])
+    assert len(str(refused.value)) < 400
