@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +23,48 @@ from speciesmap.rasters.store import open_store
 
 KILLS = 20
 TILES = 16
-ROUNDS = """
+SERVER = """
 import os, sys
 from speciesmap.mapping import embed as engine
 from speciesmap.models import load_model
 
 model, imagery = load_model(sys.argv[1]), sys.argv[2]
-for line in sys.stdin:  # each is one run, in a process of its own
-    child = os.fork()
-    if child == 0:
-        engine.embed(model, imagery, sys.argv[3], precision="float32")
-        os._exit(0)
-    print(child, flush=True)
-    os.waitpid(child, 0)
-    print("ended", flush=True)
+for line in sys.stdin:
+    word, _, what = line.strip().partition(" ")
+    if word == "start":  # a run in a process of its own, which need import nothing
+        child = os.fork()
+        if child == 0:
+            engine.embed(model, imagery, what, precision="float32")
+            os._exit(0)
+        print(child, flush=True)
+    else:
+        print(os.waitpid(int(what), 0)[1], flush=True)
 """
+
+
+class Runs:
+    """Runs of the engine, each in a process of its own."""
+
+    def __init__(self, model: Path, scene: Path) -> None:
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER, model, scene],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, out: Path) -> int:
+        """Give the number of a process that encodes into a store."""
+        return self._ask(f"start {out}")
+
+    def status(self, process: int) -> int:
+        """Wait for its end."""
+        return self._ask(f"wait {process}")
+
+    def _ask(self, line: str) -> int:
+        assert self.server.stdin is not None and self.server.stdout is not None
+        print(line, file=self.server.stdin, flush=True)
+        return int(self.server.stdout.readline())
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +80,13 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_geotiff(tmp_path_factory.mktemp("scene") / "a.tif", pixels, grid, bands=names)
 
 
+@pytest.fixture(scope="module")
+def runs(model: Path, scene: Path) -> Iterator[Runs]:
+    runs = Runs(model, scene)
+    yield runs
+    runs.server.communicate(timeout=30)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -61,26 +96,17 @@ def chunks(folder: Path) -> dict[str, int]:
 
 
 def test_a_run_killed_again_and_again_ends_in_the_same_bytes(
-    model: Path, scene: Path, tmp_path: Path
+    model: Path, scene: Path, runs: Runs, tmp_path: Path
 ) -> None:
     whole = embed(model, scene, tmp_path / "whole.zarr", precision="float32").path
     out, rng = tmp_path / "s.zarr", np.random.default_rng(0)
-    runs = subprocess.Popen(
-        [sys.executable, "-c", ROUNDS, model, scene, out],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert runs.stdin is not None and runs.stdout is not None
     at_work = 0
     for by in [signal.SIGKILL] * KILLS + [signal.SIGTERM] * 4:
         before = chunks(out)
-        runs.stdin.write("go\n")
-        runs.stdin.flush()
-        child = int(runs.stdout.readline())
-        time.sleep(rng.uniform(0, 0.8))
-        os.kill(child, by)
-        assert runs.stdout.readline() == "ended\n"
+        process = runs.start(out)
+        time.sleep(rng.uniform(0, 0.6))
+        os.kill(process, by)
+        runs.status(process)
         after = chunks(out)
         assert {name: after[name] for name in before} == before, "what was done stays as it is"
         if out.exists():
@@ -89,8 +115,6 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bytes(
         if len(after) > TILES // 2:  # so that every kill hits a run with work to do
             for name in rng.choice(sorted(after), TILES // 2, replace=False):
                 Path(name).unlink()
-    runs.stdin.close()
-    runs.wait(30)
     assert at_work >= 1, "some runs were hit between two tiles"
     done = chunks(out)
     embed(model, scene, out, precision="float32")
@@ -98,17 +122,9 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bytes(
     assert contents(out) == contents(whole)
 
 
-def test_two_processes_on_one_store_end_in_the_same_bytes(
-    model: Path, scene: Path, tmp_path: Path
-) -> None:
-    whole = embed(model, scene, tmp_path / "whole.zarr").path
-    out = tmp_path / "s.zarr"
-    code = "import sys; from speciesmap.mapping.embed import embed; embed(*sys.argv[1:])"
-    both = [
-        subprocess.Popen([sys.executable, "-c", code, model, scene, out], stderr=subprocess.PIPE)
-        for _ in range(2)
-    ]
-    for process in both:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said.decode()
+def test_two_processes_on_one_store_end_in_the_same_bytes(runs: Runs, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole.zarr", tmp_path / "s.zarr"
+    assert runs.status(runs.start(whole)) == 0
+    both = [runs.start(out), runs.start(out)]
+    assert [runs.status(process) for process in both] == [0, 0]
     assert contents(out) == contents(whole)
