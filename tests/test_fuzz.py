@@ -22,11 +22,18 @@ from tiny import tiny_scene
 from speciesmap.datasets.paired import open_paired
 from speciesmap.datasets.photos import MOST_PIXELS, open_photo
 from speciesmap.describe import describe
-from speciesmap.errors import DatasetError, ImageryError, ModelError, QueryError, StoreError
+from speciesmap.errors import (
+    DatasetError,
+    ImageryError,
+    ModelError,
+    QueryError,
+    SpeciesmapError,
+    StoreError,
+)
 from speciesmap.mapping.query import photo_query
 from speciesmap.models import load_model, save_model
 from speciesmap.models.trust import TRUST
-from speciesmap.rasters.imagery import open_raster
+from speciesmap.rasters.imagery import open_imagery, open_raster
 from speciesmap.rasters.store import EmbeddingStore, Identity, open_store
 
 sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
@@ -79,6 +86,20 @@ def test_a_raster_with_too_few_control_points_is_named(tmp_path: Path) -> None:
         raster.write(np.ones((1, 4, 4), np.uint8))
     with pytest.raises(ImageryError, match=r"one\.tif"):
         open_raster(path)
+
+
+def test_a_crs_that_is_nowhere_on_earth_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "local.tif"
+    with rasterio.open(
+        path, "w", driver="GTiff", width=8, height=8, count=1, dtype="uint8",
+        crs=rasterio.CRS.from_wkt('LOCAL_CS["site",UNIT["metre",1]]'),
+        transform=from_origin(10, 10, 2, 2),
+    ) as raster:  # fmt: skip
+        raster.write(np.ones((1, 8, 8), np.uint8))
+    with pytest.raises(ImageryError, match="no longitude and latitude"):
+        assert open_imagery(path).resolution_m
+    with pytest.raises(SpeciesmapError):
+        describe(path)
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,13 @@ def ground_m(geobox: GeoBox) -> float:
     col, row = geobox.shape[1] / 2, geobox.shape[0] / 2
     cols, rows = np.array([col, col + 1, col]), np.array([row, row, row + 1])
     x, y = transformed(geobox.transform, cols, rows)
-    to_lonlat = pyproj.Transformer.from_crs(geobox.crs, "EPSG:4326", always_xy=True)
+    try:
+        to_lonlat = pyproj.Transformer.from_crs(geobox.crs, "EPSG:4326", always_xy=True)
+    except pyproj.exceptions.ProjError as error:
+        raise ImageryError(
+            f"the imagery's CRS, {geobox.crs}, has no longitude and latitude; set the right one "
+            "with gdal_edit.py"
+        ) from error
     lon, lat = to_lonlat.transform(x, y)
     if not np.isfinite([lon, lat]).all():
         raise ImageryError(

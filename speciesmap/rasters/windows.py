@@ -196,7 +196,10 @@ def bounds_in(imagery: GeoBox, crs: Any = "EPSG:4326") -> tuple[float, float, fl
 def _projected_bounds(
     x: NDArray[np.float64], y: NDArray[np.float64], source: Any, target: pyproj.CRS
 ) -> tuple[float, float, float, float] | None:
-    transformer = pyproj.Transformer.from_crs(source, target, always_xy=True)
+    try:
+        transformer = pyproj.Transformer.from_crs(source, target, always_xy=True)
+    except pyproj.exceptions.ProjError:
+        return None
     there = np.asarray(transformer.transform(x, y))  # (2, points)
     there = there[:, np.isfinite(there).all(axis=0)]
     if not there.size:
