@@ -81,8 +81,8 @@ def in_memory(store: EmbeddingStore, queries: list[Query]) -> float:
 def from_store(store: EmbeddingStore, queries: list[Query]) -> float:
     """Seconds of one pass over the store: read, decode, score."""
     started = time.perf_counter()
-    for tile, *_ in _tiles(store, slice(0, SIDE), slice(0, SIDE)):
-        score(tile, queries)
+    for tile in _tiles(store, slice(0, SIDE), slice(0, SIDE), None):
+        score(tile.vectors, queries)
     return time.perf_counter() - started
 
 
