@@ -133,6 +133,20 @@ def test_a_damaged_page_of_parquet_is_named(tmp_path: Path) -> None:
         open_paired(chips).ground([0])
 
 
+def test_a_name_of_a_column_that_is_no_text_is_named(tmp_path: Path) -> None:
+    chips = tiny_scene(tmp_path, rows=6).chips
+    [file] = chips.rglob("*.parquet")
+    data = file.read_bytes()
+    at = data.rindex(b"observation_uuid")
+    assert at > len(data) // 2, "in the footer"
+    for place in range(at, max(at - 60_000, 0), -1):
+        if data[place : place + 16] == b"observation_uuid":
+            data = data[:place] + b"\xb6" + data[place + 1 :]
+    file.write_bytes(data)
+    with pytest.raises(DatasetError, match="parquet"):
+        open_paired(chips)
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     grid = GeoBox((40, 40), from_origin(560000, 4150000, 10, 10), "EPSG:32610")

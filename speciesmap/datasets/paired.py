@@ -393,7 +393,7 @@ class _Sidecar(BaseModel):
 def _open_parquet(file: Path | str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file if isinstance(file, Path) else fsspec.open(file).open())
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{file} is not a readable Parquet file: {error}") from error
 
 
