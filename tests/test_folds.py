@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import rasterio
 from affine import Affine
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
@@ -111,12 +111,13 @@ def test_folds_that_cannot_be_made_say_why() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(points=places, folds=st.integers(2, 6), seed=st.integers(0, 9), data=st.data())
+@given(points=places, folds=st.integers(2, 6), seed=st.integers(0, 9))
+@example([(0, 0), (0, 1), (0, 99_992), (0, 0.00015), (0, 0)], 3, 0)
 def test_clustered_and_matched_folds_hold_every_record_out_once(
-    points: list[tuple[float, float]], folds: int, seed: int, data: st.DataObject
+    points: list[tuple[float, float]], folds: int, seed: int
 ) -> None:
     x, y = np.array(points).T
-    assume(len(np.unique(np.array(points), axis=0)) >= folds)
+    assume(len(np.unique(np.array(points).round(), axis=0)) >= folds)
     area = np.random.default_rng(seed).uniform(-1e5, 1e5, (2, 50))
     matched = knndm(x, y, *area, folds=folds, seed=seed)
     clustered = kmeans_folds(x, y, folds=folds, seed=seed)

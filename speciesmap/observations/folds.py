@@ -121,9 +121,10 @@ def kmeans_folds(x_m: ArrayLike, y_m: ArrayLike, *, folds: int, seed: int) -> ND
         Fold of each point, 0 to `folds` - 1, shape (N,). No fold is empty.
 
     Raises:
-        ObservationsError: Fewer distinct places than folds, or an argument out of range.
+        ObservationsError: Fewer distinct places, to the nearest metre, than folds, or an argument
+            out of range.
     """
-    points = _positions(x_m, y_m)
+    points = _positions(x_m, y_m).round()
     _enough(points, folds)
     return _clusters(points, folds, seed)
 
@@ -158,12 +159,12 @@ def knndm(
         Fold of each point, 0 to `folds` - 1, shape (N,). No fold is empty.
 
     Raises:
-        ObservationsError: Fewer distinct places than folds, no place in the area, or an argument
-            out of range.
+        ObservationsError: Fewer distinct places, to the nearest metre, than folds, no place in the
+            area, or an argument out of range.
     """
     from scipy.stats import wasserstein_distance
 
-    points, area = _positions(x_m, y_m), _positions(area_x_m, area_y_m)
+    points, area = _positions(x_m, y_m).round(), _positions(area_x_m, area_y_m)
     distinct = _enough(points, folds)
     if not len(area):
         raise ObservationsError("the prediction area has no place; give some to match distances to")
