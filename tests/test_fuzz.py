@@ -33,6 +33,8 @@ from speciesmap.errors import (
 from speciesmap.mapping.query import photo_query
 from speciesmap.models import load_model, save_model
 from speciesmap.models.trust import TRUST
+from speciesmap.present.webmap import make_map
+from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import open_imagery, open_raster
 from speciesmap.rasters.store import EmbeddingStore, Identity, open_store
 
@@ -100,6 +102,18 @@ def test_a_crs_that_is_nowhere_on_earth_is_named(tmp_path: Path) -> None:
         assert open_imagery(path).resolution_m
     with pytest.raises(SpeciesmapError):
         describe(path)
+    with pytest.raises(ImageryError, match="does not lie within"):
+        make_map([path], tmp_path / "page.html")
+
+
+def test_a_band_whose_description_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    grid = GeoBox((8, 8), from_origin(560000, 4150000, 10, 10), "EPSG:32610")
+    write_geotiff(path, np.ones((1, 8, 8), np.uint8), grid, bands=["redwood"])
+    assert path.read_bytes().count(b"redwood") == 1
+    path.write_bytes(path.read_bytes().replace(b"redwood", b"\xffedwood"))
+    with pytest.raises(ImageryError, match=r"a\.tif cannot be opened"):
+        open_imagery(path)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from rasterio._err import CPLE_BaseError
 from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader
@@ -194,7 +195,7 @@ def _bounds(
         west, south, east, north = transform_bounds(
             crs, "EPSG:4326", min(xs), min(ys), max(xs), max(ys)
         )
-    except (RasterioError, ValueError) as error:
+    except (RasterioError, CPLE_BaseError, ValueError) as error:
         raise misplaced from error
     south, north = max(south, -MAX_LATITUDE), min(north, MAX_LATITUDE)
     if not all(map(math.isfinite, (west, south, east, north))) or north <= south:

@@ -128,6 +128,7 @@ def open_raster(path: Path | str, signer: str | None = None) -> DatasetReader:
     name = str(path)
     try:
         raster = _open(_virtual(signed(name, signer)))
+        _ = raster.descriptions, raster.tags()  # bytes that are no text are met here, not later
         if raster.crs is None and raster.gcps[0]:
             return WarpedVRT(
                 raster,
@@ -137,7 +138,7 @@ def open_raster(path: Path | str, signer: str | None = None) -> DatasetReader:
                 add_alpha="alpha" not in (c.name for c in raster.colorinterp),
             )
         return raster
-    except (RasterioError, CPLE_BaseError, OSError) as error:
+    except (RasterioError, CPLE_BaseError, OSError, UnicodeDecodeError) as error:
         if is_remote(name):
             raise ImageryError(
                 f"{public(name)} cannot be opened ({reason(error)}); check the address, the right "
