@@ -30,7 +30,7 @@ from speciesmap.errors import (
 )
 from speciesmap.learning.data import PairedRows, draw_background, open_sources
 from speciesmap.learning.finetune import check_validation
-from speciesmap.learning.fit import ByPlace, measure_values
+from speciesmap.learning.fit import ByPlace, best_precision, measure_values
 from speciesmap.learning.modules import Crisp, Finetune
 from speciesmap.learning.train import build, train
 from speciesmap.models import load_model, read_facts, save_model
@@ -249,6 +249,16 @@ def test_band_statistics_are_of_valid_pixels(tmp_path: Path) -> None:
     assert built.architecture.std == pytest.approx((11.5, 11.5), abs=0.3)
     values = measure_values(places, sources)
     assert min(cuts[0] for cuts in values.quantiles) >= 100
+
+
+@pytest.mark.parametrize(("side", "quick"), [(16, False), (32, True)])
+def test_towers_that_stride_over_one_pixel_learn_in_float32(
+    side: int, quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 the gradients of such a convolution are of any value on a CPU."""
+    monkeypatch.setattr("speciesmap.learning.fit.computes_bfloat16", lambda device: True)
+    model = tiny_model(ground={"backbone": "test_resnet", "image_px": side}, window_px=64)
+    assert best_precision("cpu", model) == ("bf16-mixed" if quick else "32-true")
 
 
 def mae(scene: TinyScene, **changes: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from speciesmap.datasets.nature_multi_view import chosen_rows, of_split, unrepea
 from speciesmap.datasets.paired import PairedDataset
 from speciesmap.errors import ConfigError, ModelError
 from speciesmap.learning.data import Batch, PairedRows
-from speciesmap.learning.fit import batches
+from speciesmap.learning.fit import batches, learns_bfloat16
 from speciesmap.learning.modules import seen
 from speciesmap.mapping.embed import choose_device
 from speciesmap.models import SpeciesModel, load_model
@@ -386,12 +386,13 @@ def _finetune(
     best = _Best(config.patience)
     loader = batches(windows["train"].subset(share), config.optim, config.trainer)
     facts = windows["train"].dataset.facts
+    quick = learns_bfloat16(device, network)
     for _ in range(config.optim.epochs):
         network.train()
         for batch in loader:
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             drawn = _seen_by(network, batch, config.augment)
-            with torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=quick):
                 embedded = network.embed(drawn)
             logits = network.classify(embedded)
             _step(optimiser, F.cross_entropy(logits, batch["taxon"]))

@@ -159,7 +159,9 @@ def fit_heads(
     some = np.zeros(len(taxon), bool)
     some[rng.permutation(len(taxon))[:CHOOSING]] = True
     if fold is None or len(np.unique(fold)) < 2:
-        fold = kmeans_folds(x, y, folds=INNER_FOLDS, seed=seed)
+        row, col = background.imagery.rowcol(x, y)
+        side_m = background.imagery.resolution_m
+        fold = kmeans_folds(col * side_m, row * side_m, folds=INNER_FOLDS, seed=seed)
     penalty = choose_penalty(everything.subset(some), fold[some], loss=loss)
     weight, offset = fit_linear(everything, penalty, loss=loss).linear()  # (T, D + F), (T,)
     if loss == "poisson":  # which knows no level: the mean place of the background gets 0
