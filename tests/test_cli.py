@@ -6,6 +6,7 @@ import logging
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -198,3 +199,15 @@ def test_the_version_is_told(capfd: pytest.CaptureFixture[str]) -> None:
     done = call(capfd, "--version")
     assert done.code == 0
     assert done.out.startswith("speciesmap")
+
+
+def test_a_terminated_command_leaves_nothing(tmp_path: Path) -> None:
+    code = "import sys; from speciesmap.cli import main; main(sys.argv[1:])"
+    words = ["simulate", "--out", str(tmp_path / "scene"), "--size-px", "2048", "-q"]
+    run = subprocess.Popen([sys.executable, "-c", code, *words])
+    while not list(tmp_path.iterdir()):
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.terminate()
+    assert run.wait() == 143
+    assert list(tmp_path.iterdir()) == []
