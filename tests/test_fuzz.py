@@ -183,6 +183,15 @@ def test_figures_of_trust_that_do_not_fit_the_model_are_refused(
         load_model(folder)
 
 
+def test_heads_that_do_not_share_a_width_are_refused(tmp_path: Path) -> None:
+    folder = save_model(trusted(16), tmp_path / "model", {})
+    config = json.loads((folder / "config.json").read_text())
+    config["architecture"]["text"]["heads"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"text.width 16 cannot be shared by 3 text.heads"):
+        load_model(folder)
+
+
 def test_damaged_taxa_are_told_by_info(tmp_path: Path) -> None:
     folder = save_model(trusted(16), tmp_path / "model", {})
     (folder / "taxa.json").write_bytes(b'[{"name": "\x87')

@@ -24,12 +24,19 @@ class TextTower(nn.Module):
         layers: Transformer blocks.
         heads: Attention heads.
         context_length: Longest prompt in tokens; longer ones are cut.
+
+    Raises:
+        ModelError: `width` is not a multiple of `heads`.
     """
 
     def __init__(
         self, dim: int, width: int = 128, layers: int = 2, heads: int = 4, context_length: int = 32
     ) -> None:
         super().__init__()
+        if width % heads:
+            raise ModelError(
+                f"text.width {width} cannot be shared by {heads} text.heads; give a multiple"
+            )
         self.tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
         self.transformer = open_clip.transformer.TextTransformer(
             context_length=context_length,

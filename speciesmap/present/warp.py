@@ -19,7 +19,7 @@ from rasterio.io import DatasetReader
 from rasterio.transform import Affine, from_bounds
 from rasterio.warp import reproject, transform_bounds
 from rasterio.warp import transform as transform_places
-from rasterio.windows import Window
+from rasterio.windows import Window, intersect
 
 from speciesmap.errors import ImageryError
 from speciesmap.rasters.imagery import Imagery, open_imagery, open_raster
@@ -264,6 +264,11 @@ def _window(crs: Any, transform: Affine, shape: tuple[int, int], grid: Grid) -> 
     pad = 4 + 0.01 * max(np.ptp(cols), np.ptp(rows))
     left, top = math.floor(cols.min() - pad), math.floor(rows.min() - pad)
     near = Window(left, top, math.ceil(cols.max() + pad) - left, math.ceil(rows.max() + pad) - top)
+    if not intersect(near, whole):
+        raise ImageryError(
+            f"a raster of {shape[0]} x {shape[1]} pixels does not touch the area of the page "
+            f"(its nearest pixel would be row {top}, column {left}); check its georeferencing"
+        )
     return near.intersection(whole)
 
 
