@@ -209,10 +209,12 @@ class Places(Dataset[Batch]):
 
     def pixels(self, positions: ArrayLike) -> Iterator[NDArray[Any]]:
         """Read the valid pixels of windows one by one, shape (B, n)."""
+        return (pixels[:, valid] for pixels, valid in self._parts(positions))
+
+    def _parts(self, positions: ArrayLike) -> Iterator[tuple[NDArray[Any], NDArray[np.bool_]]]:
+        side = self.window_px
         for k in np.asarray(positions):
-            start = window_start(self.rows[k], self.cols[k], self.window_px)
-            pixels, valid = self.imagery.read(*start, self.window_px, self.window_px)
-            yield pixels[:, valid]
+            yield self.imagery.read(*window_start(self.rows[k], self.cols[k], side), side, side)
 
     @cached_property
     def _windows(self) -> Tensor | None:
@@ -223,9 +225,7 @@ class Places(Dataset[Batch]):
         side = self.window_px
         bands = len(self.fill)
         windows = np.empty((len(positions), bands, side, side), self.imagery.dtype)
-        for window, k in zip(windows, positions, strict=True):
-            start = window_start(self.rows[k], self.cols[k], side)
-            pixels, valid = self.imagery.read(*start, side, side)
+        for window, (pixels, valid) in zip(windows, self._parts(positions), strict=True):
             window[:] = np.where(valid, pixels, self.fill.astype(pixels.dtype))
         return torch.from_numpy(windows)  # (N, B, P, P)
 
