@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from speciesmap.errors import (
 )
 from speciesmap.learning.data import PairedRows, draw_background, open_sources
 from speciesmap.learning.finetune import check_validation
-from speciesmap.learning.fit import ByPlace, best_precision, measure_values
+from speciesmap.learning.fit import ByPlace, best_precision, measure
 from speciesmap.learning.modules import Crisp, Finetune
 from speciesmap.learning.train import build, train
 from speciesmap.models import load_model, read_facts, save_model
@@ -247,7 +248,8 @@ def test_band_statistics_are_of_valid_pixels(tmp_path: Path) -> None:
     built = build(load_config(mae(TinyScene(holed, tmp_path))).model, sources, places)
     assert built.architecture.mean == pytest.approx((119.5, 119.5), abs=0.5)
     assert built.architecture.std == pytest.approx((11.5, 11.5), abs=0.3)
-    values = measure_values(places, sources)
+    values = measure(places, sources)[2]
+    assert built.values == values
     assert min(cuts[0] for cuts in values.quantiles) >= 100
 
 
@@ -605,6 +607,23 @@ def test_pixels_of_other_sizes_do_not_meet(scene: TinyScene, tmp_path: Path) -> 
     data = {"dataset": str(scene.chips), "imagery": str(tmp_path / "zoomed.tif")}
     with pytest.raises(ConfigError, match=r"zoomed.tif has pixels of 2 m, those of .* have 1 m"):
         train(load_config(tune(scene, tmp_path / "coarse", data=data)), tmp_path / "run")
+
+
+def test_pixels_unlike_those_of_the_model_are_warned_about(
+    scene: TinyScene, pretrained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(load_config(tune(scene, pretrained)), tmp_path / "like")
+    assert not caplog.messages
+    model = load_model(pretrained)
+    assert model.values is not None
+    small = np.divide(model.values.quantiles, 255)
+    model.values = replace(model.values, quantiles=tuple(map(tuple, small.tolist())))
+    init = save_model(model, tmp_path / "reflectance", {})
+    train(load_config(tune(scene, init)), tmp_path / "unlike")
+    for message, path in zip(caplog.messages, (scene.chips, scene.imagery), strict=True):
+        assert message.startswith(f"{path}: band ")
+        assert "far from what the model was trained on" in message
+        assert message.endswith("has to make up for it")
 
 
 def test_folds_that_hold_out_what_pretraining_saw_are_said_to(

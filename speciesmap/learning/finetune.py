@@ -32,7 +32,7 @@ from speciesmap.learning.fit import (
     batches,
     embeddings,
     fit,
-    measure_values,
+    measure,
     process_rank,
     set_reference,
 )
@@ -65,6 +65,7 @@ from speciesmap.outputs import replacing
 from speciesmap.progress import track
 from speciesmap.rasters.covariates import Covariates
 from speciesmap.rasters.imagery import Imagery
+from speciesmap.rasters.values import Values
 from speciesmap.taxa import nearest
 
 log = logging.getLogger("speciesmap")
@@ -127,6 +128,7 @@ def finetune(
     covariates = find_covariates(data, sources.imagery)
     presences = presences.subset(with_covariates(presences, covariates))
     background = background.subset(with_covariates(background, covariates))
+    values = compare_values(base, presences, background, config, sources)
     metrics: dict[str, Any] = {}
     calibrations: dict[str, Calibration] = {}
     own = None
@@ -147,7 +149,7 @@ def finetune(
     fold = None if own is None else own["fold"].to_numpy()
     model, fitted = fit_taxa(base, presences, background, config, work, covariates, fold)
     set_reference(model, background, rng, config.trainer.accelerator)
-    model.values = measure_values(background, sources)
+    model.values = values
     curves: dict[str, tuple[list[float], list[float]]] = {}
     if config.validation is not None and config.validation.surveys is not None:
         surveyed, curves = on_surveys(model, presences, background, config, covariates)
@@ -162,6 +164,32 @@ def finetune(
     dark = [name for name, found in judged.items() if found["informative"] is False]
     model.trust = replace(trust, uninformative=dark)
     return model, {**fitted, **metrics}
+
+
+def compare_values(
+    base: SpeciesModel,
+    presences: PairedRows,
+    background: Places,
+    config: FinetuneConfig,
+    sources: Sources,
+) -> Values:
+    """Measure the pixels of the background, and warn where any are unlike those of the model."""
+    values = {}
+    for name, windows in (
+        (config.data.dataset, presences),
+        (config.data.imagery, background),
+    ):
+        values[name] = measure(windows, sources)[2]
+        far = base.values.far(values[name], base.bands) if base.values else ""
+        if far:
+            log.warning(
+                "%s: %s; give its pixels the units and the order of bands that %s was trained on, "
+                "or expect that training has to make up for it",
+                name,
+                far,
+                config.init,
+            )
+    return values[config.data.imagery]
 
 
 def check_validation(config: FinetuneConfig, sources: Sources) -> None:

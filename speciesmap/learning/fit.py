@@ -32,7 +32,7 @@ from speciesmap.rasters.values import Values
 log = logging.getLogger("speciesmap")
 
 LEAST_BFLOAT16_PX = 16  # sides up to this are not learned in bfloat16 on a CPU
-HISTOGRAMS = 512  # windows that histograms of values are measured on
+MEASURED = 2048  # windows that statistics and histograms of bands are measured on
 REFERENCES = 1024  # windows of the training landscape kept as the yardstick of untrained queries
 STATE = Path("state", "last.ckpt")  # where an interrupted run goes on from, in its folder
 
@@ -272,8 +272,28 @@ def set_reference(
     model.reference = embeddings(model, windows.subset(chosen), accelerator=accelerator).clone()
 
 
-def measure_values(windows: PairedRows | Places | Kept, sources: Sources) -> Values:
-    """Histograms of every seventh valid pixel of some windows."""
-    chosen = np.linspace(0, len(windows) - 1, min(HISTOGRAMS, len(windows))).astype(int)
-    pixels = np.concatenate([part[:, ::7] for part in windows.pixels(chosen)], axis=1)  # (B, M)
-    return Values.of(pixels, sources.dtype, sources.scaling)
+def measure(
+    windows: PairedRows | Places | Kept, sources: Sources
+) -> tuple[list[float], list[float], Values]:
+    """Measure the valid pixels of up to 2048 windows, which are read once.
+
+    Args:
+        windows: What a model learns from.
+        sources: Of their type and scaling.
+
+    Returns:
+        Of each band mean and standard deviation, and histograms of every 29th pixel.
+    """
+    chosen = np.linspace(0, len(windows) - 1, min(MEASURED, len(windows))).astype(int)
+    count = 0
+    total, squares = np.zeros((2, len(sources.bands)))
+    kept = []
+    for pixels in windows.pixels(chosen):
+        count += pixels.shape[1]
+        total += pixels.sum(1, dtype=np.float64)  # (B,)
+        squares += np.square(pixels, dtype=np.float64).sum(1)  # (B,)
+        kept.append(pixels[:, ::29])
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 1e-12))
+    values = Values.of(np.concatenate(kept, axis=1), sources.dtype, sources.scaling)
+    return mean.tolist(), std.tolist(), values

@@ -32,7 +32,7 @@ from speciesmap.learning.fit import (
     STATE,
     batches,
     fit,
-    measure_values,
+    measure,
     process_rank,
     set_reference,
 )
@@ -44,8 +44,6 @@ from speciesmap.models.masked import MaskedAutoencoder
 from speciesmap.outputs import refuse_existing, replacing
 
 log = logging.getLogger("speciesmap")
-
-STATISTICS = 2048  # windows that band means and deviations are measured on
 
 
 def train(
@@ -219,7 +217,6 @@ def pretrain(
     save_steps = stream.save_steps if stream is not None else None
     metrics = fit(stage, loader, config.optim, config.trainer, work, save_steps)
     set_reference(model, sample, rng, config.trainer.accelerator)
-    model.values = measure_values(sample, sources)
     return model, metrics
 
 
@@ -234,25 +231,15 @@ def build(
     Args:
         config: Of the model.
         sources: What it learns from.
-        windows: Where statistics are measured.
+        windows: Where statistics and histograms are measured.
         matcher: Whether one transformer encodes both views and scores pairs.
     """
-    mean, std = config.aerial.mean, config.aerial.std
-    if mean is None or std is None:
-        chosen = np.linspace(0, len(windows) - 1, min(STATISTICS, len(windows))).astype(int)
-        count = 0
-        total, squares = np.zeros((2, len(sources.bands)))
-        for pixels in windows.pixels(chosen):
-            count += pixels.shape[1]
-            total += pixels.sum(1, dtype=np.float64)  # (B,)
-            squares += np.square(pixels, dtype=np.float64).sum(1)  # (B,)
-        middle = total / count
-        mean = mean or middle.tolist()
-        std = std or np.sqrt(np.maximum(squares / count - middle**2, 1e-12)).tolist()
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != len(sources.bands):
+    mean, std, values = measure(windows, sources)
+    mean, std = config.aerial.mean or mean, config.aerial.std or std
+    for name, given in (("mean", mean), ("std", std)):
+        if len(given) != len(sources.bands):
             raise ConfigError(
-                f"model.aerial.{name} has {len(values)} values, the data has "
+                f"model.aerial.{name} has {len(given)} values, the data has "
                 f"{len(sources.bands)} bands ({', '.join(sources.bands)})"
             )
     towers = {"aerial": config.aerial, "ground": config.ground}
@@ -274,8 +261,10 @@ def build(
         metadata=config.metadata.model_dump() if config.metadata else None,
         matcher=matcher,
     )
-    return SpeciesModel(
+    model = SpeciesModel(
         architecture,
         references=REFERENCES,
         pretrained=[name for name, tower in towers.items() if tower and tower.pretrained],
     )
+    model.values = values
+    return model

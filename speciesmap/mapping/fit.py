@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-import numpy as np
 from odc.geo.geobox import GeoBox
 
 from speciesmap.errors import ConfigError, ImageryError
 from speciesmap.models import SpeciesModel
 from speciesmap.rasters.imagery import Imagery, Opening, open_imagery
-from speciesmap.rasters.values import FAR, SHARES, conventional_factor, sample_values, tagged_gains
+from speciesmap.rasters.values import Values, conventional_factor, sample_values, tagged_gains
 from speciesmap.rasters.windows import WindowGrid, cells_in
 
 MOST_RESOLUTION_RATIO = 1.5  # beyond it an encoder sees objects of sizes it was not shown
@@ -124,24 +123,13 @@ def fit_values(
             factor,
         )
         imagery, pixels = imagery.rescaled([(factor, 0.0)] * len(imagery.bands)), pixels * factor
-    distance = seen.distance(pixels)
-    worst = int(distance.argmax())
-    if distance[worst] > FAR:
-        low, middle, high = np.quantile(pixels[worst], [0.005, 0.5, 0.995])
-        cuts = seen.quantiles[worst]
+    far = seen.far(Values.of(pixels, imagery.dtype), imagery.bands)
+    if far:
         log.warning(
-            "%s: band %s is far from what the model was trained on: %.4g to %.4g around %.4g "
-            "against %.4g to %.4g around %.4g, %.2g standard deviations apart; check its units "
-            "(gdal_translate -scale changes them) and the order of --bands, or expect a poor map",
+            "%s: %s; check its units (gdal_translate -scale changes them) and the order of "
+            "--bands, or expect a poor map",
             name,
-            imagery.bands[worst],
-            low,
-            high,
-            middle,
-            cuts[0],
-            cuts[-1],
-            np.interp(0.5, SHARES, cuts),
-            distance[worst],
+            far,
         )
     return imagery
 

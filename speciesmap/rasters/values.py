@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,18 +80,40 @@ class Values:
             deviation=tuple(map(float, stored["deviation"])),
         )
 
-    def distance(self, pixels: NDArray[np.float64]) -> NDArray[np.float64]:
+    def distance(self, quantiles: ArrayLike) -> NDArray[np.float64]:
         """How far other pixels lie, band by band, in this histogram's standard deviations.
 
         Args:
-            pixels: Shape (B, N).
+            quantiles: Of each band their values at `SHARES`, shape (B, 100).
 
         Returns:
             Mean difference of quantiles, which is Wasserstein's first distance, shape (B,).
         """
-        theirs = np.quantile(pixels, SHARES, axis=1).T  # (B, 100)
-        apart = np.abs(theirs - np.array(self.quantiles)).mean(axis=1)
+        apart = np.abs(np.subtract(quantiles, self.quantiles)).mean(axis=1)
         return np.asarray(apart / np.array(self.deviation))  # (B,)
+
+    def far(self, other: Values, bands: Sequence[str]) -> str:
+        """Tell of the band where other pixels lie farthest from these, if that is too far.
+
+        Args:
+            other: The others, of the same bands.
+            bands: Their names.
+
+        Returns:
+            A clause with both ranges, or nothing where all bands are nearer than `FAR`.
+        """
+        distance = self.distance(other.quantiles)
+        worst = int(distance.argmax())
+        if distance[worst] <= FAR:
+            return ""
+        theirs, ours = (
+            "{:.4g} to {:.4g} around {:.4g}".format(*np.interp([0, 1, 0.5], SHARES, cuts))
+            for cuts in (other.quantiles[worst], self.quantiles[worst])
+        )
+        return (
+            f"band {bands[worst]} is far from what the model was trained on: {theirs} against "
+            f"{ours}, {distance[worst]:.2g} standard deviations apart"
+        )
 
 
 def tagged_gains(theirs: Scaling, ours: Scaling) -> Scaling | None:
@@ -148,4 +170,5 @@ def conventional_factor(seen: Values, dtype: Any, pixels: NDArray[np.float64]) -
     factors = {1.0}
     for ours in FULL.get(seen.dtype, (1.0,)):
         factors |= {ours / theirs for theirs in FULL.get(kind, (1.0,))}
-    return min(sorted(factors), key=lambda f: float(seen.distance(pixels * f).max()))
+    cuts = np.quantile(pixels, SHARES, axis=1).T  # (B, 100)
+    return min(sorted(factors), key=lambda f: float(seen.distance(cuts * f).max()))
