@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from odc.geo.geobox import GeoBox
 
@@ -13,6 +14,12 @@ from speciesmap.errors import ModelError, OutputError
 from speciesmap.rasters.imagery import SUFFIXES, open_imagery, open_raster
 from speciesmap.rasters.store import open_store
 from speciesmap.rasters.windows import bounds_in
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+MOST_SHOWN = 12  # entries of a list in text; JSON has all
 
 
 def describe(path: Path | str) -> dict[str, Any]:
@@ -58,12 +65,18 @@ def describe(path: Path | str) -> dict[str, Any]:
 
 
 def as_text(facts: Mapping[str, Any], indent: str = "") -> str:
-    """Lay facts out for reading, one to a line; those that hold further ones head a block."""
+    """Lay facts out for reading, one to a line; those that hold further ones head a block.
+
+    Long lists are cut short and say so.
+    """
     width = max(len(name) for name in facts)
     lines = []
     for name, value in facts.items():
         if isinstance(value, Mapping) and any(isinstance(v, Mapping) for v in value.values()):
-            lines += [f"{indent}{name}", as_text(value, indent + "  ")]
+            shown = dict(islice(value.items(), MOST_SHOWN))
+            lines += [f"{indent}{name}", as_text(shown, indent + "  ")]
+            if len(shown) < len(value):
+                lines.append(f"{indent}  and {len(value) - len(shown)} more; --json gives all")
         else:
             lines.append(f"{indent}{name:<{width}}  {_plain(value, 3 if indent else 9)}")
     return "\n".join(lines)
@@ -71,13 +84,17 @@ def as_text(facts: Mapping[str, Any], indent: str = "") -> str:
 
 def _plain(value: Any, digits: int) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_plain(v, digits)}" for name, v in value.items()) or "none"
+        return _listed([f"{name} {_plain(v, digits)}" for name, v in value.items()])
     if isinstance(value, list | tuple):
-        more = f" and {len(value) - 12} more" if len(value) > 12 else ""
-        return ", ".join(_plain(item, digits) for item in value[:12]) + more or "none"
+        return _listed([_plain(item, digits) for item in value])
     if isinstance(value, float):
         return f"{value:.{digits}g}"
     return "none" if value is None else str(value)
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = f" and {len(items) - MOST_SHOWN} more" if len(items) > MOST_SHOWN else ""
+    return ", ".join(items[:MOST_SHOWN]) + more or "none"
 
 
 def _place(geobox: GeoBox) -> dict[str, Any]:
@@ -169,7 +186,7 @@ def _dataset(path: Path) -> dict[str, Any]:
         "bands": list(dataset.bands),
         "window_px": dataset.window_px,
         "resolution_m": float(dataset.resolution_m),
-        "taxa": [taxon.name for taxon in dataset.taxa],
+        "taxa": _counts(dataset.facts["name"]),
     }
 
 
@@ -177,15 +194,19 @@ def _observations(path: Path) -> dict[str, Any]:
     from speciesmap.observations.read import read_observations
 
     table = read_observations(path)
-    counts = table["taxon"].value_counts()
     bounds = table.total_bounds if len(table) else []
     return {
         "kind": "observations",
         "path": str(path),
         "rows": len(table),
-        "taxa": {str(name): int(count) for name, count in counts.items()},
+        "taxa": _counts(table["taxon"]),
         "west_south_east_north": [round(float(value), 6) for value in bounds],
     }
+
+
+def _counts(taxa: pd.Series[Any]) -> dict[str, int]:
+    """Number of rows of each taxon, most frequent first."""
+    return {str(name): int(count) for name, count in taxa.value_counts().items()}
 
 
 def _raster(path: Path) -> dict[str, Any]:

@@ -218,7 +218,9 @@ def test_nothing_left_is_an_error_that_tells_why_and_leaves_no_output(
     imagery: Imagery, tmp_path: Path
 ) -> None:
     table = observe(imagery, [-50, 60], [60, 60], uncertainty_m=[1.0, 1000.0])
-    with pytest.raises(DatasetError, match=r"1 position too uncertain, 1 window leaves"):
+    with pytest.raises(
+        DatasetError, match=r"position too uncertain: 1, window leaves the imagery: 1"
+    ):
         make_chips(table, imagery, tmp_path / "set", window_px=WINDOW)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["scene.tif"]
 

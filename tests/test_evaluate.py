@@ -80,6 +80,8 @@ def test_folds_that_had_no_presence_to_learn_from_are_left_out() -> None:
     found = summarise(table, TAXA)[NAMES[0]]
     assert found == summarise(table[~unlearnt], TAXA)[NAMES[0]]
     assert found["presences"] == 30
+    nowhere = summarise(table.assign(**{NAMES[0]: np.nan}), TAXA)[NAMES[0]]
+    assert (nowhere["presences"], nowhere["informative"]) == (0, None)
     assert calibrate(table, TAXA, 0.1)[NAMES[0]] == calibrate(table[~unlearnt], TAXA, 0.1)[NAMES[0]]
 
 

@@ -135,3 +135,13 @@ def test_facts_that_hold_further_ones_head_a_block() -> None:
         "  validation",
         "    Quercus lobata  auc 0.123",
     ]
+
+
+def test_long_lists_are_cut_in_text() -> None:
+    names = [f"Genus species{k}" for k in range(40)]
+    assert as_text({"taxa": names}) == f"taxa  {', '.join(names[:12])} and 28 more"
+    counted = as_text({"taxa": dict.fromkeys(names, 3)})
+    assert counted == f"taxa  {', '.join(f'{name} 3' for name in names[:12])} and 28 more"
+    lines = as_text({"validation": {name: {"auc": 0.5} for name in names}}).splitlines()
+    assert len(lines) == 14
+    assert lines[-1] == "  and 28 more; --json gives all"

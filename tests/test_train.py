@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from speciesmap.config import FinetuneConfig, load_config
 from speciesmap.datasets.paired import PairedDataset, open_paired
+from speciesmap.describe import describe
 from speciesmap.errors import (
     ConfigError,
     DatasetError,
@@ -447,6 +449,19 @@ def test_an_output_that_exists_is_refused_before_any_work(
         train(load_config(crisp(nothing)), tmp_path / "run")
     assert everything(tmp_path) == ["run"]
     assert everything(tmp_path / "run") == ["mine"]
+
+
+def test_taxa_without_a_record_to_learn_from_are_not_learned(
+    scene: TinyScene, tmp_path: Path
+) -> None:
+    chips = tmp_path / "chips"
+    shutil.copytree(scene.chips, chips)
+    facts = json.loads((chips / "dataset.json").read_text())
+    facts["taxa"].append({"name": "Yucca brevifolia", "lineage": []})
+    (chips / "dataset.json").write_text(json.dumps(facts))
+    sources = open_sources(load_config(crisp(scene, data={"dataset": str(chips)})).data)
+    assert [taxon.name for taxon in sources.taxa] == NAMES
+    assert set(describe(chips)["taxa"]) == set(NAMES)
 
 
 def test_withheld_taxa_are_never_seen(

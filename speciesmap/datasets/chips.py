@@ -216,7 +216,7 @@ def make_chips(
     cutter.finish()
     log.info("%d of %d observations kept in %s", report.kept, report.observations, out)
     if report.left_out:
-        log.info("left out: %s", left_out.summary())
+        log.info("left out, by reason: %s", left_out.summary())
     return report
 
 
@@ -235,7 +235,7 @@ class _Left:
         return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
 
     def summary(self) -> str:
-        return ", ".join(f"{count} {reason}" for reason, count in self.counts().items())
+        return ", ".join(f"{reason}: {count}" for reason, count in self.counts().items())
 
     def write(self, folder: Path, report: ChipsReport) -> None:
         text = json.dumps(asdict(report), indent=1, default=str)

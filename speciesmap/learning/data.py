@@ -368,7 +368,7 @@ def open_sources(data: DataConfig) -> Sources:
 def usable(
     dataset: PairedDataset | BirdDataset, data: DataConfig
 ) -> tuple[tuple[Taxon, ...], NDArray[np.int64]]:
-    """Choose the taxa and the rows of a data set that a configuration lets be seen.
+    """Choose the rows of a data set that a configuration lets be seen, and the taxa they hold.
 
     Raises:
         ConfigError: A withheld taxon is not in the data, or nothing is left.
@@ -377,8 +377,7 @@ def usable(
     for name in data.withheld:
         if name not in names:
             raise ConfigError(f"data.withheld names {name!r}, which {data.dataset} lacks")
-    taxa = tuple(taxon for taxon in dataset.taxa if taxon.name not in data.withheld)
-    wanted = dataset.facts["name"].isin([taxon.name for taxon in taxa]).to_numpy()
+    wanted = dataset.facts["name"].isin(names.difference(data.withheld)).to_numpy()
     if "split" in dataset.facts:
         wanted = wanted & (dataset.facts["split"] == (data.split or "train")).to_numpy()
     if not wanted.any():
@@ -398,7 +397,8 @@ def usable(
             f"{data.dataset} has no rows left by data.one_per_observation, data.supervised and "
             "data.percent; choose fewer of them"
         )
-    return taxa, np.flatnonzero(wanted)
+    held = set(dataset.facts["name"][wanted])
+    return tuple(taxon for taxon in dataset.taxa if taxon.name in held), np.flatnonzero(wanted)
 
 
 def draw_background(

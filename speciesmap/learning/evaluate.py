@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import minimize
+from scipy.optimize import brentq, minimize
 from scipy.special import expit, log_expit
 from scipy.stats import t
 
@@ -77,7 +77,7 @@ def summarise(
                 f"auc_{name.replace('-', '_')}": auc(here[here | away], score[here | away])
                 for name, away in against.items()
             },
-            "informative": None if None in verdicts else all(verdicts),
+            "informative": None if not verdicts or None in verdicts else all(verdicts),
         }
     return summary
 
@@ -176,12 +176,10 @@ def _calibrate(
 
     start = np.array([0.0, np.log(prevalence / (1 - prevalence)) - away.mean()])
     fitted = minimize(loss, start, method="Nelder-Mead").x
-    slope = float(np.exp(fitted[0]))
-    low, high = -50.0 - (slope * away).max(), 50.0 - (slope * away).min()
-    for _ in range(60):
-        middle = (low + high) / 2
-        if expit(slope * away + middle).mean() < prevalence:
-            low = middle
-        else:
-            high = middle
-    return Calibration(slope, (low + high) / 2, prevalence)
+    scaled = float(np.exp(fitted[0])) * away
+    intercept = brentq(
+        lambda shift: expit(scaled + shift).mean() - prevalence,
+        -50.0 - scaled.max(),
+        50.0 - scaled.min(),
+    )
+    return Calibration(float(np.exp(fitted[0])), intercept, prevalence)
