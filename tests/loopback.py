@@ -110,13 +110,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self.plain(403)
         if not path.is_file():
             return self.plain(404)
-        content = path.read_bytes()
+        size = path.stat().st_size
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         first = int(asked[1]) if asked else 0
-        last = min(int(asked[2]) if asked and asked[2] else len(content), len(content) - 1)
-        part = content[first : last + 1]
-        if first >= len(content):
+        last = min(int(asked[2]) if asked and asked[2] else size, size - 1)
+        if first >= size:
             return self.plain(416)
+        with path.open("rb") as file:
+            file.seek(first)
+            part = file.read(last + 1 - first)
         short = name in state.truncated and first > 0
         with self.lock:
             drop = body and state.drop > 0 and first > 0
@@ -126,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("ETag", f'"{path.stat().st_mtime_ns:x}"')
         if asked:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
         self.end_headers()
         if not body:
             return None

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ from odc.geo.geobox import GeoBox
 from rasterio._env import del_gdal_config
 from rasterio.env import set_gdal_config
 
+from speciesmap.cli import group
 from speciesmap.cli.chips import command
 from speciesmap.datasets import chips
 from speciesmap.datasets.chips import make_chips
@@ -91,13 +93,23 @@ def item(
     href: str,
     date: str = "2020-06-01T00:00:00Z",
     asset: str = "image",
+    told: bool = False,
     **properties: Any,
 ) -> dict[str, Any]:
-    """A STAC item of one raster with one multi-band asset, as NAIP's are."""
+    """A STAC item of one raster with one multi-band asset, as NAIP's are.
+
+    Where `told`, it says all that the raster's header does.
+    """
     with rasterio.open(path) as raster:
         grid = GeoBox(raster.shape, raster.transform, raster.crs)
     west, south, east, north = bounds_in(grid)
     ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
+    header: dict[str, Any] = {}
+    if told:
+        header["proj:code"] = str(grid.crs)
+        header["proj:shape"] = list(grid.shape)
+        header["proj:transform"] = list(grid.transform)[:6]
+        header["raster:bands"] = [{"data_type": "uint8"}] * len(BANDS)
     return {
         "type": "Feature",
         "stac_version": "1.0.0",
@@ -114,6 +126,7 @@ def item(
                 "type": "image/tiff; application=geotiff; profile=cloud-optimized",
                 "roles": ["data"],
                 "eo:bands": [{"name": n, "common_name": n} for n in BANDS],
+                **header,
             }
         },
     }
@@ -507,6 +520,20 @@ def test_an_area_across_the_antimeridian_is_searched_on_both_sides(
         assert valid.all() and (pixels == value).all()
 
 
+def observed(folder: Path, count: int, seed: int = 3) -> Path:
+    """Observations anywhere on `GRID`, their windows of 16 pixels whole."""
+    rng = np.random.default_rng(seed)
+    x, y = GRID.transform * (rng.uniform(20, 780, count), rng.uniform(20, 580, count))
+    to_lonlat = pyproj.Transformer.from_crs(GRID.crs, "EPSG:4326", always_xy=True)
+    longitude, latitude = to_lonlat.transform(x, y)
+    lines = ["id,observed_on,quality_grade,latitude,longitude,scientific_name"]
+    for k, (x, y) in enumerate(zip(longitude, latitude, strict=True)):
+        lines.append(f"{k},2020-05-01,research,{y},{x},Acer negundo")
+    table = folder / "observations.csv"
+    table.write_text("\n".join(lines))
+    return table
+
+
 @needs_rustac
 def test_chips_are_cut_scene_by_scene_resumed_and_know_their_origin(
     server: Server,
@@ -515,14 +542,8 @@ def test_chips_are_cut_scene_by_scene_resumed_and_know_their_origin(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(chips, "BATCH_OBSERVATIONS", 40)
-    rng = np.random.default_rng(3)
     imagery = open_imagery(write_geotiff(tmp_path / "whole.tif", noise(), GRID, bands=BANDS))
-    longitude, latitude = imagery.xy(rng.uniform(20, 580, 150), rng.uniform(20, 780, 150))
-    lines = ["id,observed_on,quality_grade,latitude,longitude,scientific_name"]
-    for k, (x, y) in enumerate(zip(longitude, latitude, strict=True)):
-        lines.append(f"{k},2020-05-01,research,{y},{x},Acer negundo")
-    table = tmp_path / "observations.csv"
-    table.write_text("\n".join(lines))
+    table = observed(tmp_path, 150)
     expected = make_chips(read_observations(table), imagery, tmp_path / "local", window_px=16)
     with stac_api(tmp_path, COLLECTION, naip) as stac:
         words = [str(table), "--imagery", stac, "--window-px", "16", "--json", "-q", "--out"]
@@ -553,10 +574,90 @@ def test_chips_are_cut_scene_by_scene_resumed_and_know_their_origin(
     assert not any("127.0.0.1" in str(v) for v in origin.to_numpy().ravel())
 
 
+@needs_rustac
+def test_chips_open_each_file_once_and_read_its_blocks_once(
+    server: Server, tmp_path: Path, naip: list[dict[str, Any]]
+) -> None:
+    told = [
+        item(n, server.folder / f"{n}.tif", f"{server.address}/{n}.tif", told=True)
+        for n in ("s0", "s1", "s2", "s3")
+    ]
+    records = read_observations(observed(tmp_path, 400))
+    with stac_api(tmp_path, COLLECTION, [*told, naip[-1]]) as stac:
+        imagery = open_imagery(stac, bbox=BBOX)
+        server.forget()
+        make_chips(records, imagery, tmp_path / "set", window_px=16)
+    words = [line.split() for line in server.state.lines]
+    versions = ("bytes=0-0",)
+    opened = [path for _, path, *part in words if part != [*versions] and "bytes=0-" in str(part)]
+    assert sorted(opened) == [f"/s{k}.tif" for k in range(4)], "seams are read by turns"
+    assert server.state.sent["old.tif"] < 100, "nothing that newer scenes cover is read"
+    for k in range(4):
+        assert server.state.sent[f"s{k}.tif"] < 1.1 * (server.folder / f"s{k}.tif").stat().st_size
+    origin = pd.read_csv(tmp_path / "set/provenance.csv")
+    assert set(origin["rs_item"]) == {"s0", "s1", "s2", "s3"}, "only scenes that are shown"
+    assert 1 < origin.groupby("observation_uuid").size().max() <= 4
+
+
+@needs_rustac
+def test_chips_that_were_killed_read_the_rest_and_end_the_same(
+    server: Server, tmp_path: Path, naip: list[dict[str, Any]]
+) -> None:
+    table = observed(tmp_path, 400)
+    with stac_api(tmp_path, COLLECTION, naip) as stac:
+        words = ["chips", str(table), "--imagery", stac, "--window-px", "16", "-q", "--out"]
+        assert CliRunner().invoke(group, [*words, str(tmp_path / "whole")]).exit_code == 0
+        server.set(delay_s=0.03)
+        run = [sys.executable, "-c", "from speciesmap.cli import main; main()", *words]
+        killed = subprocess.Popen([*run, str(tmp_path / "set")])
+        while len(list(tmp_path.glob(".set.*.windows/*.npz"))) < 4:
+            assert killed.poll() is None
+            time.sleep(0.01)
+        killed.kill()
+        killed.wait()
+        assert not (tmp_path / "set").exists()
+        server.forget()
+        server.set(delay_s=0)
+        assert CliRunner().invoke(group, [*words, str(tmp_path / "set")]).exit_code == 0
+    sizes = sum((server.folder / f"s{k}.tif").stat().st_size for k in range(4))
+    assert sum(server.state.sent.values()) < 0.9 * sizes
+    made, whole = open_paired(tmp_path / "set"), open_paired(tmp_path / "whole")
+    assert made.facts.equals(whole.facts)
+    assert (made.aerial() == whole.aerial()).all()
+    for name in ("provenance.csv", "report.csv"):
+        assert (tmp_path / "set" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list(tmp_path.glob(".set.*.windows"))
+
+
+@needs_rustac
+def test_the_date_of_a_window_is_that_of_the_scene_it_shows(server: Server, tmp_path: Path) -> None:
+    """The newest scene reaches everywhere and has a hole in its western half."""
+    newest = noise(seed=1)
+    newest[:, :, :400] = 0
+    paths = [cog(server.folder / "old.tif", noise()), cog(server.folder / "new.tif", newest)]
+    for path in paths:
+        with rasterio.open(path, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as raster:
+            raster.nodata = 0
+    items = [
+        item(path.stem, path, f"{server.address}/{path.name}", date=f"{year}-06-01T00:00:00Z")
+        for path, year in zip(paths, (2018, 2020), strict=True)
+    ]
+    with stac_api(tmp_path, COLLECTION, items) as stac:
+        imagery = open_imagery(stac, bbox=BBOX)
+        records = read_observations(observed(tmp_path, 60))
+        make_chips(records, imagery, tmp_path / "set", window_px=16)
+    facts = open_paired(tmp_path / "set").facts
+    _, cols = imagery.rowcol(facts["longitude"], facts["latitude"])
+    assert set(facts["rs_image_date"][cols < 390]) == {"2018-06-01"}
+    assert set(facts["rs_image_date"][cols > 410]) == {"2020-06-01"}
+    origin = pd.read_csv(tmp_path / "set/provenance.csv").groupby("observation_uuid")["rs_item"]
+    assert (origin.size() == 1).mean() > 0.9
+
+
 def test_windows_of_a_file_that_changes_meanwhile_are_not_given(server: Server) -> None:
     cog(server.folder / "a.tif", noise())
     imagery = open_imagery(f"{server.address}/a.tif")
-    (first, valid), _ = imagery.read_windows([(0, 0), (64, 0)], 32)
+    (first, valid, _), _ = imagery.read_windows([(0, 0), (64, 0)], 32)
     assert valid.all() and (first == noise()[:, :32, :32]).all()
     cog(server.folder / "b.tif", noise(seed=1))
     shutil.move(server.folder / "b.tif", server.folder / "a.tif")

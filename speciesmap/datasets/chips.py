@@ -9,7 +9,9 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -32,13 +34,12 @@ from speciesmap.taxa import Taxon
 if TYPE_CHECKING:
     import geopandas as gpd
 
-    from speciesmap.rasters.imagery import Imagery
+    from speciesmap.rasters.imagery import Imagery, Origin
 
 log = logging.getLogger("speciesmap")
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp")
 MAX_PHOTO_BYTES = 100_000_000
-BLOCK_PX = 1024
 BATCH_OBSERVATIONS = 256
 
 ABSENT = "not a presence"
@@ -146,27 +147,25 @@ def make_chips(
     candidates = _candidates(observations, imagery, starts, window_px, limit_m, left_out)
 
     finder = None if photos is None else _PhotoFinder(photos)
-    batches = [
-        candidates[k : k + BATCH_OBSERVATIONS].tolist()
-        for k in range(0, len(candidates), BATCH_OBSERVATIONS)
-    ]
     seen: set[str] = set()
     used: set[int] = set()
-    provenance: list[tuple[str, list[tuple[str, str, str]]]] = []
+    provenance: list[tuple[str, list[Origin]]] = []
+    cutter = Cutter(imagery, starts, candidates, window_px, out)
+    batches = -(-len(candidates) // BATCH_OBSERVATIONS)
     with (
-        Cutter(imagery, starts, window_px, out) as cutter,
+        closing(cutter.windows()) as cut,
         replacing(out, overwrite=overwrite) as beside,
         PairedWriter(beside, imagery.bands, window_px, imagery.dtype) as writer,
         ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,
     ):
-        for batch in track(batches, f"Cutting chips from {imagery.source}"):
-            rows, windows = [], []
-            for row, window in zip(batch, cutter.cut(batch), strict=True):
+        for _ in track(range(batches), f"Cutting chips from {imagery.source}"):
+            windows = []
+            for window in islice(cut, BATCH_OBSERVATIONS):
                 if window.valid < min_valid:
-                    left_out.add(row, MISSING, f"{window.valid:.1%} valid")
+                    left_out.add(window.row, MISSING, f"{window.valid:.1%} valid")
                 else:
-                    rows.append(row)
                     windows.append(window)
+            rows = [window.row for window in windows]
             encoded = _encode(finder, observations, rows, photo_px, pool, left_out)
             repeats = [k for k, of_row in enumerate(encoded) for _ in of_row]
             if not repeats:
@@ -280,7 +279,7 @@ def _candidates(
     limit_m: float,
     left_out: _Left,
 ) -> NDArray[np.int64]:
-    """Rows that may be cut, in an order that visits scene by scene, block by block."""
+    """Rows that may be cut."""
     height, width = imagery.geobox.shape
     inside = (starts >= 0).all(axis=1) & (starts + window_px <= [height, width]).all(axis=1)
     uncertainty = observations["uncertainty_m"].to_numpy()
@@ -298,10 +297,7 @@ def _candidates(
             detail = f"{uncertainty[row]:g} m, at most {limit_m:g} m" if reason == UNCERTAIN else ""
             left_out.add(row, reason, detail)
         rest &= ~refused
-    rows = np.flatnonzero(rest)
-    top, left = starts[rows].T
-    scene = imagery.scene_at(top + window_px // 2, left + window_px // 2)
-    return rows[np.lexsort((left, top, left // BLOCK_PX, top // BLOCK_PX, scene))]
+    return np.flatnonzero(rest)
 
 
 def _facts(

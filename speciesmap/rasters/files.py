@@ -35,6 +35,7 @@ Result = TypeVar("Result")
 
 AT_ONCE = 16  # requests to servers
 OPEN_FILES = 32  # per thread; a mosaic may have thousands
+SHARED_FILES = 256  # where threads take turns at them
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Pauses between whole attempts at a server; GDAL makes `GDAL_HTTP_MAX_RETRY` within each."""
 
@@ -70,6 +71,19 @@ log = logging.getLogger("speciesmap")
 for _name, _value in GDAL_DEFAULTS.items():
     if _name not in os.environ:
         set_gdal_config(_name, _value)  # some are read once, at the first block
+
+
+@contextmanager
+def cached_blocks(size: int) -> Iterator[None]:
+    """Let GDAL keep so many bytes of decoded blocks, unless the user says how many."""
+    if "GDAL_CACHEMAX" in os.environ:
+        yield
+        return
+    set_gdal_config("GDAL_CACHEMAX", size)
+    try:
+        yield
+    finally:
+        set_gdal_config("GDAL_CACHEMAX", GDAL_DEFAULTS["GDAL_CACHEMAX"])
 
 
 def is_remote(path: str) -> bool:
@@ -190,7 +204,7 @@ class Opened:
     """A raster that is open, with what its masks are.
 
     Attributes:
-        raster: For one thread.
+        raster: For one thread at a time.
         masked: Whether it can have invalid pixels at all.
         mislabelled_alpha: Its "alpha" band is data and must not mask.
     """
@@ -200,40 +214,68 @@ class Opened:
     mislabelled_alpha: bool
 
 
-class Files:
-    """Open rasters, a few per thread: GDAL's handles are not safe to share between threads.
+class _Handle:
+    """A place for an open raster, which one thread at a time may use."""
 
-    A pickled copy starts with none open, so that a spawned process opens its own, but remembers
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.opened: Opened | None = None
+
+    def close(self) -> None:
+        if self.opened is not None:
+            self.opened.raster.close()
+            self.opened = None
+
+
+class Files:
+    """Open rasters, a few per thread: GDAL's handles must not be used by two threads at once.
+
+    Where they are shared, a raster is opened once for all threads, which take turns at it. A
+    pickled copy starts with none open, so that a spawned process opens its own, but remembers
     which version of each remote file was read first.
     """
 
-    def __init__(self, versions: dict[str, Version] | None = None) -> None:
+    def __init__(self, versions: dict[str, Version] | None = None, *, shared: bool = False) -> None:
         self._local = threading.local()
-        self._versions = versions or {}
+        self._versions = {} if versions is None else versions
+        self._common: OrderedDict[str, _Handle] | None = OrderedDict() if shared else None
+        self._lock = threading.Lock()
 
-    def get(self, path: str, signer: str | None, alpha_is_data: bool) -> Opened:
-        """Return this thread's handle on a raster."""
-        opened: OrderedDict[str, Opened] | None = getattr(self._local, "opened", None)
-        if opened is None:
-            opened = self._local.opened = OrderedDict()
-        if path not in opened:
-            raster = open_raster(path, signer)
-            mislabelled = alpha_is_data and ColorInterp.alpha in raster.colorinterp
-            if mislabelled:
-                masked = raster.nodata is not None
-            else:
-                masked = any(MaskFlags.all_valid not in flags for flags in raster.mask_flag_enums)
-            opened[path] = Opened(raster, masked, mislabelled)
-            if len(opened) > OPEN_FILES:
-                opened.popitem(last=False)[1].raster.close()
-        opened.move_to_end(path)
-        return opened[path]
+    def shared(self) -> Files:
+        """Others, for threads that take turns, of the same versions."""
+        return Files(self._versions, shared=True)
 
-    def drop(self, path: str) -> None:
-        """Close this thread's handle, so that nothing it gave is believed again."""
-        stale: Opened | None = getattr(self._local, "opened", {}).pop(path, None)
-        if stale is not None:
-            stale.raster.close()
+    @contextmanager
+    def using(self, path: str, signer: str | None, alpha_is_data: bool) -> Iterator[Opened]:
+        """Lend a raster; where reading it fails it is closed, so that what it gave is forgotten."""
+        handle = self._handle(path)
+        with handle.lock:
+            try:
+                if handle.opened is None:
+                    handle.opened = _opened(path, signer, alpha_is_data)
+                yield handle.opened
+            except (RasterioError, OSError):
+                handle.close()
+                raise
+
+    def _handle(self, path: str) -> _Handle:
+        """Place of a raster, the one that was used longest ago being closed for it."""
+        handles, most = self._common, SHARED_FILES
+        if handles is None:
+            most = OPEN_FILES
+            handles = getattr(self._local, "handles", None)
+            if handles is None:
+                handles = self._local.handles = OrderedDict()
+        oldest = None
+        with self._lock:
+            handle = handles.setdefault(path, _Handle())
+            handles.move_to_end(path)
+            if len(handles) > most:
+                oldest = handles.popitem(last=False)[1]
+        if oldest is not None:
+            with oldest.lock:
+                oldest.close()
+        return handle
 
     def version(self, path: str, signer: str | None) -> Version:
         """Which version of a remote file is read."""
@@ -282,6 +324,16 @@ class Files:
 
     def __reduce__(self) -> tuple[type[Files], tuple[dict[str, Version]]]:
         return Files, (dict(self._versions),)
+
+
+def _opened(path: str, signer: str | None, alpha_is_data: bool) -> Opened:
+    raster = open_raster(path, signer)
+    mislabelled = alpha_is_data and ColorInterp.alpha in raster.colorinterp
+    if mislabelled:
+        masked = raster.nodata is not None
+    else:
+        masked = any(MaskFlags.all_valid not in flags for flags in raster.mask_flag_enums)
+    return Opened(raster, masked, mislabelled)
 
 
 @dataclass(frozen=True)

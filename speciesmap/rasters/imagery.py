@@ -21,7 +21,7 @@ from speciesmap.rasters.bands import canonical
 from speciesmap.rasters.files import Files, is_remote, public
 from speciesmap.rasters.files import open_raster as open_raster
 from speciesmap.rasters.grid import choose_grid, ground_m, in_words
-from speciesmap.rasters.placed import Part, PlacedScene, Reader, Rectangle, place_scene
+from speciesmap.rasters.placed import PlacedScene, Reader, Rectangle, place_scene
 from speciesmap.rasters.scenes import SUFFIXES as SUFFIXES
 from speciesmap.rasters.scenes import (
     RasterFile,
@@ -35,6 +35,10 @@ from speciesmap.rasters.windows import transformed
 
 SAMPLE_PX = 512  # side of the squares that `sample` reads
 BLOCK_PX = 512  # of Cloud-Optimized GeoTIFFs by default
+STRIP_PX = 4096  # two rows of blocks across it fit in a cache
+
+Origin = tuple[str, str, str]
+"""Name of a scene, its date where that is known, and the assets it is read from."""
 
 log = logging.getLogger("speciesmap")
 
@@ -220,26 +224,36 @@ class Imagery:
             gains = [(a * gain, b * gain + shift) for (a, b), (gain, shift) in earlier]
         return replace(self, dtype=np.dtype(np.float32), _gains=tuple(gains))
 
-    def provenance(self, row: int, col: int, height: int, width: int) -> list[tuple[str, str, str]]:
-        """Scenes that show a rectangle, the one that counts most first.
+    def provenance(self, row: int, col: int, height: int, width: int) -> list[Origin]:
+        """Scenes that reach into a rectangle, the one that counts first at the front."""
+        return [self._origin(m) for m, _ in self._touching(row, col, height, width)]
+
+    def _origin(self, m: PlacedScene) -> Origin:
+        assets = [p.file.asset for p, _, _ in m.used(self._indexes) if p.file.asset]
+        return m.name, m.date, "+".join(assets)
+
+    def by_scene(self, starts: NDArray[np.int64], side_px: int) -> list[NDArray[np.int64]]:
+        """Group squares by the scene that counts first where their centre lies.
+
+        Args:
+            starts: First row and column of each, shape (N, 2).
+            side_px: Their side.
 
         Returns:
-            Of each its name, its date where that is known, and the assets it is read from.
+            Numbers of the squares of each group, scenes from top to bottom, and in each in an order
+            that needs a scene's blocks one after another: down strips of 4096 columns.
         """
-        shown = []
-        for m, _ in self._touching(row, col, height, width):
-            assets = [p.file.asset for p, _, _ in m.used(self._indexes) if p.file.asset]
-            shown.append((m.name, m.date, "+".join(assets)))
-        return shown
-
-    def scene_at(self, rows: ArrayLike, cols: ArrayLike) -> NDArray[np.int64]:
-        """Number of the first scene whose rectangle holds each pixel, or of none, shape (N,)."""
-        rows, cols = np.asarray(rows), np.asarray(cols)
-        found = np.full(rows.shape, len(self._members), np.int64)
+        centre = starts + side_px // 2  # (N, 2)
+        scene = np.zeros(len(starts), np.int64)
+        edges = self._edges
         for number in range(len(self._members) - 1, -1, -1):
-            top, left, bottom, right = self._edges[:, number]
-            found[(rows >= top) & (rows < bottom) & (cols >= left) & (cols < right)] = number
-        return found
+            top, left, bottom, right = edges[:, number]
+            inside = (centre >= [top, left]) & (centre < [bottom, right])
+            scene[inside.all(axis=1)] = number
+        row, col = starts.T - edges[:2, scene]
+        order = np.lexsort((col, row // BLOCK_PX, col // STRIP_PX, scene, *edges[1::-1, scene]))
+        cuts = np.flatnonzero(np.diff(scene[order])) + 1
+        return [group for group in np.split(order, cuts) if group.size]
 
     def select(self, bands: Sequence[str]) -> Imagery:
         """Give the same imagery with bands chosen, ordered and, where asked, named.
@@ -306,27 +320,39 @@ class Imagery:
         Raises:
             ImageryError: The file cannot be read there.
         """
+        pixels, valid, _ = self._compose(row, col, height, width)
+        return pixels, valid
+
+    def _compose(
+        self, row: int, col: int, height: int, width: int
+    ) -> tuple[NDArray[Any], NDArray[np.bool_], list[tuple[int, PlacedScene]]]:
+        """Read a rectangle, and count the valid pixels that each scene gave it."""
         kind = self.dtype if self._gains is None else self._members[0].dtype
         pixels = np.zeros((len(self.bands), height, width), kind)
         valid = np.zeros((height, width), np.bool_)
+        gave = []
         for m, shared in self._touching(row, col, height, width):
             top, left, bottom, right = shared
             place = (slice(top - row, bottom - row), slice(left - col, right - col))
             if len(self._members) > 1 and valid[place].all():
                 continue
             part, usable = self._reader.read(m, shared)
-            if usable.all() and not valid[place].any():
+            new = usable & ~valid[place]
+            if new.all():
                 pixels[:, *place] = part
             else:
-                fresh = ~valid[place] if len(self._members) == 1 else usable & ~valid[place]
+                fresh = ~valid[place] if len(self._members) == 1 else new
                 np.copyto(pixels[:, *place], part, where=fresh)
+            gave.append((int(np.count_nonzero(new)), m))
             valid[place] |= usable
         if self._gains is not None:
             gain, shift = np.array(self._gains, np.float32).T[:, :, None, None]
             pixels = pixels.astype(np.float32) * gain + shift
-        return pixels, valid
+        return pixels, valid, gave
 
-    def read_windows(self, starts: Sequence[tuple[int, int]], side_px: int) -> list[Part]:
+    def read_windows(
+        self, starts: Sequence[tuple[int, int]], side_px: int
+    ) -> list[tuple[NDArray[Any], NDArray[np.bool_], list[Origin]]]:
         """Read squares, asking servers only once whether their files have changed meanwhile.
 
         Args:
@@ -334,13 +360,23 @@ class Imagery:
             side_px: Their side.
 
         Returns:
-            Of each what `read` gives.
+            Of each what `read` gives, and the scenes whose pixels it shows, most of them first:
+            name, date where that is known, and assets.
 
         Raises:
             ImageryError: A file cannot be read, or changed.
         """
+        squares = []
         with self._files.checked_at_end():
-            return [self.read(row, col, side_px, side_px) for row, col in starts]
+            for row, col in starts:
+                pixels, valid, gave = self._compose(row, col, side_px, side_px)
+                shown = sorted((g for g in gave if g[0]), key=lambda g: -g[0])
+                squares.append((pixels, valid, [self._origin(m) for _, m in shown]))
+        return squares
+
+    def taking_turns(self) -> Imagery:
+        """The same, of which threads share the open files, so that each is opened once."""
+        return replace(self, _files=self._files.shared())
 
     def rowcol(
         self, x: ArrayLike, y: ArrayLike, crs: Any = "EPSG:4326"

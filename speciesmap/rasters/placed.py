@@ -176,8 +176,7 @@ class Reader:
         """Read a file's own pixels, tried again where it is on a server."""
 
         def attempt() -> Part:
-            try:
-                opened = self.files.get(file.path, file.signer, self.alpha_is_data)
+            with self.files.using(file.path, file.signer, self.alpha_is_data) as opened:
                 raster = opened.raster
                 part = raster.read(indexes, window=window)
                 usable = np.ones(part.shape[1:], np.bool_)
@@ -185,9 +184,6 @@ class Reader:
                     usable = raster.dataset_mask(window=window) != 0
                 elif opened.masked:
                     usable = (part != raster.nodata).any(axis=0)
-            except (RasterioError, OSError):
-                self.files.drop(file.path)
-                raise
             return part, usable
 
         try:
