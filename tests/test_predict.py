@@ -332,6 +332,18 @@ def test_an_area_without_a_valid_window_is_said_to_be_empty(
     assert "empty" not in caplog.text
 
 
+def test_an_area_that_the_imagery_covers_in_part_is_said_to_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, path = FakeModel(window_px=8), scene(tmp_path / "small.tif", shape=(20, 20))
+    west, south, east, north = bounds_in(open_imagery(path).geobox)
+    embed(model, path, tmp_path / "s.zarr", bbox=(west, south, east, north))
+    assert "covers" not in caplog.text
+    whole = (west, south - 3 * (north - south), east, north)
+    embed(model, path, tmp_path / "t.zarr", bbox=whole)
+    assert "small.tif covers 25% of --bbox" in caplog.text
+
+
 def test_files_of_equal_names_do_not_overwrite_each_other(tmp_path: Path) -> None:
     store = embed(FakeModel(), scene(tmp_path / "a.tif"), tmp_path / "s.zarr")
     vector = np.eye(8, dtype=np.float32)[0]

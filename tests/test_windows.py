@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from odc.geo.geobox import GeoBox
 
 from speciesmap.errors import AreaError, ImageryError
-from speciesmap.rasters.windows import WindowGrid, bounds_in, cells_in, window_start
+from speciesmap.rasters.windows import WindowGrid, bounds_in, cells_in, coverage, window_start
 
 UTM = GeoBox((1000, 1200), Affine(0.6, 0, 550_000, 0, -0.6, 4_180_000), "EPSG:32610")
 ROTATED = Affine(2, 0, 550_000, 0, -3, 4_180_000) * Affine.rotation(20)
@@ -87,6 +87,15 @@ def test_a_box_around_everything_takes_everything() -> None:
         slice(0, cells.shape[0]),
         slice(0, cells.shape[1]),
     )
+
+
+@pytest.mark.parametrize("turns", [0, 360, -360])
+@pytest.mark.parametrize(("right", "up"), [(1, 1), (2, 1), (4, 5)])
+def test_the_share_of_an_area_that_imagery_covers(right: int, up: int, turns: int) -> None:
+    west, south, east, north = bounds_in(UTM, "EPSG:4326")
+    bbox = (west + turns, south, west + right * (east - west) + turns, south + up * (north - south))
+    assert coverage(bbox, UTM) == pytest.approx(1 / (right * up))
+    assert coverage((west, south, (west + east) / 2, north), UTM) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

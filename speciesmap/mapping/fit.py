@@ -13,9 +13,10 @@ from speciesmap.errors import ConfigError, ImageryError
 from speciesmap.models import SpeciesModel
 from speciesmap.rasters.imagery import Imagery, Opening, open_imagery
 from speciesmap.rasters.values import Values, conventional_factor, sample_values, tagged_gains
-from speciesmap.rasters.windows import WindowGrid, cells_in
+from speciesmap.rasters.windows import WindowGrid, cells_in, coverage
 
 MOST_RESOLUTION_RATIO = 1.5  # beyond it an encoder sees objects of sizes it was not shown
+LEAST_COVERAGE = 0.95  # share of the area asked for; imagery that covers less is warned of
 
 log = logging.getLogger("speciesmap")
 
@@ -171,6 +172,13 @@ def lay_out(
     cells = grid.geobox(imagery.geobox)
     if bbox is not None:
         rows, cols = cells_in(bbox, cells, bbox_crs)
+        share = coverage(bbox, imagery.geobox, bbox_crs)
+        if share < LEAST_COVERAGE:
+            log.warning(
+                "%s covers %.2g%% of --bbox; the map ends where the imagery ends",
+                imagery.source,
+                100 * share,
+            )
         if not imagery.remote:
             return imagery, cells, (rows, cols)
         imagery = imagery.crop(*grid.pixels(rows, cols))

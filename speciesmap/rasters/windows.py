@@ -291,6 +291,17 @@ def overlap(
     )
 
 
+def coverage(bbox: Sequence[float], imagery: GeoBox, crs: Any = "EPSG:4326") -> float:
+    """Share of an area of interest that lies within a raster's bounds, 0 to 1, in the area's CRS.
+
+    Raises:
+        AreaError: As for `overlap`.
+    """
+    left, bottom, right, top = overlap(bbox, imagery, crs)
+    west, south, east, north = _continuous(bbox, _crs(crs).is_geographic)
+    return (right - left) * (top - bottom) / ((east - west) * (north - south))
+
+
 def _clip(
     bbox: Sequence[float], bounds: tuple[float, float, float, float]
 ) -> tuple[float, float, float, float] | None:
