@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -381,6 +382,8 @@ STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "classify": Cl
 BRANCH = re.compile(rf"{'|'.join(STAGES)}|int|float|str|(constrained-|dict\[|list\[).*")
 """What pydantic adds to a key's path: the one of several types that it tried."""
 
+MOST_VALUES = 100_000
+
 _adapter: TypeAdapter[AnyConfig] = TypeAdapter(Config)
 
 
@@ -410,7 +413,7 @@ def load_config(source: Path | str | Mapping[str, Any], changes: Sequence[str] =
         if not equals or not key:
             raise ConfigError(f"--set {change!r} is no assignment; write --set optim.lr=0.001")
         try:
-            read = yaml.safe_load(value)
+            read = yaml.load(value, _Plain)
         except (yaml.YAMLError, RecursionError) as error:
             raise ConfigError(
                 f"--set {change[:200]!r} has a value that is not readable YAML; quote it, or write "
@@ -435,9 +438,39 @@ def shipped_config(name: str) -> Path:
     raise ConfigError(f"speciesmap ships no configuration {name!r}; see configs/")
 
 
+class _Plain(yaml.SafeLoader):
+    """Plain values only, and not so many that a file of a few lines fills the memory.
+
+    An alias costs nothing until what it stands for is written out; nine aliases of nine aliases,
+    ten times over, are three thousand million values.
+    """
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None and _values(node, {}) > MOST_VALUES:
+            raise yaml.YAMLError(
+                f"its aliases stand for more than {MOST_VALUES} values, or for themselves; write "
+                "out what is meant"
+            )
+        return node
+
+
+def _values(node: yaml.Node, counted: dict[int, float]) -> float:
+    """How many values a node stands for with its aliases written out; infinite in a circle."""
+    if id(node) not in counted:
+        counted[id(node)] = math.inf
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        counted[id(node)] = 1 + sum(_values(part, counted) for part in inner)
+    return counted[id(node)]
+
+
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _Plain)
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist; configs/ holds examples") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
@@ -472,8 +505,10 @@ def _explain(error: ValidationError) -> str:
         return f"key {where!r} is missing; see configs/ for examples"
     if first["type"].startswith("union_tag"):
         got = first["input"].get("stage")
-        return f"'stage' must be one of {', '.join(STAGES)}, got {got!r}"
-    return f"{where} = {first['input']!r}: {first['msg'].removeprefix('Value error, ').lower()}"
+        return f"'stage' must be one of {', '.join(STAGES)}, got {got!r:.200}"
+    return (
+        f"{where} = {first['input']!r:.200}: {first['msg'].removeprefix('Value error, ').lower()}"
+    )
 
 
 def _keys_at(location: Sequence[int | str]) -> list[str]:

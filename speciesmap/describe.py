@@ -135,7 +135,9 @@ def _model(path: Path) -> dict[str, Any]:
             "metrics": facts.get("metrics", {}),
             "versions": facts.get("versions", {}),
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+    ) as error:  # fmt: skip
         raise ModelError(f"{path} is damaged ({error!r}); copy the checkpoint again") from error
 
 
@@ -166,7 +168,7 @@ def _run(path: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
         maps = {name: entry["label"] for name, entry in facts.pop("maps").items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise OutputError(
             f"{path / 'run.json'} is damaged ({error!r}); make the maps again with `speciesmap "
             "predict`"

@@ -421,7 +421,7 @@ def _read_list(file: Path) -> dict[str, str]:
 def _read_json(file: Path, keys: Sequence[str]) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(f"{file} is not readable JSON ({error}); fetch it again") from error
     for key in keys:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):

@@ -527,7 +527,7 @@ def _kept_facts(address: str) -> Path:
 def _read_sidecar(path: Path) -> dict[str, Any]:
     try:
         notes = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DatasetError(f"{path} is not readable JSON ({error}); make the data set again") from (
             error
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from speciesmap.errors import ModelError
 from speciesmap.models.crisp import Architecture, SpeciesModel
@@ -73,9 +75,35 @@ def read_facts(folder: Path | str) -> dict[str, Any]:
                 "speciesmap or train again"
             )
         facts["architecture"]["dim"]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{path} is damaged ({error!r}); copy the checkpoint again") from error
     return facts
+
+
+class _NoMoreThan(TorchDispatchMode):
+    """Refuse to build what a checkpoint's weights could not fill, before it takes memory.
+
+    Without it a config of a few bytes may ask for two thousand million layers. Towers that share
+    a transformer are built with one each, so twice the weights may be asked for; the frozen text
+    tower of a hub is not among the weights.
+    """
+
+    def __init__(self, weights: int, facts: Mapping[str, Any]) -> None:
+        super().__init__()
+        hub = "hub" in (facts["architecture"].get("text") or {})
+        self.left = 2 * weights + 10**6 + hub * 10**9
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count the elements of each tensor that is made of a shape alone."""
+        if args and isinstance(args[0], list | tuple):
+            shape = [side for side in args[0] if isinstance(side, int)]
+            self.left -= math.prod(shape) if len(shape) == len(args[0]) else 0
+        if self.left < 0:
+            raise ModelError(
+                f"{CONFIG} describes a larger model than {WEIGHTS} holds; copy both from one "
+                "checkpoint"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def load_model(folder: Path | str) -> SpeciesModel:
@@ -94,7 +122,7 @@ def load_model(folder: Path | str) -> SpeciesModel:
     facts = read_facts(folder)
     try:
         with safe_open(folder / WEIGHTS, "pt") as stored:
-            references = stored.get_slice("reference").get_shape()[0]
+            held = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
         entries = json.loads((folder / TAXA).read_text(encoding="utf-8"))
         taxa = [Taxon(entry["name"], tuple(entry["lineage"])) for entry in entries]
         raw = facts["architecture"]
@@ -104,13 +132,15 @@ def load_model(folder: Path | str) -> SpeciesModel:
             for name, value in raw.items()
             if name in known
         }
-        model = SpeciesModel(
-            Architecture(**arguments),
-            taxa,
-            facts["prevalence"],
-            references=references,
-            environment=Environment.load(stated) if (stated := facts.get("environment")) else None,
-        )
+        environment = Environment.load(stated) if (stated := facts.get("environment")) else None
+        with _NoMoreThan(sum(map(math.prod, held.values())), facts):
+            model = SpeciesModel(
+                Architecture(**arguments),
+                taxa,
+                facts["prevalence"],
+                references=held["reference"][0],
+                environment=environment,
+            )
         load_weights(model, folder / WEIGHTS)
         if facts.get("trust"):
             model.trust = Trust.load(
@@ -129,6 +159,7 @@ def load_model(folder: Path | str) -> SpeciesModel:
         KeyError,
         TypeError,
         AttributeError,
+        RecursionError,
     ) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{folder} is damaged ({reason}); copy the checkpoint again") from error

@@ -13,6 +13,19 @@ from speciesmap.errors import ModelError
 from speciesmap.taxa import nearest
 
 
+MOST_OF_KWARGS = 100_000
+OF_TIMM = {"cache_dir", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
+"""Arguments of `timm.create_model` that read files, which configs and checkpoints may not name."""
+
+
+def _largest(value: Any) -> float:
+    """The largest number in the arguments of a backbone."""
+    if isinstance(value, Mapping | list | tuple):
+        parts = value.values() if isinstance(value, Mapping) else value
+        return max(map(_largest, parts), default=0)
+    return value if isinstance(value, int | float) else 0
+
+
 def computes_bfloat16(device: torch.device) -> bool:
     """Tell whether a processor has instructions for bfloat16, not an emulation."""
     if device.type == "cuda":
@@ -59,6 +72,11 @@ class ImageTower(nn.Module):
             close = nearest(backbone, timm.list_models()) or ["vit_small_patch16_224", "resnet50"]
             raise ModelError(f"timm has no model {backbone!r}; did you mean {', '.join(close)}?")
         options = dict(kwargs or {})
+        if _largest(options) > MOST_OF_KWARGS or options.keys() & OF_TIMM:
+            raise ModelError(
+                f"{backbone!r} cannot be built with {options!r:.200}: a number is over "
+                f"{MOST_OF_KWARGS}, or one of {', '.join(sorted(OF_TIMM))} is set"
+            )
         try:
             fixed = getattr(timm.get_pretrained_cfg(backbone), "fixed_input_size", False)
         except RuntimeError:

@@ -7,12 +7,22 @@ tower of an open_clip model such as BioCLIP, by its name.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import open_clip
 import torch
 from torch import Tensor, nn
 
 from speciesmap.errors import ModelError
+
+MOST_CHARACTERS = 1000
+"""Of a prompt; the time of splitting a word into tokens grows with the square of its length."""
+
+
+@cache
+def _tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
+    """Read open_clip's vocabulary once; it takes longer than building a small model."""
+    return open_clip.SimpleTokenizer(context_length=context_length)
 
 
 class TextTower(nn.Module):
@@ -37,7 +47,7 @@ class TextTower(nn.Module):
             raise ModelError(
                 f"text.width {width} cannot be shared by {heads} text.heads; give a multiple"
             )
-        self.tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
+        self.tokenizer = _tokenizer(context_length)
         self.transformer = open_clip.transformer.TextTransformer(
             context_length=context_length,
             vocab_size=self.tokenizer.vocab_size,
@@ -49,7 +59,9 @@ class TextTower(nn.Module):
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """Encode prompts, N strings to shape (N, D), not normalised."""
-        tokens = self.tokenizer(list(prompts)).to(self.transformer.token_embedding.weight.device)
+        tokens = self.tokenizer([prompt[:MOST_CHARACTERS] for prompt in prompts]).to(
+            self.transformer.token_embedding.weight.device
+        )
         return self.transformer(tokens)  # type: ignore[no-any-return]  # (N, L) -> (N, D)
 
 
@@ -88,5 +100,7 @@ class HubTextTower(nn.Module):
         device = self.project.weight.device
         model = self.frozen[0].to(device)
         with torch.no_grad():
-            features = model.encode_text(self.tokenizer(list(prompts)).to(device))  # (N, F)
+            features = model.encode_text(
+                self.tokenizer([prompt[:MOST_CHARACTERS] for prompt in prompts]).to(device)
+            )  # (N, F)
         return self.project(features)  # type: ignore[no-any-return]  # (N, D)

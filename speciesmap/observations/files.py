@@ -132,7 +132,7 @@ def _parquet(path: Path) -> Iterator[pd.DataFrame]:
                 yield part
     except (
         pa.ArrowException, ShapelyError, CRSError, OSError, ValueError, TypeError, KeyError,
-        AttributeError,
+        AttributeError, RecursionError,
     ) as error:  # fmt: skip
         raise ObservationsError(
             f"{path} is a damaged Parquet file ({' '.join(str(error).split())[:200]}); copy or "
