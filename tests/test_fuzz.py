@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import json
 import sys
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import rasterio
 import torch
+import yaml
 from odc.geo.geobox import GeoBox
 from PIL import Image
 from rasterio.control import GroundControlPoint
@@ -19,10 +23,13 @@ from rasterio.transform import from_origin
 from safetensors.torch import load_file, save_file
 from tiny import tiny_scene
 
+from speciesmap.config import load_config, shipped_config
+from speciesmap.datasets import paired
 from speciesmap.datasets.paired import open_paired
 from speciesmap.datasets.photos import MOST_PIXELS, open_photo
 from speciesmap.describe import describe
 from speciesmap.errors import (
+    ConfigError,
     DatasetError,
     ImageryError,
     ModelError,
@@ -36,10 +43,13 @@ from speciesmap.models.trust import TRUST
 from speciesmap.present.webmap import make_map
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import open_imagery, open_raster
+from speciesmap.rasters.stac import find_scenes
 from speciesmap.rasters.store import EmbeddingStore, Identity, open_store
 
 sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
+from damage import bounded
 from readers import READERS, fuzz, trusted
+from sources import BBOX, item
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -219,3 +229,103 @@ def test_a_store_of_another_layout_is_refused(store: Path) -> None:
         file.write_text(file.read_text().replace('"float16"', '"float64"'))
     with pytest.raises(StoreError, match="float64"):
         open_store(store)
+
+
+@pytest.mark.parametrize("key", ["seed", "optim"])
+def test_aliases_of_aliases_are_not_written_out(tmp_path: Path, key: str) -> None:
+    tree = yaml.safe_load(shipped_config("demo_crisp.yaml").read_text())
+    many: Any = "x"
+    for _ in range(10):
+        many = [many] * 9
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({**tree, key: many}))
+    assert (tmp_path / "a.yaml").stat().st_size < 10_000
+    with pytest.raises(ConfigError, match="aliases stand for more than 100000 values") as caught:
+        load_config(tmp_path / "a.yaml")
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("value", ["&a [*a]", "{a: &b {c: *b}}"])
+def test_aliases_in_a_circle_are_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="not readable YAML"):
+        load_config(shipped_config("demo_crisp.yaml"), [f"model.aerial.kwargs={value}"])
+
+
+def test_aliases_as_people_use_them_are_read() -> None:
+    change = "optim={epochs: &n 7, batch_size: *n}"
+    optim = load_config(shipped_config("demo_crisp.yaml"), [change]).optim
+    assert (optim.epochs, optim.batch_size) == (7, 7)
+
+
+@pytest.mark.parametrize(
+    ("tower", "change"),
+    [
+        ("text", {"layers": 2**31}),
+        ("text", {"width": 2**31}),
+        ("aerial", {"backbone": "vit_giant_patch14_dinov2"}),
+        ("aerial", {"backbone": "vit_tiny_patch16_224", "kwargs": {"depth": 10**9}}),
+        ("aerial", {"backbone": "vit_tiny_patch16_224", "kwargs": {"depth": 99_000}}),
+        ("aerial", {"backbone": "test_resnet", "kwargs": {"checkpoint_path": "a.pth"}}),
+    ],
+)
+def test_a_config_that_asks_for_more_than_its_weights_takes_no_memory(
+    tmp_path: Path, tower: str, change: dict[str, Any]
+) -> None:
+    folder = save_model(trusted(16), tmp_path / "model", {})
+    config = json.loads((folder / "config.json").read_text())
+    config["architecture"][tower] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    said = "describes a larger model than|a number is over|checkpoint_path"
+    with bounded(tmp_path), pytest.raises(ModelError, match=said):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "taxa.json"])
+def test_brackets_too_deep_for_the_parser_are_damage(tmp_path: Path, file: str) -> None:
+    folder = save_model(trusted(16), tmp_path / "model", {})
+    (folder / file).write_text("[" * 100_000)
+    for read in (load_model, describe):
+        with pytest.raises(ModelError, match="is damaged"):
+            read(folder)
+
+
+def test_a_name_without_end_is_encoded_at_once(tmp_path: Path) -> None:
+    model = trusted(16)
+    with bounded(tmp_path), torch.inference_mode():
+        one, other = model.encode_text(["abc" * 500, "abc" * 500_000])
+    assert torch.equal(one, other)
+
+
+def test_an_item_of_a_server_reads_no_file_of_this_machine(tmp_path: Path) -> None:
+    for href in ("/etc/hostname", f"file://{tmp_path}/a.tif", "/vsizip/a.zip/a.tif", "a.tif"):
+        page = {"features": [item(href)]}
+        search = SimpleNamespace(pages_as_dicts=lambda page=page: iter([page]))
+        client = SimpleNamespace(
+            conforms_to=lambda what: True, search=lambda search=search, **_: search
+        )
+        with (
+            patch("pystac_client.Client.open", lambda *_, client=client, **__: client),
+            pytest.raises(ImageryError, match="would be a file of this machine"),
+        ):
+            find_scenes("stac+https://a.example/stac#naip", BBOX)
+
+
+def test_a_server_whose_next_page_is_the_same_one_ends() -> None:
+    page = {"features": [item("https://a.example/a.tif")]}
+    search = SimpleNamespace(pages_as_dicts=lambda: repeat(page))
+    client = SimpleNamespace(conforms_to=lambda what: True, search=lambda **_: search)
+    with patch("pystac_client.Client.open", lambda *_, **__: client):
+        assert len(find_scenes("stac+https://a.example/stac#naip", BBOX)) == 1
+
+
+def test_facts_kept_of_a_remote_data_set_are_made_again_once_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    [file] = tiny_scene(tmp_path, rows=6).chips.rglob("*.parquet")
+    address = f"file://{file}"
+    kept = paired._kept_facts(address)
+    assert len(paired._read_facts(address)[0]) == 6
+    for damage in (b"", b"PAR1" * 100, kept.read_bytes()[:-1]):
+        kept.write_bytes(damage)
+        assert len(paired._read_facts(address)[0]) == 6
+    assert len(kept.read_bytes()) > 1000

@@ -179,7 +179,16 @@ def open_birds(path: str | Path) -> BirdDataset:
             f"{path} holds neither train_birds.json (iNat-2021 birds) nor images.txt (CUB-200-2011,"
             " NABirds); check the folder"
         )
-    facts, taxa, left_out = reader(path)
+    try:
+        facts, taxa, left_out = reader(path)
+    except DatasetError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DatasetError(
+            f"{path} holds values that its layout does not know ({reason}); unpack "
+            "the data set again"
+        ) from error
     if facts.empty:
         counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise DatasetError(f"{path} has no image that can be used ({counts}); check the folder")

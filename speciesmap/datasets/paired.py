@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import tempfile
 import threading
@@ -48,6 +49,8 @@ NMV_BANDS = ("red", "green", "blue", "nir")
 NMV_RESOLUTION_M = 0.6
 IN_MEMORY_BYTES = 1 << 28
 BATCH_ROWS = 32
+
+log = logging.getLogger("speciesmap")
 
 
 @dataclass
@@ -494,9 +497,16 @@ def _read_facts(file: Path | str) -> tuple[pa.Table, bool, list[int]]:
     """All columns of a file but the images, whether it has photos, and rows of its row groups."""
     kept = None if isinstance(file, Path) else _kept_facts(file)
     if kept is not None and kept.exists():
-        parquet = _open_parquet(kept)
-        notes = json.loads(parquet.schema_arrow.metadata[b"speciesmap"])
-        return parquet.read(), notes["ground"], notes["rows"]
+        try:
+            with _damage_named(kept):
+                parquet = _open_parquet(kept)
+                notes = json.loads(parquet.schema_arrow.metadata[b"speciesmap"])
+                table, ground, rows = parquet.read(), bool(notes["ground"]), list(notes["rows"])
+            if sum(rows) == len(table):
+                return table, ground, rows
+        except (DatasetError, ValueError, LookupError, TypeError, RecursionError):
+            pass
+        log.warning("%s was damaged and is made again", kept)
     parquet = _open_parquet(file)
     names = parquet.schema_arrow.names
     for column in (AERIAL, "latitude", "longitude", "name"):

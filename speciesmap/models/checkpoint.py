@@ -80,7 +80,7 @@ def read_facts(folder: Path | str) -> dict[str, Any]:
     return facts
 
 
-class _NoMoreThan(TorchDispatchMode):
+class _NoMoreThan(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuse to build what a checkpoint's weights could not fill, before it takes memory.
 
     Without it a config of a few bytes may ask for two thousand million layers. Towers that share
@@ -89,7 +89,7 @@ class _NoMoreThan(TorchDispatchMode):
     """
 
     def __init__(self, weights: int, facts: Mapping[str, Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         hub = "hub" in (facts["architecture"].get("text") or {})
         self.left = 2 * weights + 10**6 + hub * 10**9
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from speciesmap.errors import ModelError
 from speciesmap.taxa import nearest
 
-
 MOST_OF_KWARGS = 100_000
 OF_TIMM = {"cache_dir", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
 """Arguments of `timm.create_model` that read files, which configs and checkpoints may not name."""

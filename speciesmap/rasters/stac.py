@@ -17,12 +17,19 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 from affine import Affine
 from odc.geo.geobox import GeoBox
 
-from speciesmap.errors import AreaError, ConfigError, DependencyError, ImageryError
+from speciesmap.errors import (
+    AreaError,
+    ConfigError,
+    DependencyError,
+    ImageryError,
+    SpeciesmapError,
+)
 from speciesmap.rasters.bands import canonical
-from speciesmap.rasters.files import AT_ONCE, SIGNED_HOST, public, reason
+from speciesmap.rasters.files import AT_ONCE, CLOUDS, SIGNED_HOST, public, reason
 from speciesmap.rasters.scenes import RasterFile, Scene, describe_file
 from speciesmap.rasters.windows import bounds_of
 
@@ -93,7 +100,7 @@ def find_scenes(
     interval = _interval(pystac_client, datetime)
     try:
         items = list(_search(pystac_client, address, collection, area, interval, conditions))
-    except (OSError, pystac_client.exceptions.APIError, LookupError) as error:
+    except Exception as error:  # what a server may send knows no bounds
         raise ImageryError(
             f"{public(source)} cannot be searched ({reason(error)[:300]}); check the address, the "
             "name of the collection and the network"
@@ -108,8 +115,20 @@ def find_scenes(
     host = urlsplit(address).hostname
     signer = SIGNED_HOST if host == SIGNED_HOST else None
     wanted = [canonical(band) for band in bands]
+
+    def scene(item: Mapping[str, Any]) -> Scene:
+        try:
+            return _scene(item, wanted, signer, address.startswith(("http://", "https://")))
+        except SpeciesmapError:
+            raise
+        except Exception as error:
+            raise ImageryError(
+                f"{public(source)} has an item {item.get('id')!r:.100} that is not in STAC "
+                f"({reason(error)[:200]}); tell those who keep it, or ask for another date"
+            ) from error
+
     with ThreadPoolExecutor(min(AT_ONCE, len(items))) as pool:  # headers may have to be read
-        return list(pool.map(lambda item: _scene(item, wanted, signer), items))
+        return list(pool.map(scene, items))
 
 
 def _interval(pystac_client: Any, datetime: str | None) -> str:
@@ -150,12 +169,13 @@ def _search(
             query: dict[str, dict[str, Any]] = {}
             for name, comparison, value in conditions if filterable else ():
                 query.setdefault(name, {})[QUERY_NAMES[comparison]] = value
-            found: Iterable[Mapping[str, Any]] = catalog.search(
+            pages = catalog.search(
                 collections=[collection],
                 bbox=[west, south, east, north],
                 datetime=interval or None,
                 query=query or None,
-            ).items_as_dicts()
+            ).pages_as_dicts()
+            found: Iterable[Mapping[str, Any]] = _until_repeated(pages)
         else:
             held = catalog.get_child(collection, recursive=True)
             if held is None and catalog.id == collection:
@@ -176,6 +196,17 @@ def _search(
                 continue
             seen.add(item["id"])
             yield dict(item)
+
+
+def _until_repeated(pages: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Items of pages up to one with nothing new: the next page of some servers is the same one."""
+    told: set[str] = set()
+    for page in pages:
+        new = [item for item in page["features"] if item["id"] not in told]
+        if not new:
+            return
+        told.update(item["id"] for item in new)
+        yield from new
 
 
 def _absolute(item: Any) -> dict[str, Any]:
@@ -226,7 +257,9 @@ def _within(facts: Mapping[str, Any], interval: str) -> bool:
     return after and (last == ".." or str(start)[:19] <= (last or first)[:19])
 
 
-def _scene(item: Mapping[str, Any], wanted: Sequence[str], signer: str | None) -> Scene:
+def _scene(
+    item: Mapping[str, Any], wanted: Sequence[str], signer: str | None, remote: bool
+) -> Scene:
     facts = item["properties"]
     shows: dict[str, tuple[str, ...]] = {}
     spare: dict[str, tuple[str, ...]] = {}
@@ -243,6 +276,13 @@ def _scene(item: Mapping[str, Any], wanted: Sequence[str], signer: str | None) -
         raise ImageryError(
             f"item {item['id']} has no assets that show {', '.join(wanted) or 'bands'}; its "
             f"rasters are {', '.join(there) or 'none'}"
+        )
+    hrefs = [item["assets"][key]["href"] for key in keys]
+    here = [href for href in hrefs if urlsplit(href).scheme not in ("http", "https", *CLOUDS)]
+    if remote and here:
+        raise ImageryError(
+            f"item {item['id']} names {here[0]}, which would be a file of this machine; only "
+            "addresses are read from a catalog on a server"
         )
     files = tuple(_file(item, key, shows[key], signer) for key in keys)
     date = facts.get("datetime") or facts.get("start_datetime") or ""
@@ -312,16 +352,19 @@ def _file(
     if not (code and shape and transform and bands and len(types) == 1 and None not in types):
         told = describe_file(path, signer, key)
         return replace(told, bands=bands) if len(bands) == len(told.bands) else told
+    grid = GeoBox(
+        tuple(shape), Affine(*transform[:6]), f"EPSG:{code}" if isinstance(code, int) else code
+    )
+    dtype = np.dtype(types.pop())
+    sound = dtype.kind in "iuf" and math.isfinite(grid.transform.determinant)
+    if not sound or not grid.transform.determinant or not 0 < max(shape) < 1 << 31:
+        raise ValueError(f"{key} has pixels of {dtype} on the grid {shape} {transform}")
     scaling = tuple((float(b.get("scale", 1)), float(b.get("offset", 0))) for b in values)
     return RasterFile(
         path=path,
-        geobox=GeoBox(
-            tuple(shape),
-            Affine(*transform[:6]),
-            f"EPSG:{code}" if isinstance(code, int) else code,
-        ),
+        geobox=grid,
         bands=bands,
-        dtype=str(types.pop()),
+        dtype=str(dtype),
         scaling=scaling if len(scaling) == len(bands) else scaling[:1] * len(bands),
         asset=key,
         signer=signer,
