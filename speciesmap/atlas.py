@@ -263,7 +263,17 @@ def predict(
         record = {
             "speciesmap": __version__,
             "model": {"path": source, "fingerprint": filled.identity.model},
-            "imagery": {"source": filled.source, "fingerprint": filled.identity.imagery},
+            "imagery": {
+                "source": filled.source,
+                "fingerprint": filled.identity.imagery,
+                "values": filled.gains
+                and {
+                    band: {"factor": factor, "shift": shift}
+                    for band, (factor, shift) in zip(
+                        filled.identity.bands, filled.gains, strict=True
+                    )
+                },
+            },
             "store": {"path": str(filled.path), "precision": filled.precision},
             "bbox": None if bbox is None else {"bounds": list(bbox), "crs": str(bbox_crs)},
             "window_px": filled.identity.window_px,

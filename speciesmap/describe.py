@@ -156,6 +156,7 @@ def _store(path: Path) -> dict[str, Any]:
         "model": identity.model,
         "imagery": store.source,
         "imagery_fingerprint": identity.imagery,
+        "imagery_gains": store.gains,
         "bands": list(identity.bands),
         "window_px": identity.window_px,
         "stride_px": identity.stride_px,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import geopandas as gpd
 import numpy as np
 import pyproj
 import pytest
@@ -13,11 +17,15 @@ import rasterio
 from affine import Affine
 from fake_model import BlobModel
 from odc.geo.geobox import GeoBox
+from PIL import Image
+from present_maps import chromium, visit
+from shapely.geometry import Point, shape
 from test_styles import run_qgis
 
-from speciesmap.atlas import predict
+from speciesmap.atlas import Prediction, predict
 from speciesmap.errors import AreaError
 from speciesmap.mapping.embed import embed
+from speciesmap.mapping.query import Query
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.windows import bounds_in
 
@@ -55,24 +63,34 @@ def scene(tmp_path: Path) -> Path:
     return write_geotiff(tmp_path / "scene.tif", pixels, GRID, bands=BANDS)
 
 
-def mapped(folder: Path, scene: Path, zone: str, **grid: Any) -> Path:
+OAK = Query(
+    label="Quercus agrifolia",
+    kind="taxon",
+    vector=np.eye(8, dtype=np.float32)[0],
+    gain=4.0,
+    offset=0.0,
+    quantity="suitability",
+    thresholds={"near": 0.9},
+)
+
+
+def mapped(folder: Path, scene: Path, zone: str, **grid: Any) -> Prediction:
     """Map the square out of a copy of the scene in another zone."""
     filed = folder / "filed.tif"
     words = ["gdalwarp", "-q", "-t_srs", zone, "-tr", "0.6", "0.6", "-r", "bilinear"]
     subprocess.run([*words, "-dstnodata", "0", str(scene), str(filed)], check=True)
-    made = predict(
+    return predict(
         BlobModel(bands=BANDS, resolution_m=0.6),
         imagery=filed,
         bbox=bounds_in(GRID[40:200, 40:220]),
         stride_px=2,
-        species=["Quercus agrifolia"],
+        queries=[OAK],
         out=folder / "maps",
         **grid,
     )
-    return made.maps[0].path
 
 
-@pytest.mark.parametrize(
+ZONES = pytest.mark.parametrize(
     ("zone", "grid"),
     [
         ("EPSG:26911", {}),
@@ -82,21 +100,112 @@ def mapped(folder: Path, scene: Path, zone: str, **grid: Any) -> Path:
     ],
     ids=["as it is", "filed under the next zone", "warped back", "in degrees"],
 )
-def test_a_landmark_is_within_half_a_cell(
+
+
+@ZONES
+def test_files_show_a_landmark_within_half_a_cell(
     tmp_path: Path, scene: Path, zone: str, grid: dict[str, Any]
 ) -> None:
-    with rasterio.open(mapped(tmp_path, scene, zone, **grid)) as raster:
+    made = mapped(tmp_path, scene, zone, **grid)
+    with rasterio.open(made.maps[0].path) as raster:
         values = np.nan_to_num(raster.read(1), nan=-1)
         row, col = np.unravel_index(values.argmax(), values.shape)
         x, y = raster.transform * (col + 0.5, row + 0.5)
         there = pyproj.Transformer.from_crs(4326, raster.crs, always_xy=True).transform(*PLACE)
         assert np.abs(np.subtract((x, y), there) / raster.res).max() <= 0.5
+        corners = [raster.transform * at for at in ((0, 0), (raster.width, raster.height))]
+        res, crs = raster.res, raster.crs
+
+    ranges = gpd.read_file(made.path / "ranges.gpkg")
+    assert ranges.crs == crs
+    [near] = ranges.geometry
+    assert near.contains(Point(there))
+    assert np.abs(np.subtract((near.centroid.x, near.centroid.y), there) / res).max() <= 0.5
+
+    item = json.loads(made.item.read_text())
+    asset = item["assets"]["quercus_agrifolia"]
+    x, y = rasterio.Affine(*asset["proj:transform"]) * (col + 0.5, row + 0.5)
+    assert np.abs(np.subtract((x, y), there) / res).max() <= 0.5
+    assert str(asset.get("proj:code") or asset.get("proj:epsg")).endswith(str(crs.to_epsg()))
+    west, south, east, north = item["bbox"]
+    assert west < PLACE[0] < east and south < PLACE[1] < north
+    assert shape(item["geometry"]).contains(Point(PLACE))
+    to_map = pyproj.Transformer.from_crs(4326, crs, always_xy=True)
+    ring = np.array(item["geometry"]["coordinates"][0])
+    x, y = to_map.transform(*ring.T)
+    wanted = [corners[0][0], corners[1][1], corners[1][0], corners[0][1]]
+    assert np.abs(np.subtract([x.min(), y.min(), x.max(), y.max()], wanted)).max() <= 0.5 * res[0]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as running:
+        yield running
+
+
+SCREEN = """at => {
+  const m = speciesmap.map, p = m.project(at).subtract(m.getPixelOrigin()).add(m._getMapPanePos());
+  return [p.x, p.y];
+}"""
+MOVE = "at => speciesmap.map.setView(at, 24, { animate: false })"
+FADE = """share => {
+  const slider = document.getElementById("sm-opacity");
+  slider.value = share; slider.dispatchEvent(new Event("input"));
+}"""
+
+
+@pytest.mark.chromium
+@pytest.mark.parametrize(
+    ("crs", "down", "right"), [("EPSG:26910", 1, 0), ("EPSG:26910", 0, 1), ("EPSG:4326", 0, 1)]
+)
+def test_the_page_shows_and_reads_a_landmark_within_half_a_cell(
+    browser: Any, tmp_path: Path, scene: Path, crs: str, down: int, right: int
+) -> None:
+    made = mapped(tmp_path, scene, "EPSG:26911", crs=crs, resolution_m=0.6)
+    with rasterio.open(made.maps[0].path) as raster:
+        top = np.nanmax(raster.read(1))
+    lon, lat = PLACE
+    north = 1.2 / 110_900  # a cell of 1.2 m in degrees of latitude
+    east = north / np.cos(np.radians(lat))
+    steps = range(-8, 9)
+    with visit(browser, made.html) as seen:
+        page = seen.page
+        page.click("#sm-toggle")
+        page.evaluate(MOVE, [lat, lon])
+        page.wait_for_timeout(100)
+        here = np.array(page.evaluate(SCREEN, [lat, lon]))
+        cell_px = page.evaluate(SCREEN, [lat, lon + east])[0] - here[0]
+        assert cell_px > 4
+        for share, shown in ((100, "map"), (0, "imagery")):
+            page.evaluate(FADE, share)
+            page.wait_for_timeout(150)
+            picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+            red, green, _ = np.moveaxis(np.asarray(picture).astype(float), -1, 0)
+            bright = red + green  # the palette ends in yellow, the landmark is white
+            around = tuple(
+                slice(max(0, round(v - 8 * cell_px)), round(v + 8 * cell_px)) for v in here[::-1]
+            )
+            ys, xs = np.nonzero(bright[around] >= bright[around].max() - 2)
+            middle = np.array([xs.mean() + around[1].start, ys.mean() + around[0].start]) + 0.5
+            assert np.abs(middle - here).max() / cell_px <= 0.5, shown
+        read = []
+        for cells in steps:
+            at = [lat - down * cells * north, lon + right * cells * east]
+            page.evaluate("speciesmap.map.closePopup()")
+            page.wait_for_selector(".sm-read", state="detached")
+            page.evaluate(MOVE, [lat, lon])
+            page.mouse.click(*page.evaluate(SCREEN, at))
+            page.wait_for_selector(".sm-value b")
+            read.append(float(page.inner_text(".sm-value b")))
+        assert read[8] == max(read) == pytest.approx(top, abs=0.02)
+        weight = np.array(read) - min(read)
+        assert abs((weight * steps).sum() / weight.sum()) <= 0.5
 
 
 @pytest.mark.qgis
 def test_qgis_reads_a_landmark_within_half_a_cell(tmp_path: Path, scene: Path) -> None:
-    path = mapped(tmp_path, scene, "EPSG:26910", crs="EPSG:32611", resolution_m=0.6)
-    assert max(run_qgis(tmp_path, WHERE, str(path), *map(str, PLACE))) <= 0.5
+    made = mapped(tmp_path, scene, "EPSG:26910", crs="EPSG:32611", resolution_m=0.6)
+    assert max(run_qgis(tmp_path, WHERE, str(made.maps[0].path), *map(str, PLACE))) <= 0.5
 
 
 def test_an_area_of_a_window_a_cell_or_less_is_mapped_or_refused(

@@ -84,6 +84,26 @@ def test_like_cells_have_like_colours_where_they_are(store: Path, tmp_path: Path
     assert np.percentile(colours[:, known], 99) > 200, "tones reach across the scale"
 
 
+def test_a_landmark_is_within_half_a_cell(tmp_path: Path) -> None:
+    """A disc of other vectors, around a place that is the centre of no cell."""
+    rng = np.random.default_rng(0)
+    x, y = 550_000 + 10 * 16.3, 4_180_000 - 10 * 21.8
+    rows, cols = np.indices((SIDE, SIDE)) + 0.5
+    disc = np.hypot(rows - 21.8, cols - 16.3) < 6
+    vectors = rng.normal(0, 0.05, (SIDE, SIDE, 8))
+    vectors[..., 0] += ~disc
+    vectors[..., 1] += disc
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    store = make_store(tmp_path / "area.zarr", vectors.astype(np.float16))
+    colours = pixels(umap_colours(store, tmp_path / "a.tif", sample=400, neighbours=10))
+    inside, outside = (colours[:, where].mean(axis=1) for where in (disc, ~disc))
+    axis = (inside - outside) / np.linalg.norm(inside - outside)
+    near = np.tensordot(axis, colours - ((inside + outside) / 2)[:, None, None], 1) > 0
+    with rasterio.open(tmp_path / "a.tif") as dataset:
+        middle = dataset.transform * (cols[near].mean(), rows[near].mean())
+    assert np.abs(np.subtract(middle, (x, y))).max() <= 5
+
+
 def test_an_area_next_to_empty_is_refused(tmp_path: Path) -> None:
     vectors = np.full((6, 6, 8), np.nan, np.float16)
     vectors[0, :3] = 0.3

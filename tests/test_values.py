@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from odc.geo.geobox import GeoBox
 
+from speciesmap.atlas import predict
 from speciesmap.config import load_config
+from speciesmap.describe import describe
 from speciesmap.learning.train import train
 from speciesmap.mapping.embed import embed
 from speciesmap.mapping.fit import fit_values
 from speciesmap.models import load_model
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import open_imagery
+from speciesmap.rasters.store import open_store
 from speciesmap.rasters.values import Values, tagged_gains
 
 NAIP = Path(__file__).parents[2] / "shared/data/naip_pairs"
@@ -86,6 +90,24 @@ def test_other_customs_of_storing_brightness_give_the_same_vectors(
     np.testing.assert_allclose(
         store.read(*everything).astype(float), expected.read(*everything), atol=2e-2
     )
+
+
+def test_the_store_and_the_record_of_a_run_tell_what_values_were_multiplied_by(
+    tmp_path: Path,
+) -> None:
+    counts = np.rint(landscape() / 255 * 10000).astype(np.uint16)
+    model = model_of((landscape() / 255).astype(np.float32))
+    path = write_geotiff(tmp_path / "a.tif", counts, GRID, bands=BANDS)
+    made = predict(model, imagery=path, species=["Quercus agrifolia"], out=tmp_path / "maps")
+    run = json.loads(made.run.read_text())
+    assert run["imagery"]["values"] == {b: {"factor": 1e-4, "shift": 0.0} for b in BANDS}
+    assert open_store(made.store).gains == ((1e-4, 0.0),) * 3
+    assert describe(made.store)["imagery_gains"] == ((1e-4, 0.0),) * 3
+    path = write_geotiff(tmp_path / "b.tif", landscape(), GRID, bands=BANDS)
+    made = predict(
+        FakeModel(BANDS), imagery=path, species=["Quercus agrifolia"], out=tmp_path / "m"
+    )
+    assert json.loads(made.run.read_text())["imagery"]["values"] is None
 
 
 def test_reflectance_in_ten_thousandths_is_told_from_a_full_range(tmp_path: Path) -> None:

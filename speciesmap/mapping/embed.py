@@ -152,7 +152,7 @@ def embed(
     if replaced is not None:
         shutil.rmtree(replaced.path)
     store = existing or EmbeddingStore.create(
-        out, identity, cells, model.dim, source=imagery.source
+        out, identity, cells, model.dim, source=imagery.source, gains=imagery.gains
     )
     todo = [tile for tile in store.tiles_in(*area) if not store.has(tile)]
     log.debug("%d of %d tiles to encode", len(todo), len(list(store.tiles_in(*area))))

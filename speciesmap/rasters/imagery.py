@@ -67,6 +67,7 @@ class Imagery:
         dtype: Type of the pixels.
         resolution_m: Geometric mean of the sides of the central pixel on the ground, metres.
         detail_m: The same of the coarsest scene before any was warped.
+        gains: Of each band a factor and what is added afterwards, where values are changed.
     """
 
     source: str
@@ -75,12 +76,12 @@ class Imagery:
     dtype: np.dtype[Any]
     resolution_m: float
     detail_m: float
+    gains: tuple[tuple[float, float], ...] | None
     _indexes: tuple[int, ...] = field(repr=False)
     _file_bands: tuple[str, ...] = field(repr=False)
     _scaling: tuple[tuple[float, float], ...] = field(repr=False)
     _members: tuple[PlacedScene, ...] = field(repr=False)
     _files: Files = field(default_factory=Files, repr=False, compare=False)
-    _gains: tuple[tuple[float, float], ...] | None = field(default=None, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -132,7 +133,7 @@ class Imagery:
     @property
     def scaling(self) -> tuple[tuple[float, float], ...]:
         """Of each band the scale and offset that make its values physical; (1, 0) if untold."""
-        if self._gains is not None:
+        if self.gains is not None:
             return ((1.0, 0.0),) * len(self.bands)
         return tuple(self._scaling[i - 1] for i in self._indexes)
 
@@ -146,8 +147,8 @@ class Imagery:
         digest = hashlib.sha256()
         digest.update(repr((self.shape, tuple(self.geobox.transform), self.bands)).encode())
         digest.update(repr((str(self.geobox.crs), str(self.dtype), self._indexes)).encode())
-        if self._gains is not None:
-            digest.update(repr(self._gains).encode())
+        if self.gains is not None:
+            digest.update(repr(self.gains).encode())
         local = []
         self._learn_versions(self._members)
         for m in self._members:
@@ -219,10 +220,10 @@ class Imagery:
         Args:
             gains: Of each band a factor and what is added afterwards.
         """
-        if self._gains is not None:
-            earlier = zip(self._gains, gains, strict=True)
+        if self.gains is not None:
+            earlier = zip(self.gains, gains, strict=True)
             gains = [(a * gain, b * gain + shift) for (a, b), (gain, shift) in earlier]
-        return replace(self, dtype=np.dtype(np.float32), _gains=tuple(gains))
+        return replace(self, dtype=np.dtype(np.float32), gains=tuple(gains))
 
     def provenance(self, row: int, col: int, height: int, width: int) -> list[Origin]:
         """Scenes that reach into a rectangle, the one that counts first at the front."""
@@ -290,7 +291,7 @@ class Imagery:
             )
         if (tuple(names), tuple(indexes)) == (self.bands, self._indexes):
             return self
-        if self._gains is not None:
+        if self.gains is not None:
             raise ImageryError(f"{self.source}: choose bands before their values are scaled")
         return replace(self, bands=tuple(names), _indexes=tuple(indexes))
 
@@ -327,7 +328,7 @@ class Imagery:
         self, row: int, col: int, height: int, width: int
     ) -> tuple[NDArray[Any], NDArray[np.bool_], list[tuple[int, PlacedScene]]]:
         """Read a rectangle, and count the valid pixels that each scene gave it."""
-        kind = self.dtype if self._gains is None else self._members[0].dtype
+        kind = self.dtype if self.gains is None else self._members[0].dtype
         pixels = np.zeros((len(self.bands), height, width), kind)
         valid = np.zeros((height, width), np.bool_)
         gave = []
@@ -345,8 +346,8 @@ class Imagery:
                 np.copyto(pixels[:, *place], part, where=fresh)
             gave.append((int(np.count_nonzero(new)), m))
             valid[place] |= usable
-        if self._gains is not None:
-            gain, shift = np.array(self._gains, np.float32).T[:, :, None, None]
+        if self.gains is not None:
+            gain, shift = np.array(self.gains, np.float32).T[:, :, None, None]
             pixels = pixels.astype(np.float32) * gain + shift
         return pixels, valid, gave
 
@@ -533,6 +534,7 @@ def open_imagery(
         dtype=members[0].dtype,
         resolution_m=ground_m(grid),
         detail_m=max(ground_m(geobox) for geobox in finest),
+        gains=None,
         _indexes=indexes,
         _file_bands=names,
         _scaling=scenes[0].scaling,

@@ -17,7 +17,7 @@ import shutil
 import struct
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -76,6 +76,8 @@ class EmbeddingStore:
         geobox: Grid of its cells.
         dim: Size of the embeddings.
         source: What the user called the imagery.
+        gains: Of each band the factor and the shift that its values were given before they were
+            encoded, where they were.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,6 +91,8 @@ class EmbeddingStore:
             facts["bands"] = tuple(facts["bands"])
             self.identity = Identity(**{f.name: facts[f.name] for f in fields(Identity)})
             self.source = str(facts["source"])
+            gains = facts.get("gains")
+            self.gains = gains and tuple((float(factor), float(shift)) for factor, shift in gains)
             georeference = dict(self._group[SPATIAL_REF].attrs)
             transform = Affine.from_gdal(*map(float, str(georeference["GeoTransform"]).split()))
             rows, cols, self.dim = self._vectors.shape
@@ -106,7 +110,14 @@ class EmbeddingStore:
 
     @classmethod
     def create(
-        cls, path: Path, identity: Identity, geobox: GeoBox, dim: int, *, source: str
+        cls,
+        path: Path,
+        identity: Identity,
+        geobox: GeoBox,
+        dim: int,
+        *,
+        source: str,
+        gains: Sequence[tuple[float, float]] | None = None,
     ) -> EmbeddingStore:
         """Write an empty store.
 
@@ -118,6 +129,7 @@ class EmbeddingStore:
             geobox: Grid of the cells.
             dim: Size of the embeddings.
             source: What the user calls the imagery.
+            gains: What its values are multiplied by and shifted by, band by band.
 
         Raises:
             OutputError: The path exists or cannot be written.
@@ -129,7 +141,12 @@ class EmbeddingStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             group = zarr.create_group(beside, zarr_format=3)
             group.attrs.update(
-                {**asdict(identity), "source": source, "speciesmap_version": __version__}
+                {
+                    **asdict(identity),
+                    "source": source,
+                    "gains": gains,
+                    "speciesmap_version": __version__,
+                }
             )
             vectors = group.create_array(
                 VECTORS,
