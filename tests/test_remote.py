@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,9 +39,9 @@ from speciesmap.errors import AreaError, ConfigError, DependencyError, ImageryEr
 from speciesmap.mapping.embed import embed
 from speciesmap.observations.read import read_observations
 from speciesmap.rasters import files
-from speciesmap.rasters.files import public
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import open_imagery
+from speciesmap.rasters.messages import public
 from speciesmap.rasters.windows import bounds_in
 
 SHARED = Path(__file__).parents[2] / "shared/data"
@@ -372,10 +374,19 @@ def test_a_static_catalog_is_searched_too(
     for entry in naip:
         collection.add_item(pystac.Item.from_dict(entry))
     catalog.normalize_and_save(str(server.folder / "cat"), pystac.CatalogType.SELF_CONTAINED)
-    source = f"stac+{server.address}/cat/catalog.json#naip"
-    imagery = open_imagery(source, bbox=BBOX, datetime="2020-01/2020-12")
-    assert imagery.scenes == 4
-    assert (imagery.read(0, 0, *GRID.shape)[0] == noise()).all()
+    for address in (
+        f"{server.address}/cat/catalog.json",
+        f"{server.address}/cat/naip/collection.json",
+        f"file://{server.folder}/cat/catalog.json",
+        str(server.folder / "cat/catalog.json"),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            imagery = open_imagery(f"stac+{address}#naip", bbox=BBOX, datetime="2020-01/2020-12")
+        assert imagery.scenes == 4
+        assert (imagery.read(0, 0, *GRID.shape)[0] == noise()).all()
+    with pytest.raises(ImageryError, match="there is no collection other"):
+        open_imagery(f"stac+{server.address}/cat/catalog.json#other", bbox=BBOX)
 
 
 @needs_rustac
@@ -672,6 +683,30 @@ def test_windows_of_a_file_that_changes_meanwhile_are_not_given(server: Server) 
     shutil.move(server.folder / "b.tif", server.folder / "a.tif")
     with pytest.raises(ImageryError, match="changed on its server"):
         imagery.read_windows([(300, 300)], 32)
+
+
+LATIN = """
+import logging, sys
+from speciesmap.cli import main
+logging.getLogger("speciesmap").setLevel("INFO")
+main(["info", sys.argv[1]])
+"""
+
+
+def test_an_error_in_latin_1_is_not_lost(tmp_path: Path) -> None:
+    """rasterio drops GDAL's errors that are not UTF-8; what failed would be read as zeros."""
+    path = write_geotiff(tmp_path / "a.tif", noise(), GRID, bands=BANDS)
+    vrt = tmp_path / "a.vrt"
+    subprocess.run(["gdalbuildvrt", "-q", str(vrt), str(path)], check=True)
+    vrt.write_bytes(vrt.read_bytes().replace(b"a.tif", b"caf\xe9.tif"))
+    run = subprocess.run([sys.executable, "-c", LATIN, str(vrt)], capture_output=True, check=False)
+    assert (run.returncode, run.stdout) == (1, b"")
+    told = run.stderr.decode()
+    assert told.count("\n") == 1 and "caf\u00e9.tif: No such file" in told
+    named = tmp_path / os.fsdecode(b"caf\xe9.tif")
+    shutil.copy(path, named)
+    with pytest.raises(ImageryError, match="has a name that is not UTF-8; rename it"):
+        open_imagery(named)
 
 
 def test_nothing_of_stac_is_imported_for_a_file(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from speciesmap.errors import ImageryError
+from speciesmap.rasters.messages import no_error_lost
 
 SYNONYMS = {
     "r": "red",
@@ -73,7 +74,8 @@ def _mislabelled_alpha(raster: DatasetReader, path: str, remote: bool) -> bool:
     partly = visible = 0
     for window, shape in _places(raster, whole=remote and bool(raster.overviews(4))):
         try:
-            alpha = raster.read(4, window=window, out_shape=shape)
+            with no_error_lost():
+                alpha = raster.read(4, window=window, out_shape=shape)
         except (RasterioError, OSError) as error:
             raise ImageryError(
                 f"{path} cannot be read at row {window.row_off}, column {window.col_off} "

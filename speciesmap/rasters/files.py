@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import re
 import threading
 import time
 from collections import OrderedDict
@@ -19,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, urlsplit
 
 import rasterio
 from rasterio._err import CPLE_BaseError
@@ -30,6 +29,7 @@ from rasterio.io import DatasetReader
 from rasterio.vrt import WarpedVRT
 
 from speciesmap.errors import DependencyError, ImageryError
+from speciesmap.rasters.messages import no_error_lost, public, reason
 
 Result = TypeVar("Result")
 
@@ -56,16 +56,6 @@ GDAL_DEFAULTS = {
     "CPL_VSIL_CURL_NON_CACHED": "/vsicurl",  # what a closed file gave is not believed again
 }
 
-TALKATIVE = (  # libraries that log addresses
-    "rasterio._err",
-    "rasterio._env",
-    "rasterio._base",
-    "rasterio._filepath",
-    "urllib3.connectionpool",
-    "urllib3.util.retry",
-    "pystac_client.stac_api_io",
-)
-
 log = logging.getLogger("speciesmap")
 
 for _name, _value in GDAL_DEFAULTS.items():
@@ -89,31 +79,6 @@ def cached_blocks(size: int) -> Iterator[None]:
 def is_remote(path: str) -> bool:
     """Tell whether reading a path needs a network."""
     return "://" in path or path.startswith(("/vsicurl", "/vsis3", "/vsigs", "/vsiaz"))
-
-
-def public(text: str) -> str:
-    """Give an address, or a text that holds some, without queries and user parts."""
-    text = re.sub(r"/?vsicurl\?\S*?url=([^\s&'\",]+)", lambda m: unquote(m[1]), text)
-    text = re.sub(r"((?:GET|HEAD|POST) [^\s?]*)\?\S*", r"\1", text)
-    text = re.sub(r"([a-zA-Z][\w+.-]*://)[^\s/@?#'\"]*@", r"\1", text)
-    return re.sub(r"([a-zA-Z][\w+.-]*://[^\s?#'\"]*)\?[^\s#'\",]*", r"\1", text)
-
-
-class _Discreet(logging.Filter):
-    """Takes credentials out of what libraries log."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = public(record.getMessage()), ()
-        return True
-
-
-for _name in TALKATIVE:
-    logging.getLogger(_name).addFilter(_Discreet())
-
-
-def reason(error: BaseException) -> str:
-    """GDAL's own words, without credentials: rasterio's wrap them in "see previous exception"."""
-    return public(str(error.__cause__ or error))
 
 
 def signed(address: str, signer: str | None) -> str:
@@ -141,8 +106,9 @@ def open_raster(path: Path | str, signer: str | None = None) -> DatasetReader:
     """
     name = str(path)
     try:
-        raster = _open(_virtual(signed(name, signer)))
-        _ = raster.descriptions, raster.tags()  # bytes that are no text are met here, not later
+        with no_error_lost():
+            raster = _open(_virtual(signed(name, signer)))
+            _ = raster.descriptions, raster.tags()  # bytes that are no text are met here, not later
         if raster.crs is None and raster.gcps[0]:
             return WarpedVRT(
                 raster,
@@ -152,6 +118,8 @@ def open_raster(path: Path | str, signer: str | None = None) -> DatasetReader:
                 add_alpha="alpha" not in (c.name for c in raster.colorinterp),
             )
         return raster
+    except UnicodeEncodeError as error:
+        raise ImageryError(f"{path} has a name that is not UTF-8; rename it") from error
     except (RasterioError, CPLE_BaseError, OSError, UnicodeDecodeError) as error:
         if is_remote(name):
             raise ImageryError(
@@ -253,7 +221,8 @@ class Files:
             try:
                 if handle.opened is None:
                     handle.opened = _opened(path, signer, alpha_is_data)
-                yield handle.opened
+                with no_error_lost():
+                    yield handle.opened
             except (RasterioError, OSError):
                 handle.close()
                 raise

@@ -18,9 +18,10 @@ from odc.geo.geobox import GeoBox
 
 from speciesmap.errors import AreaError, ConfigError, ImageryError
 from speciesmap.rasters.bands import canonical
-from speciesmap.rasters.files import Files, is_remote, public
+from speciesmap.rasters.files import Files, is_remote
 from speciesmap.rasters.files import open_raster as open_raster
 from speciesmap.rasters.grid import choose_grid, ground_m, in_words
+from speciesmap.rasters.messages import public
 from speciesmap.rasters.placed import PlacedScene, Reader, Rectangle, place_scene
 from speciesmap.rasters.scenes import SUFFIXES as SUFFIXES
 from speciesmap.rasters.scenes import (

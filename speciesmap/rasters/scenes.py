@@ -17,14 +17,8 @@ from rasterio.windows import Window
 
 from speciesmap.errors import ImageryError
 from speciesmap.rasters.bands import band_names
-from speciesmap.rasters.files import (
-    AT_ONCE,
-    is_remote,
-    open_raster,
-    public,
-    reason,
-    retrying,
-)
+from speciesmap.rasters.files import AT_ONCE, is_remote, open_raster, retrying
+from speciesmap.rasters.messages import no_error_lost, public, reason
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img")
 TILE_INDEXES = (".gpkg", ".shp", ".geojson", ".fgb")
@@ -187,7 +181,8 @@ def _refuse_placeless(raster: DatasetReader, path: str) -> None:
 
 def _refuse_truncated(raster: DatasetReader, path: str) -> None:
     try:
-        raster.read(1, window=Window(raster.width - 1, raster.height - 1, 1, 1))
+        with no_error_lost():
+            raster.read(1, window=Window(raster.width - 1, raster.height - 1, 1, 1))
     except (RasterioError, OSError) as error:
         raise ImageryError(
             f"{path} is truncated or damaged: its last pixel, row {raster.height - 1}, column "

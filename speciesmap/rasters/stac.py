@@ -11,6 +11,7 @@ import logging
 import math
 import operator
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -29,7 +30,8 @@ from speciesmap.errors import (
     SpeciesmapError,
 )
 from speciesmap.rasters.bands import canonical
-from speciesmap.rasters.files import AT_ONCE, CLOUDS, SIGNED_HOST, public, reason
+from speciesmap.rasters.files import AT_ONCE, CLOUDS, SIGNED_HOST
+from speciesmap.rasters.messages import public, reason
 from speciesmap.rasters.scenes import RasterFile, Scene, describe_file
 from speciesmap.rasters.windows import bounds_of
 
@@ -99,7 +101,9 @@ def find_scenes(
         ) from error
     interval = _interval(pystac_client, datetime)
     try:
-        items = list(_search(pystac_client, address, collection, area, interval, conditions))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pystac_client.warnings.PystacClientWarning)
+            items = list(_search(pystac_client, address, collection, area, interval, conditions))
     except Exception as error:  # what a server may send knows no bounds
         raise ImageryError(
             f"{public(source)} cannot be searched ({reason(error)[:300]}); check the address, the "
@@ -160,9 +164,14 @@ def _search(
         status_forcelist=[429, 500, 502, 503, 504],
     )
     api = pystac_client.stac_api_io.StacApiIO(max_retries=retry)
-    catalog = pystac_client.Client.open(address.removeprefix("file://"), stac_io=api)
-    searchable = catalog.conforms_to("ITEM_SEARCH")
-    filterable = catalog.conforms_to("QUERY")
+    place = address.removeprefix("file://")
+    try:
+        catalog = pystac_client.Client.open(place, stac_io=api)
+        searchable = catalog.conforms_to("ITEM_SEARCH")
+        filterable = catalog.conforms_to("QUERY")
+    except pystac_client.errors.ClientTypeError:  # a collection that belongs to no API
+        catalog = importlib.import_module("pystac").Collection.from_file(place, stac_io=api)
+        searchable = filterable = False
     seen = set()
     for west, south, east, north in _halves(area):
         if searchable:
