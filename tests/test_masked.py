@@ -133,6 +133,11 @@ def test_other_backbones_are_refused() -> None:
     convolutions = ImageTower("test_resnet", 32, [0.0] * 3, [1.0] * 3, dim=8)
     with pytest.raises(ModelError, match=r"needs a vision transformer, got ResNet; choose"):
         MaskedAutoencoder(convolutions, 0.75, 16, 1, 2)
+    hybrid = ImageTower("vit_tiny_r_s16_p8_224", 32, [0.0] * 3, [1.0] * 3, dim=8)
+    with pytest.raises(ModelError, match=r"hides square patches, and the HybridEmbed .* makes no"):
+        MaskedAutoencoder(hybrid, 0.75, 16, 1, 2)
+    with pytest.raises(ModelError, match=r"hides square patches, .* \(4, 8\), makes none"):
+        autoencoder({"patch_size": (4, 8)})
     for kwargs in ({"reg_tokens": 2}, {"no_embed_class": True}, {"pos_embed": "none"}):
         with pytest.raises(ModelError, match="one learned position per patch"):
             autoencoder(kwargs)

@@ -49,7 +49,8 @@ class ImageTower(nn.Module):
         kwargs: Further arguments of `timm.create_model`, for example `patch_size`.
 
     Raises:
-        ModelError: timm has no such model or weights, or does not take these arguments.
+        ModelError: timm has no such model or weights, or does not take these arguments, or a patch
+            is larger than the image.
     """
 
     backbone: Any
@@ -95,6 +96,12 @@ class ImageTower(nn.Module):
                 f"timm's weights of {backbone!r} cannot be had ({type(error).__name__}: "
                 f"{' '.join(str(error).split())}); check the network, or set pretrained: false"
             ) from error
+        grid = getattr(getattr(self.backbone, "patch_embed", None), "grid_size", None)
+        if grid is not None and 0 in grid:
+            raise ModelError(
+                f"{backbone!r} with {options} cuts patches larger than the image of {image_px} px; "
+                "give a smaller patch_size in kwargs, or larger images"
+            )
         self.image_px = image_px
         self.project = nn.Linear(self.backbone.num_features, dim)
         self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -35,14 +36,21 @@ def maskable(tower: ImageTower) -> Any:
     """Give a tower's transformer if its patches can be hidden.
 
     Raises:
-        ModelError: It is no timm `VisionTransformer` with one position per patch and at most a
-            class token before them.
+        ModelError: It is no timm `VisionTransformer` that cuts images into square patches, with one
+            position per patch and at most a class token before them.
     """
     vit = tower.backbone
     if not isinstance(vit, VisionTransformer):
         raise ModelError(
             f"masked image modelling needs a vision transformer, got {type(vit).__name__}; "
             "choose a timm model such as vit_small_patch16_224"
+        )
+    cut = vit.patch_embed
+    if not isinstance(cut, PatchEmbed) or cut.patch_size[0] != cut.patch_size[1]:
+        raise ModelError(
+            f"masked image modelling hides square patches, and the {type(cut).__name__} of this "
+            f"transformer, {cut.patch_size}, makes none; choose a timm model such as "
+            "vit_small_patch16_224"
         )
     rows, columns = vit.patch_embed.grid_size
     prefix = int(vit.cls_token is not None)
