@@ -1,15 +1,16 @@
-"""How many labels each pre-training saves, on a simulated scene: one table and one plot.
+"""How many labels each pre-training saves, on simulated landscapes: one table and one plot.
 
-    python benchmarks/label_fractions.py --out runs/label_fractions
+    python benchmarks/label_fractions.py --out runs/label_fractions [--seeds 0 1 2 3 4]
 
-CRISP, CVE-MAE and CVM-MAE learn from the pairs of one simulated landscape without labels, with the
-same two small transformers, the same batches and as many epochs. Then photo and window together
-name the taxon, fine-tuned with 1, 5, 20 and 100 percent of the labels; so does a copy that never
-saw anything ("supervised only"). Every seed deals blocks of 150 m anew to training, validation and
-testing. The pairs of test blocks are among those of pre-training, without their labels, for all
-three methods alike.
+A seed is another landscape with other niches. Its observations are dealt by blocks of 200 m to
+training, validation and testing, and those of training whose windows share ground with the others
+are left out. CRISP, CVE-MAE and CVM-MAE learn from the pairs of training without labels or names,
+with the same two small transformers, batches, rate and epochs. Then photo and window together name
+the taxon, fine-tuned with 1, 5, 20 and 100 percent of the labels of training and stopped on
+validation; so does a copy that never saw anything ("supervised only").
 
-Steps that are done are not repeated: what is slow can be run in pieces with `--only`.
+What is done is not done again, so that seeds can be run one by one; table and plot show all seeds
+that `--out` has.
 """
 
 from __future__ import annotations
@@ -17,169 +18,190 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
 
 from speciesmap.config import ClassifyConfig, PretrainConfig, load_config
 from speciesmap.datasets.chips import make_chips
-from speciesmap.learning.classify import classify, read_results
+from speciesmap.learning.classify import SPLITS, classify, read_results
 from speciesmap.learning.data import PairedRows, open_sources
 from speciesmap.learning.train import build, train
 from speciesmap.models import save_model
+from speciesmap.observations.folds import separated, spatial_blocks
 from speciesmap.observations.read import read_observations
 from speciesmap.rasters.imagery import open_imagery
 from speciesmap.simulate import simulate
 
 RESULTS = Path(__file__).parent / "results"
-SIDE_PX = 64
+WINDOW_PX, BLOCK_M = 64, 200
+SEEN_PX = 32  # random crops of windows, and what photos are reduced to
 VIT = {
     "backbone": "vit_tiny_patch16_224",
-    "kwargs": {"patch_size": 16, "embed_dim": 96, "depth": 3, "num_heads": 3},
+    "kwargs": {
+        "patch_size": 8,
+        "embed_dim": 64,
+        "depth": 2,
+        "num_heads": 2,
+        "global_pool": "avg",
+        "fc_norm": False,  # the last norm stays before the mean, where a decoder reads patches too
+    },
 }
-METHODS = {"CRISP": "crisp", "CVE-MAE": "cve_mae", "CVM-MAE": "cvm_mae"}
-SUPERVISED = "supervised only"
+COLOURS = {  # Okabe & Ito 2008
+    "CRISP": "#0072b2",
+    "CVE-MAE": "#d55e00",
+    "CVM-MAE": "#009e73",
+    "supervised only": "#555555",
+}
 PERCENT = [1.0, 5.0, 20.0, 100.0]
-BLOCK_M = 150
+CPU = {"accelerator": "cpu", "devices": 1}
 
 
-def pretraining(chips: Path, method: str, epochs: int) -> PretrainConfig:
-    """Configuration of one method; all share towers, batches and schedule."""
+def prepare(folder: Path, seed: int) -> None:
+    """Simulate a landscape, and cut chips of its observations into one folder for each split."""
+    scene = simulate(folder / "scene", seed=seed)
+    observations, imagery = read_observations(scene.observations), open_imagery(scene.aerial)
+    rows, cols = imagery.rowcol(observations["longitude"], observations["latitude"])
+    x_m, y_m = cols * imagery.resolution_m, rows * imagery.resolution_m
+    tenth = spatial_blocks(x_m, y_m, block_m=BLOCK_M, folds=10, seed=seed)
+    member = np.where(tenth < 7, 0, np.where(tenth == 7, 1, 2))
+    side_m = (WINDOW_PX + 1) * imagery.resolution_m
+    clear = separated(x_m, y_m, member, 1, side_m) & separated(x_m, y_m, member, 2, side_m)
+    chosen = (clear, (member == 1) & separated(x_m, y_m, member, 2, side_m), member == 2)
+    for name, use in zip(SPLITS, chosen, strict=True):
+        make_chips(
+            observations[use],
+            imagery,
+            folder / "chips" / name,
+            window_px=WINDOW_PX,
+            photos=scene.photos,
+            photo_px=96,
+            seed=seed,
+        )
+
+
+def start(folder: Path, name: str, seed: int, epochs: int) -> Path:
+    """Pre-train by a method, or save a model that learned nothing."""
+    out = folder / name.replace(" ", "_")
+    if out.exists():
+        return out
+    supervised = name == "supervised only"
     config = load_config(
         {
             "stage": "pretrain",
-            "method": method,
-            "data": {"dataset": str(chips)},
-            "model": {"dim": 96, "aerial": VIT, "ground": {**VIT, "image_px": SIDE_PX}},
+            "method": "crisp" if supervised else name.lower().replace("-", "_"),
+            "seed": seed,
+            "data": {
+                "dataset": str(folder / "chips"),
+                "split": "train",
+                "window_px": SEEN_PX,
+            },
+            "model": {"dim": 96, "aerial": VIT, "ground": {**VIT, "image_px": SEEN_PX}},
             "masked": {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 4},
             "crossview": {"freeze_aerial": False},
-            "optim": {"epochs": epochs, "batch_size": 64, "lr": 0.001},
-            "trainer": {"accelerator": "cpu", "devices": 1},
+            "optim": {"epochs": epochs, "batch_size": 64, "lr": 0.002},
+            "trainer": CPU,
         }
     )
     assert isinstance(config, PretrainConfig)
-    return config
-
-
-def prepare(out: Path, size_px: int) -> Path:
-    """Simulate a landscape and cut chips of all its observations."""
-    chips = out / "chips"
-    if not chips.exists():
-        scene = simulate(out / "scene", size_px=size_px, seed=0)
-        make_chips(
-            read_observations(scene.observations),
-            open_imagery(scene.aerial),
-            chips,
-            window_px=SIDE_PX,
-            photos=scene.photos,
-        )
-    return chips
-
-
-def start(out: Path, chips: Path, name: str, epochs: int) -> Path:
-    """Pre-train by a method, or save a model that learned nothing."""
-    folder = out / name.replace(" ", "_")
-    if folder.exists():
-        return folder
-    if name != SUPERVISED:
-        return train(pretraining(chips, METHODS[name], epochs), folder, resume=True)
-    config = pretraining(chips, "crisp", epochs)
+    if not supervised:
+        return train(config, out, overwrite=True)
+    torch.manual_seed(seed)
     sources = open_sources(config.data)
     assert sources.dataset is not None
-    rows = PairedRows(sources.dataset, sources.rows, sources.taxa, SIDE_PX)
-    return save_model(build(config.model, sources, rows), folder, {"metrics": {}})
+    rows = PairedRows(sources.dataset, sources.rows, sources.taxa, window_px=SEEN_PX)
+    return save_model(build(config.model, sources, rows), out, {"metrics": {}})
 
 
-def compare(out: Path, chips: Path, name: str, model: Path, seed: int, epochs: int) -> pd.DataFrame:
-    """Fine-tune one start with every share of the labels, for one deal of the blocks."""
-    folder = out / f"seed_{seed}" / name.replace(" ", "_")
+def compare(folder: Path, models: dict[str, Path], seed: int, epochs: int) -> pd.DataFrame:
+    """Fine-tune every start with every share of the labels."""
     config = load_config(
         {
             "stage": "classify",
-            "init": str(model),
+            "init": {name: str(path) for name, path in models.items()},
             "seed": seed,
-            "data": {"dataset": str(chips)},
-            "splits": {"block_m": BLOCK_M},
+            "data": {"dataset": str(folder / "chips"), "window_px": SEEN_PX},
             "views": ["both"],
             "modes": ["finetune"],
             "percent": PERCENT,
-            "patience": epochs,
-            "optim": {"epochs": epochs, "batch_size": 64, "lr": 0.0005},
-            "trainer": {"accelerator": "cpu", "devices": 1},
+            "patience": 8,
+            "optim": {"epochs": epochs, "batch_size": 64, "lr": 0.001},
+            "trainer": CPU,
         }
     )
     assert isinstance(config, ClassifyConfig)
-    if not folder.exists():
-        folder.parent.mkdir(exist_ok=True)
-        classify(config, folder)
-    return pd.DataFrame(read_results(folder)["table"]).assign(init=name, seed=seed)
+    out = folder / "classification"
+    if not out.exists():
+        classify(config, out)
+    table = pd.DataFrame(read_results(out)["table"])
+    return table[["init", "percent", "labels", "top1", "species_top1"]].assign(seed=seed)
 
 
-def plot(table: pd.DataFrame, file: Path) -> None:
-    """Draw mean and standard deviation over seeds against the share of labels."""
+def plot(rows: pd.DataFrame, file: Path) -> None:
+    """Draw mean, standard deviation and every seed against the share of labels."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    colors = ("#0072b2", "#d55e00", "#009e73", "#555555")  # Okabe & Ito 2008
-    for (name, rows), color, marker in zip(
-        table.groupby("init", sort=False), colors, "os^x", strict=True
-    ):
-        axes.errorbar(
-            rows["labels"],
-            rows["mean"],
-            rows["sd"],
-            label=name,
-            color=color,
-            marker=marker,
-            capsize=3,
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    places = np.arange(len(PERCENT))
+    ends = {}
+    for k, (name, colour) in enumerate(COLOURS.items()):
+        x = places + 0.07 * (k - 1.5)
+        by_share = rows[rows["init"] == name].pivot(
+            index="percent", columns="seed", values="species_top1"
         )
-    axes.set_xscale("log")
-    axes.set_xlabel("labelled training rows (1, 5, 20 and 100 percent)")
-    axes.set_ylabel("species-averaged top-1 on test blocks")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(file, dpi=130)
-
-
-def summarise(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard deviation over seeds, by start and share."""
-    table = rows.groupby(["init", "percent"], sort=False).agg(
-        labels=("labels", "mean"),
-        mean=("species_top1", "mean"),
-        sd=("species_top1", "std"),
-        seeds=("species_top1", "size"),
+        mean = by_share.mean(axis=1)
+        axes.plot(x, by_share, "o", color=colour, alpha=0.3, markersize=3)
+        axes.errorbar(x, mean, by_share.std(axis=1), color=colour, marker="s", capsize=3)
+        ends[name] = float(mean.iloc[-1])
+    chance = 1 / rows.attrs["taxa"]
+    axes.axhline(chance, color="#999999", linewidth=0.8, linestyle=":")
+    axes.text(-0.25, chance, "chance", color="#777777", fontsize=9, va="bottom")
+    low, high = axes.get_ylim()
+    at = -np.inf
+    for name, end in sorted(ends.items(), key=lambda item: item[1]):
+        at = max(end, at + 0.05 * (high - low))
+        axes.text(places[-1] + 0.2, at, name, color=COLOURS[name], va="center")
+    labels = rows.groupby("percent")["labels"].mean()
+    axes.set_xticks(places, [f"{p:g}%\n{labels[p]:.0f} labels" for p in PERCENT])
+    axes.set_xlim(-0.3, places[-1] + 1.0)
+    axes.set_ylabel("species-averaged top-1, held-out blocks")
+    seeds = rows["seed"].nunique()
+    axes.set_title(
+        f"Naming from photo and window: {seeds} landscapes, mean and standard deviation",
+        fontsize=10,
+        loc="left",
     )
-    return table.reset_index().round({"labels": 0, "mean": 3, "sd": 3})
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(file, dpi=130)
 
 
 def main() -> None:
     """Run what is not done yet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--size-px", type=int, default=2048)
-    parser.add_argument("--pretrain-epochs", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--only", choices=[*METHODS, SUPERVISED])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--pretrain-epochs", type=int, default=45)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--results", type=Path, default=RESULTS, help="where table and plot go")
     arguments = parser.parse_args()
-    out: Path = arguments.out
-    chips = prepare(out, arguments.size_px)
-    wanted = [arguments.only] if arguments.only else [*METHODS, SUPERVISED]
-    models = {name: start(out, chips, name, arguments.pretrain_epochs) for name in wanted}
-    if arguments.only:
-        return
-    results = [
-        compare(out, chips, name, path, seed, arguments.epochs)
-        for seed in range(arguments.seeds)
-        for name, path in models.items()
-    ]
-    table = summarise(pd.concat(results))
+    for seed in arguments.seeds:
+        folder = arguments.out / f"seed_{seed}"
+        if not (folder / "chips" / SPLITS[-1]).exists():
+            prepare(folder, seed)
+        models = {name: start(folder, name, seed, arguments.pretrain_epochs) for name in COLOURS}
+        compare(folder, models, seed, arguments.epochs).to_csv(folder / "rows.csv", index=False)
+    files = sorted(arguments.out.glob("seed_*/rows.csv"))
+    rows = pd.concat(map(pd.read_csv, files), ignore_index=True).round(4)
+    rows.attrs["taxa"] = 8
     arguments.results.mkdir(exist_ok=True)
-    table.to_csv(arguments.results / "label_fractions.csv", index=False)
-    plot(table, arguments.results / "label_fractions.png")
-    print(table.pivot(index="percent", columns="init", values=["mean", "sd"]).to_string())
+    rows.to_csv(arguments.results / "label_fractions.csv", index=False)
+    plot(rows, arguments.results / "label_fractions.png")
+    grouped = rows.groupby(["percent", "init"], sort=False)["species_top1"]
+    print(grouped.agg(["mean", "std"]).unstack("init").round(3).to_string())
 
 
 if __name__ == "__main__":
