@@ -65,6 +65,11 @@ def test_arguments_that_the_backbone_does_not_take_are_refused() -> None:
         tower(kwargs={"patch_sze": 8})
 
 
+def test_a_patch_larger_than_the_image_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"patches larger than the image of 16 px; give a smaller"):
+        ImageTower("test_vit", 16, [0.0], [1.0], dim=8, kwargs={"patch_size": 32})
+
+
 def test_weights_that_cannot_be_had_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(name: str, pretrained: bool = False, **more: object) -> torch.nn.Module:
         assert pretrained
