@@ -20,7 +20,7 @@ from speciesmap.appraise import Appraisal, evaluate
 from speciesmap.cli import main
 from speciesmap.config import load_config
 from speciesmap.errors import ConfigError, ImageryError, ObservationsError, OutputError
-from speciesmap.learning.ladder import HEAD, SHUFFLED, WITH_COVARIATES, gather
+from speciesmap.learning.ladder import HEAD, SHUFFLED, WITH_COVARIATES, gather, on_surveys
 from speciesmap.models import load_model, save_model
 from speciesmap.present.odmap import protocol
 from speciesmap.present.report import write_report
@@ -105,6 +105,21 @@ def test_surveyed_places_that_share_ground_with_presences_are_left_out(
     assert found["left_out"] > 0
     assert set(found["taxa"]) == {TAXA[0].name}
     assert found["taxa"][TAXA[0].name]["brier_skill"] is None, "suitability is no probability"
+
+
+def test_surveys_that_cannot_be_used_are_counted_aloud(
+    scene: TinyScene, folder: Path, surveys: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, model = load_config(settings(scene, folder.parent / "base")), load_model(folder)
+    path = surveys.with_name("far.csv")
+    table = pd.read_csv(surveys)
+    with caplog.at_level("WARNING", "speciesmap"):
+        table.assign(lon=table["lon"] + np.where(table.index < 7, 1, 0)).to_csv(path, index=False)
+        on_surveys(model, config, path)  # type: ignore[arg-type]
+    assert "of 400 surveys are left out: 7 are not on" in caplog.text
+    table.assign(lon=table["lon"] + 1).to_csv(path, index=False)
+    with pytest.raises(ObservationsError, match="400 of 400 surveys are left out: 400 are not on"):
+        on_surveys(model, config, path)  # type: ignore[arg-type]
 
 
 def test_folds_are_apart_and_the_same_as_in_training(scene: TinyScene, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from speciesmap.errors import (
     OutputError,
 )
 from speciesmap.learning.data import PairedRows, draw_background, open_sources
-from speciesmap.learning.finetune import check_validation
+from speciesmap.learning.finetune import check_validation, refuse_elsewhere
 from speciesmap.learning.fit import ByPlace, best_precision, measure
 from speciesmap.learning.modules import Crisp, Finetune
 from speciesmap.learning.train import build, train
@@ -499,18 +500,37 @@ def test_withheld_taxa_are_never_seen(
     assert set(pd.read_parquet(tuned / "folds.parquet")["taxon"]) == {NAMES[0], NAMES[2], ""}
 
 
+def test_records_that_are_not_on_the_imagery_stop_or_are_counted(
+    scene: TinyScene, untrained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with rasterio.open(scene.imagery) as raster:
+        pixels, grid = raster.read(), GeoBox(raster.shape, raster.transform, raster.crs)
+        bands = raster.descriptions
+    far = GeoBox(grid.shape, grid.transform * Affine.translation(9999, 0), grid.crs)
+    elsewhere = write_geotiff(tmp_path / "far.tif", pixels, far, bands=bands)
+    data = {"dataset": str(scene.chips), "background": 40}
+    config = tune(scene, untrained, data={**data, "imagery": str(elsewhere)})
+    with pytest.raises(ConfigError, match=r"none of the \d+ records of .* is on .*far\.tif"):
+        train(load_config(config), tmp_path / "run")
+    half = write_geotiff(tmp_path / "half.tif", pixels[:, :80], grid[:80], bands=bands)
+    presences = PairedRows(open_paired(scene.chips), np.arange(36), TAXA, None, 16)
+    with caplog.at_level("WARNING", "speciesmap"):
+        refuse_elsewhere(presences, open_imagery(half), load_config(config))  # type: ignore[arg-type]
+    assert re.search(r"\d+ of 36 records of .* are not on .*half\.tif", caplog.text)
+
+
 @pytest.mark.parametrize(
     ("config", "kind", "message"),
     [
         (
             lambda s, i: tune(s, i, data={"dataset": str(s.chips)}),
             ConfigError,
-            "needs data.dataset for presences and data.imagery",
+            "data.imagery is not said; add .*--set data.imagery=RASTER",
         ),
         (
             lambda s, i: tune(s, i, data={"imagery": str(s.imagery), "window_px": 16}),
             ConfigError,
-            "needs data.dataset for presences and data.imagery",
+            "data.dataset is not said; add --set data.dataset=CHIPS",
         ),
         (lambda s, i: tune(s, i / "none"), ModelError, "none is not a model"),
         (lambda s, i: crisp(s, data={}), ConfigError, "neither a dataset nor imagery"),

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from speciesmap.config import FinetuneConfig, HeadConfig
-from speciesmap.errors import ConfigError, ModelError
+from speciesmap.errors import ConfigError, ModelError, ObservationsError
 from speciesmap.learning.data import (
     PairedRows,
     Places,
@@ -99,7 +99,9 @@ def finetune(
     base = load_model(config.init)
     if sources.dataset is None or sources.imagery is None:
         raise ConfigError(
-            "stage finetune needs data.dataset for presences and data.imagery for background"
+            "stage finetune needs data.dataset for presences and data.imagery for background, and "
+            f"data.{'dataset' if sources.dataset is None else 'imagery'} is not said; add "
+            "--set data.dataset=CHIPS or --set data.imagery=RASTER, what the chips were cut from"
         )
     if (base.bands, base.window_px) != (sources.bands, sources.window_px):
         raise ModelError(
@@ -118,6 +120,7 @@ def finetune(
         check_validation(config, sources)
     image_px = base.ground.image_px if base.ground and sources.dataset.has_ground else None
     presences = PairedRows(sources.dataset, sources.rows, sources.taxa, image_px, sources.window_px)
+    refuse_elsewhere(presences, sources.imagery, config)
     data, area = config.data, (sources.imagery, sources.window_px)
     grouped = data.background_kind == "target-group"
     background = (
@@ -164,6 +167,30 @@ def finetune(
     dark = [name for name, found in judged.items() if found["informative"] is False]
     model.trust = replace(trust, uninformative=dark)
     return model, {**fitted, **metrics}
+
+
+def refuse_elsewhere(presences: PairedRows, imagery: Imagery, config: FinetuneConfig) -> None:
+    """Stop where no presence is on the imagery that background is drawn from; count the others.
+
+    Raises:
+        ConfigError: The two show different places.
+    """
+    inside = imagery.contains(*where(presences))
+    if not inside.any():
+        raise ConfigError(
+            f"none of the {len(inside)} records of {config.data.dataset} is on "
+            f"{imagery.source}, so background would come from elsewhere; name the imagery that the "
+            "chips were cut from with data.imagery"
+        )
+    if not inside.all():
+        log.warning(
+            "%d of %d records of %s are not on %s, where background is drawn: maps will tell one "
+            "area from the other",
+            (~inside).sum(),
+            len(inside),
+            config.data.dataset,
+            imagery.source,
+        )
 
 
 def compare_values(
@@ -247,12 +274,23 @@ def surveyed_places(
 ) -> tuple[pd.DataFrame, Places]:
     """Surveys on the imagery whose windows share no ground with a presence's, and their places.
 
-    Those that lack a covariate are left out too.
+    Those that lack a covariate are left out too; how many are left out is said aloud.
+
+    Raises:
+        ObservationsError: None is left.
     """
     rows, cols = imagery.rowcol(surveys["lon"].to_numpy(), surveys["lat"].to_numpy())
-    use = clear_of(rows, cols, *imagery.rowcol(*where(presences)), model.window_px)
     height, width = imagery.shape
-    use &= (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
+    inside = (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
+    use = inside & clear_of(rows, cols, *imagery.rowcol(*where(presences)), model.window_px)
+    told = (
+        f"{(~use).sum()} of {len(surveys)} surveys are left out: {(~inside).sum()} are not on "
+        f"{imagery.source}, {(inside & ~use).sum()} within a window of a presence"
+    )
+    if not use.any():
+        raise ObservationsError(f"{told}; give surveys of the imagery's area, away from training")
+    if not use.all():
+        log.warning("%s", told)
     places = Places(imagery, rows[use], cols[use], model.window_px, model.fill)
     known = with_covariates(places, covariates)
     return surveys[use][known], places.subset(known)

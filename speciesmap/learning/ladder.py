@@ -166,7 +166,11 @@ def gather(encoder: SpeciesModel, config: FinetuneConfig, covariates: Sequence[P
         )
     sources = open_sources(config.data)
     if sources.dataset is None or sources.imagery is None:
-        raise ConfigError("evaluation needs data.dataset for presences and data.imagery")
+        raise ConfigError(
+            "evaluation needs data.dataset for presences and data.imagery for background, and "
+            f"data.{'dataset' if sources.dataset is None else 'imagery'} is not said; add it to "
+            "the configuration: the imagery is what the chips were cut from"
+        )
     data = config.data
     if covariates:
         data = data.model_copy(update={"covariates": [str(path) for path in covariates]})
