@@ -9,7 +9,8 @@ from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 from tiny import TAXA
 
-from speciesmap.learning.evaluate import better_than_chance, calibrate, fold_auc, summarise
+from speciesmap.learning.chance import better_than_chance, fold_auc
+from speciesmap.learning.evaluate import calibrate, summarise
 
 NAMES = [taxon.name for taxon in TAXA]
 

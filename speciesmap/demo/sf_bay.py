@@ -17,8 +17,8 @@ from speciesmap.datasets.chips import make_chips
 from speciesmap.demo.scene import SceneResult, assigned, rounded
 from speciesmap.errors import DependencyError
 from speciesmap.learning.baselines import RIVALS, held_out_scores
+from speciesmap.learning.chance import fold_auc
 from speciesmap.learning.data import Places
-from speciesmap.learning.evaluate import fold_auc
 from speciesmap.learning.train import train
 from speciesmap.models import load_model, read_facts
 from speciesmap.observations.background import random_background

@@ -439,7 +439,7 @@ def draw_background(
 
 
 def target_group_places(sources: Sources, records: str | None, fill: Sequence[float]) -> Places:
-    """Give the places where a whole group was recorded, one per window.
+    """Give the places where a whole group was recorded, one per cell of a quarter of a window.
 
     Args:
         sources: The study area, and the data set whose records count where there is no file.
@@ -455,6 +455,7 @@ def target_group_places(sources: Sources, records: str | None, fill: Sequence[fl
     """
     assert sources.imagery is not None and sources.dataset is not None
     window_m = sources.window_px * sources.resolution_m
+    cell_m = window_m / 4  # the stride of maps, where none is given
     if records is not None:
         longitude, latitude = _on(sources.imagery, records, window_m / 2)
     else:
@@ -463,7 +464,7 @@ def target_group_places(sources: Sources, records: str | None, fill: Sequence[fl
     table = pd.DataFrame(
         {"longitude": longitude, "latitude": latitude, "taxon": "", "uncertainty_m": np.nan}
     )
-    table = target_group(table, window_m)
+    table = target_group(table, cell_m)
     rows, cols = sources.imagery.rowcol(table["longitude"], table["latitude"])
     return Places(sources.imagery, rows, cols, sources.window_px, fill)
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.optimize import brentq, minimize
 from scipy.special import expit, log_expit
-from scipy.stats import t
 
-from speciesmap.learning.metrics import auc
+from speciesmap.learning.chance import better_than_chance, bound_for, fold_auc
 from speciesmap.taxa import Taxon
 
 FEWEST = 10  # presences, and surveyed absences, that a calibration needs
@@ -38,7 +37,10 @@ class Calibration:
 
 
 def summarise(
-    folds: pd.DataFrame, taxa: Sequence[Taxon], background: str = "random"
+    folds: pd.DataFrame,
+    taxa: Sequence[Taxon],
+    background: str = "random",
+    bounds: Mapping[int, float] | None = None,
 ) -> dict[str, Any]:
     """Area under the ROC curve of held-out presences against held-out background.
 
@@ -46,75 +48,55 @@ def summarise(
         folds: What `cross_validate` gives.
         taxa: Its taxa.
         background: The kind that the model was trained on.
+        bounds: Of null maps of the same folds, by number of records, where there are any.
 
     Returns:
         For each taxon by name: `auc` over all folds' scores pooled, `auc_folds` one by one (None
         where a fold has no presence), `presences`, less those of folds whose training had none
         (a NaN score); and the pooled AUC against either kind of
         background, `auc_random` and `auc_target_group`. Without target-group places the records of
-        the other taxa are these, one per place; of a single taxon it is None. `informative` says
-        whether the folds tell the map from chance against both kinds; None where they cannot say.
+        the other taxa are these, one per place; of a single taxon it is None. `auc_null` is what
+        null maps of as many records stay below against random background, and `informative` says
+        whether the mean over folds is above it. Where there are no null maps to compare with, it
+        says whether the folds tell the map from chance against both kinds of background; None
+        where they cannot say.
     """
     kind = folds["background"].to_numpy()
     place = ~folds.duplicated(["longitude", "latitude"]).to_numpy()
+    fold = folds["fold"].to_numpy()
     summary: dict[str, Any] = {}
     for taxon in taxa:
-        score, fold = folds[taxon.name].to_numpy(), folds["fold"].to_numpy()
+        score = folds[taxon.name].to_numpy()
         scored = np.isfinite(score)
-        here = (folds["taxon"] == taxon.name).to_numpy() & scored
+        own = (folds["taxon"] == taxon.name).to_numpy()
+        here = own & scored
         group = kind == "target-group"
         if not group.any():
-            group = (kind == "") & (folds["taxon"] != taxon.name).to_numpy() & place
+            group = (kind == "") & ~own & place
         against = {"random": (kind == "random") & scored, "target-group": group & scored}
-        part = here | against[background]
-        verdicts = [
-            better_than_chance(fold_auc(here[p], score[p], fold[p])["auc_folds"])
-            for p in (here | away for away in against.values() if away.any())
-        ]
-        summary[taxon.name] = {
-            **fold_auc(here[part], score[part], fold[part]),
-            **{
-                f"auc_{name.replace('-', '_')}": auc(here[here | away], score[here | away])
+        judged = {
+            name: fold_auc(here[here | away], score[here | away], fold[here | away])
+            for name, away in against.items()
+        }
+        bound = bound_for(bounds or {}, int(own.sum()))
+        mean = judged["random"]["auc_mean"]
+        informative: bool | None
+        if bound is not None and mean is not None:
+            informative = bool(mean > bound)
+        else:
+            verdicts = [
+                better_than_chance(judged[name]["auc_folds"])
                 for name, away in against.items()
-            },
-            "informative": None if not verdicts or None in verdicts else all(verdicts),
+                if away.any()
+            ]
+            informative = None if None in verdicts else all(verdicts)
+        summary[taxon.name] = {
+            **judged[background],
+            **{f"auc_{name.replace('-', '_')}": found["auc"] for name, found in judged.items()},
+            "auc_null": bound,
+            "informative": informative,
         }
     return summary
-
-
-def better_than_chance(by_fold: Sequence[float | None]) -> bool | None:
-    """Whether folds' AUCs are above 0.5: a one-sided t-test at 5%; None with fewer than two folds.
-
-    Folds share training rows, so the test is a little too ready to say yes.
-    """
-    known = np.array([value for value in by_fold if value is not None])
-    if len(known) < 2:
-        return None
-    bound = known.mean() - t.ppf(0.95, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known))
-    return bool(bound > 0.5)
-
-
-def fold_auc(present: ArrayLike, score: ArrayLike, fold: ArrayLike) -> dict[str, Any]:
-    """AUC of held-out scores, pooled and by fold.
-
-    Args:
-        present: Shape (N,), bool.
-        score: From a model that did not see the row, shape (N,).
-        fold: Shape (N,).
-
-    Returns:
-        `auc`, `auc_folds`, `auc_mean` and `auc_sd` over folds, and `presences`.
-    """
-    present, score, fold = np.asarray(present, bool), np.asarray(score), np.asarray(fold)
-    by_fold = [auc(present[fold == k], score[fold == k]) for k in np.unique(fold)]
-    known = [value for value in by_fold if value is not None]
-    return {
-        "auc": auc(present, score),
-        "auc_mean": float(np.mean(known)) if known else None,
-        "auc_sd": float(np.std(known, ddof=1)) if len(known) > 1 else None,
-        "auc_folds": by_fold,
-        "presences": int(present.sum()),
-    }
 
 
 def calibrate(

@@ -19,6 +19,7 @@ from scipy.special import expit
 
 from speciesmap.config import FinetuneConfig, HeadConfig
 from speciesmap.errors import ConfigError, ModelError, ObservationsError
+from speciesmap.learning.chance import draw_null_maps, null_bounds, null_scores
 from speciesmap.learning.data import (
     PairedRows,
     Places,
@@ -26,6 +27,7 @@ from speciesmap.learning.data import (
     draw_background,
     target_group_places,
 )
+from speciesmap.learning.distribution import Records
 from speciesmap.learning.evaluate import Calibration, calibrate, summarise
 from speciesmap.learning.fit import (
     REFERENCES,
@@ -143,8 +145,8 @@ def finetune(
             other = target_group_places(sources, data.target_group, base.fill)
         if other is not None:
             other = other.subset(with_covariates(other, covariates))
-        folds = cross_validate(base, presences, background, config, work, other, covariates)
-        metrics["validation"] = summarise(folds, sources.taxa, data.background_kind)
+        folds, bounds = cross_validate(base, presences, background, config, work, other, covariates)
+        metrics["validation"] = summarise(folds, sources.taxa, data.background_kind, bounds)
         if work is not None:
             folds.to_parquet(work / "folds.parquet")
         own = folds[folds["background"].isin(["", data.background_kind])]
@@ -420,7 +422,7 @@ def cross_validate(
     work: Path | None = None,
     other: Places | None = None,
     covariates: Covariates | None = None,
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, dict[int, float]]:
     """Fine-tune with whole folds held out in turn, and score what was held out.
 
     Training windows that overlap a held-out window are left out.
@@ -438,7 +440,8 @@ def cross_validate(
         One row per presence and background place: observation_id and taxon (empty for
         background), longitude, latitude, background (its kind, empty for presences), fold, trained
         (windows trained on in that fold), and a logit per taxon, by its name, NaN where the fold's
-        training had no presence of it.
+        training had no presence of it. And the bounds of null maps of linear heads on the folds'
+        encoders, as `null_bounds` gives them; none of models trained on target-group background.
 
     Raises:
         ConfigError: A fold leaves nothing to train on.
@@ -452,7 +455,17 @@ def cross_validate(
     cols = np.concatenate([cols, *(places.cols for places in others)])
     count, end = len(presences), len(presences) + len(background)
     folds = make_folds(rows, cols, count, background, config)
-    logits = np.empty((len(rows), len(presences.taxa)))
+    taxa = len(presences.taxa)
+    labels = presences.labels[presences.rows]
+    drawn = np.zeros((len(rows), 0), bool)
+    if config.data.background_kind == "random":
+        group = np.arange(len(rows)) >= end
+        if not group.any():
+            group[:count] = ~facts.duplicated(["longitude", "latitude"]).to_numpy()
+        counts = np.bincount(labels, minlength=taxa).tolist()
+        drawn = draw_null_maps(group, counts, np.random.default_rng(config.seed))  # (N, M)
+    negative = (np.arange(len(rows)) < end)[:, None] & ~drawn  # (N, M)
+    logits = np.empty((len(rows), taxa + drawn.shape[1]))
     trained = np.empty(len(rows), dtype=np.int64)
     uses = [
         separated(cols, rows, folds, k, presences.dataset.window_px + 1)
@@ -472,7 +485,7 @@ def cross_validate(
         if kept is not None and kept.exists():
             logits[held] = np.load(kept)
             continue
-        model, _ = fit_taxa(
+        model, fitted = fit_taxa(
             base,
             presences.subset(use[:count]),
             background.subset(use[count:end]),
@@ -481,17 +494,29 @@ def cross_validate(
             fold=folds[:end][use[:end]],
         )
         accelerator = config.trainer.accelerator
-        parts = [
-            read_places(model, presences.subset(held[:count]), covariates, accelerator),
-            read_places(model, background.subset(held[count:end]), covariates, accelerator),
-        ]
-        if other is not None:
-            parts.append(read_places(model, other.subset(held[end:]), covariates, accelerator))
+        wanted = held | use if drawn.shape[1] else held
+        parts = [read_places(model, presences.subset(wanted[:count]), covariates, accelerator)]
+        for places, part in zip(others, np.split(wanted[count:], [end - count]), strict=False):
+            parts.append(read_places(model, places.subset(part), covariates, accelerator))
+        features = torch.cat(parts)  # (n, D + F)
         with torch.inference_mode():
-            logits[held] = model.head(torch.cat(parts)).numpy()
-        known = presences.labels[presences.rows[use[:count]]]
-        untrained = np.setdiff1d(np.arange(len(presences.taxa)), known)
+            logits[held, :taxa] = model.head(features[torch.from_numpy(held[wanted])]).numpy()
+        untrained = np.setdiff1d(np.arange(taxa), labels[use[:count]])
         logits[np.ix_(held, untrained)] = np.nan
+        if drawn.shape[1]:
+            usable = (use & (drawn.any(1) | (np.arange(len(rows)) < end)))[wanted]
+            table = features.numpy()
+            logits[held, taxa:] = null_scores(
+                Records(
+                    table[usable],
+                    drawn[wanted][usable].astype(np.float32),
+                    negative[wanted][usable].astype(np.float32),
+                ),
+                table[held[wanted]],
+                fitted.get("penalty"),
+                folds[wanted][usable],
+                (config.head or HeadConfig()).loss,
+            )
         if kept is not None and process_rank() == 0:
             with replacing(kept, overwrite=True) as beside:
                 np.save(beside, logits[held])
@@ -512,7 +537,12 @@ def cross_validate(
             "trained": trained,
         }
     )
-    return table.join(pd.DataFrame(logits, columns=[taxon.name for taxon in presences.taxa]))
+    columns = [taxon.name for taxon in presences.taxa]
+    random = (table["background"] == "random").to_numpy()
+    return (
+        table.join(pd.DataFrame(logits[:, :taxa], columns=columns)),
+        null_bounds(drawn, logits[:, taxa:], random, folds),
+    )
 
 
 def make_folds(

@@ -19,6 +19,12 @@ from sklearn.linear_model import LogisticRegression
 from speciesmap.config import FinetuneConfig
 from speciesmap.errors import ConfigError
 from speciesmap.learning.baselines import logistic, positions, trend_surface, window_statistics
+from speciesmap.learning.chance import (
+    better_than_chance,
+    bound_for,
+    draw_null_maps,
+    null_bounds,
+)
 from speciesmap.learning.data import (
     PairedRows,
     Places,
@@ -27,7 +33,6 @@ from speciesmap.learning.data import (
     target_group_places,
 )
 from speciesmap.learning.distribution import Records, choose_penalty, fit_linear
-from speciesmap.learning.evaluate import better_than_chance, fold_auc
 from speciesmap.learning.finetune import make_folds, surveyed_places
 from speciesmap.learning.fit import embeddings
 from speciesmap.learning.heads import CHOOSING, expand, find_covariates, read_places
@@ -90,11 +95,11 @@ class Rows:
     def by_fold(
         self, scored: Callable[[NDArray[np.bool_], NDArray[np.bool_]], NDArray[Any]]
     ) -> NDArray[np.float64]:
-        """Scores (N, T) of every row by what `scored` learns from the rows it may use."""
-        found = np.full((len(self.taxon), len(self.names)), np.nan)
-        for k, use in self.uses.items():
-            held = self.fold == k
-            found[held] = scored(use, held)
+        """Scores of every row by what `scored` learns from the rows it may use, shape (N, ...)."""
+        parts = {k: scored(use, self.fold == k) for k, use in self.uses.items()}
+        found = np.full((len(self.taxon), next(iter(parts.values())).shape[1]), np.nan)
+        for k, part in parts.items():
+            found[self.fold == k] = part
         return found
 
 
@@ -145,6 +150,10 @@ def climb(
     }
     for name, make in track(list(rungs.items()), "Climbing"):
         result["rungs"][name] = _judge(rows, make())
+    bounds = _null_bounds(rows, config.seed)
+    for k, name in enumerate(rows.names):
+        found = result["rungs"][HEAD]["taxa"][name]
+        found |= _informative(found["auc_folds"], bound_for(bounds, int((rows.taxon == k).sum())))
     result["differences"] = _differences(result["rungs"])
     with_, without = result["rungs"][WITH_LOCATION], result["rungs"][SHUFFLED]
     result["shuffle"] = {
@@ -345,20 +354,26 @@ def _headed(
     embedding: NDArray[np.float32],
     seed: int,
     beside: NDArray[np.float64] | None = None,
+    drawn: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.float64]:
-    """Linear heads on embeddings, and on covariates or location, as `fit_heads` makes them."""
+    """Linear heads on embeddings, and on covariates or location, as `fit_heads` makes them.
+
+    Of the taxa, or of null maps with the records `drawn`.
+    """
+    truth = rows.taxon[:, None] == np.arange(len(rows.names)) if drawn is None else drawn  # (N, K)
+    negative = (rows.taxon != GROUP)[:, None] & ~truth  # (N, K)
 
     def scored(use: NDArray[np.bool_], held: NDArray[np.bool_]) -> NDArray[Any]:
-        use = use & (rows.taxon != GROUP)
+        use = use & (negative | truth).any(1)
         features = embedding
         if beside is not None:
             categorical = rows.categorical if beside is rows.covariates else []
             there = expand(beside[use], categorical)(beside).numpy()  # (N, F)
             features = np.concatenate([embedding, there], axis=1)
-        presences = (rows.taxon[use][:, None] == np.arange(len(rows.names))).astype(np.float32)
-        records = Records(features[use], presences, 1 - presences)
-        some = np.zeros(len(presences), bool)
-        some[np.random.default_rng(seed).permutation(len(presences))[:CHOOSING]] = True
+        records = Records(
+            features[use], truth[use].astype(np.float32), negative[use].astype(np.float32)
+        )
+        some = np.random.default_rng(seed).permutation(int(use.sum())) < CHOOSING
         inner = rows.fold[use][some]
         penalty = choose_penalty(records.subset(some), inner, loss="assume_negative")
         return fit_linear(records, penalty, loss="assume_negative").logits(features[held])
@@ -419,13 +434,7 @@ def _judge(rows: Rows, scores: NDArray[np.float64]) -> dict[str, Any]:
         found["auc"] = auc(present, value)
         found["auc_folds"] = [auc(present[fold == j], value[fold == j]) for j in np.unique(fold)]
         group = rows.group | (rows.taxon == k)
-        target, at = rows.taxon[group] == k, rows.fold[group]
-        found["auc_target_group"] = auc(target, scores[group, k])
-        against = [found["auc_folds"]]
-        if found["auc_target_group"] is not None:
-            against.append(fold_auc(target, scores[group, k], at)["auc_folds"])
-        verdicts = [better_than_chance(values) for values in against]
-        found["informative"] = None if None in verdicts else all(verdicts)
+        found["auc_target_group"] = auc(rows.taxon[group] == k, scores[group, k])
         by_taxon[name] = found
         said.append(odds[known])
         truth.append(present[known])
@@ -439,6 +448,23 @@ def _judge(rows: Rows, scores: NDArray[np.float64]) -> dict[str, Any]:
         "taxa": by_taxon,
         "reliability": table.to_dict("records"),
     }
+
+
+def _null_bounds(rows: Rows, seed: int) -> dict[int, float]:
+    """AUC that heads on embeddings reach with records drawn from the group's places."""
+    counts = [int((rows.taxon == k).sum()) for k in range(len(rows.names))]
+    drawn = draw_null_maps(rows.group, counts, np.random.default_rng(seed))
+    if not drawn.shape[1]:
+        return {}
+    scores = _headed(rows, rows.embedding, seed, drawn=drawn)
+    return null_bounds(drawn, scores, rows.taxon == RANDOM, rows.fold)
+
+
+def _informative(by_fold: Sequence[float | None], bound: float | None) -> dict[str, Any]:
+    """Whether a taxon's map says more than null maps do, or than chance where there are none."""
+    mean = _mean(by_fold)
+    above = better_than_chance(by_fold) if bound is None or mean is None else mean > bound
+    return {"auc_null": bound, "informative": above}
 
 
 def _scaled(value: NDArray[np.float64], reference: NDArray[np.float64]) -> NDArray[np.float64]:

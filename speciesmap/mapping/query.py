@@ -136,7 +136,9 @@ def taxon_query(model: SpeciesModel, name: str) -> Query:
                 "as a sketch"
             )
         if label in trust.uninformative:
-            cautions.append("uninformative: held-out blocks do not tell its map from chance")
+            cautions.append(
+                "uninformative: on held-out blocks its map does no better than null maps, or chance"
+            )
         for caution in cautions:
             log.warning("%s: %s", label, caution)
         known["caution"] = "; ".join(cautions)

@@ -131,7 +131,10 @@ def write_report(result: Mapping[str, Any], protocol: pd.DataFrame, path: Path) 
         ),
         _section(
             "By taxon",
-            "Embedding and head, on held-out blocks.",
+            "Embedding and head, on held-out blocks. A map is called uninformative where its mean "
+            "AUC over folds is not above what 95 of 100 null maps stay below, whose records were "
+            "drawn from the places of all taxa (Raes & ter Steege 2007); or, where there is no "
+            "group to draw from, not above one half.",
             _taxa(rungs[head]["taxa"], result["taxa"]),
         ),
     ]
@@ -317,7 +320,7 @@ def _taxa(found: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         few = facts[name]["few"]
         warning = ' <span class="warn">too few presences</span>' if few else ""
         if measures["informative"] is False:
-            warning += ' <span class="warn">not told from chance</span>'
+            warning += ' <span class="warn">uninformative</span>'
         cells = [
             f"{escape(name)}{warning}",
             str(facts[name]["presences"]),
