@@ -114,9 +114,9 @@ class DataConfig(Strict):
 
     `background` is a number of places drawn from the imagery, at random or in proportion to the
     raster of sampling effort that `bias` names, or a file of places. With `background_kind:
-    target-group` places where the group was recorded stand in for it, one per window: of the file
-    of records `target_group`, or of the data set. Both kinds are always evaluated. Rows of
-    `withheld` taxa are never seen. `window_px` is the side of the model's window: without a data
+    target-group` places where the group was recorded stand in for it, one per quarter of a window:
+    of the file of records `target_group`, or of the data set. Both kinds are always evaluated. Rows
+    of `withheld` taxa are never seen. `window_px` is the side of the model's window: without a data
     set it must be given; of larger chips, training sees random crops and mapping the middle.
 
     `covariates` are environmental rasters that heads read beside the embedding, at the middle of

@@ -188,7 +188,7 @@ def test_both_kinds_of_background_are_evaluated_whatever_makes_the_folds(
     if method == "blocks":
         assert "target-group" not in counts, "the other taxa's records are the group"
     else:
-        assert 2 <= counts["target-group"] <= (45 if file else 36), "one per window, none obscured"
+        assert 2 <= counts["target-group"] <= (45 if file else 36), "one per cell, none obscured"
     assert set(folds["fold"]) == {0, 1}
     known = open_paired(scene.chips).facts["observation_uuid"]
     assert folds["observation_id"].tolist()[:36] == known.tolist()

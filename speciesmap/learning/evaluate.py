@@ -89,7 +89,7 @@ def summarise(
                 for name, away in against.items()
                 if away.any()
             ]
-            informative = None if None in verdicts else all(verdicts)
+            informative = None if not verdicts or None in verdicts else all(verdicts)
         summary[taxon.name] = {
             **judged[background],
             **{f"auc_{name.replace('-', '_')}": found["auc"] for name, found in judged.items()},
