@@ -32,7 +32,12 @@ from speciesmap.learning.data import (
     open_sources,
     target_group_places,
 )
-from speciesmap.learning.distribution import Records, choose_penalty, fit_linear
+from speciesmap.learning.distribution import (
+    Records,
+    choose_penalty,
+    fit_covariates,
+    fit_linear,
+)
 from speciesmap.learning.finetune import make_folds, surveyed_places
 from speciesmap.learning.fit import embeddings
 from speciesmap.learning.heads import CHOOSING, expand, find_covariates, read_places
@@ -295,6 +300,11 @@ def _rungs(
             skipped["MaxEnt, target-group background"] = (
                 "the data set has a single taxon; give data.target_group in the configuration"
             )
+    rungs[f"heads on {shown}, random background"] = lambda: _tabular(rows, features, seed, False)
+    if len(rows.names) > 1 or (rows.taxon == GROUP).any():
+        rungs[f"heads on {shown}, target-group background"] = lambda: _tabular(
+            rows, features, seed, True
+        )
     if encoder.text is not None:
         rungs["query by text"] = lambda: _by_text(encoder, rows)
     else:
@@ -331,6 +341,8 @@ def _maxent(rows: Rows, features: NDArray[Any], group: bool) -> NDArray[np.float
     """Elapid's MaxEnt with linear, quadratic and hinge features."""
     import elapid
 
+    categorical = rows.categorical if features is rows.covariates else []
+
     def scored(use: NDArray[np.bool_], held: NDArray[np.bool_]) -> NDArray[Any]:
         found = np.zeros((held.sum(), len(rows.names)))
         for k in range(len(rows.names)):
@@ -342,9 +354,25 @@ def _maxent(rows: Rows, features: NDArray[Any], group: bool) -> NDArray[np.float
             label = np.r_[np.ones(len(here)), np.zeros(len(away))]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model.fit(features[np.r_[here, away]], label)
+                model.fit(features[np.r_[here, away]], label, categorical=categorical or None)
                 found[:, k] = np.log(np.clip(model.predict(features[held]), 1e-9, 1))
         return found
+
+    return rows.by_fold(scored)
+
+
+def _tabular(rows: Rows, features: NDArray[Any], seed: int, group: bool) -> NDArray[np.float64]:
+    """Heads on covariates alone, with MaxEnt's loss and background."""
+    categorical = rows.categorical if features is rows.covariates else []
+    truth = rows.taxon[:, None] == np.arange(len(rows.names))  # (N, T)
+    away = rows.group if group else rows.taxon == RANDOM
+
+    def scored(use: NDArray[np.bool_], held: NDArray[np.bool_]) -> NDArray[Any]:
+        use = use & (truth.any(1) | away)
+        there = np.broadcast_to(away[use, None], (int(use.sum()), len(rows.names)))
+        records = Records(features[use], truth[use].astype(np.float32), there, categorical)
+        model = fit_covariates(records, rows.fold[use], seed=seed)
+        return model.standardised(features[held])
 
     return rows.by_fold(scored)
 
