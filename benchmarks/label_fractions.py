@@ -9,8 +9,7 @@ with the same two small transformers, batches, rate and epochs. Then photo and w
 the taxon, fine-tuned with 1, 5, 20 and 100 percent of the labels of training and stopped on
 validation; so does a copy that never saw anything ("supervised only").
 
-What is done is not done again, so that seeds can be run one by one; table and plot show all seeds
-that `--out` has.
+What is done is not done again, so that a run can be taken in pieces.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ import torch
 
 from speciesmap.config import ClassifyConfig, PretrainConfig, load_config
 from speciesmap.datasets.chips import make_chips
-from speciesmap.learning.classify import SPLITS, classify, read_results
+from speciesmap.datasets.splits import SPLITS
+from speciesmap.learning.classify import classify, read_results
 from speciesmap.learning.data import PairedRows, open_sources
 from speciesmap.learning.train import build, train
 from speciesmap.models import save_model
@@ -34,6 +34,7 @@ from speciesmap.rasters.imagery import open_imagery
 from speciesmap.simulate import simulate
 
 RESULTS = Path(__file__).parent / "results"
+TAXA = 8
 WINDOW_PX, BLOCK_M = 64, 200
 SEEN_PX = 32  # random crops of windows, and what photos are reduced to
 VIT = {
@@ -54,12 +55,12 @@ COLOURS = {  # Okabe & Ito 2008
     "supervised only": "#555555",
 }
 PERCENT = [1.0, 5.0, 20.0, 100.0]
-CPU = {"accelerator": "cpu", "devices": 1}
+CPU = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
 
 
 def prepare(folder: Path, seed: int) -> None:
     """Simulate a landscape, and cut chips of its observations into one folder for each split."""
-    scene = simulate(folder / "scene", seed=seed)
+    scene = simulate(folder / "scene", species=TAXA, seed=seed)
     observations, imagery = read_observations(scene.observations), open_imagery(scene.aerial)
     rows, cols = imagery.rowcol(observations["longitude"], observations["latitude"])
     x_m, y_m = cols * imagery.resolution_m, rows * imagery.resolution_m
@@ -78,6 +79,8 @@ def prepare(folder: Path, seed: int) -> None:
             photo_px=96,
             seed=seed,
         )
+        for file in (folder / "chips" / name / "data").iterdir():
+            file.rename(file.with_name(file.name.replace("train", name)))
 
 
 def start(folder: Path, name: str, seed: int, epochs: int) -> Path:
@@ -113,24 +116,24 @@ def start(folder: Path, name: str, seed: int, epochs: int) -> Path:
     return save_model(build(config.model, sources, rows), out, {"metrics": {}})
 
 
-def compare(folder: Path, models: dict[str, Path], seed: int, epochs: int) -> pd.DataFrame:
-    """Fine-tune every start with every share of the labels."""
+def compare(folder: Path, name: str, model: Path, seed: int, epochs: int) -> pd.DataFrame:
+    """Fine-tune one start with every share of the labels."""
     config = load_config(
         {
             "stage": "classify",
-            "init": {name: str(path) for name, path in models.items()},
+            "init": {name: str(model)},
             "seed": seed,
             "data": {"dataset": str(folder / "chips"), "window_px": SEEN_PX},
             "views": ["both"],
             "modes": ["finetune"],
             "percent": PERCENT,
-            "patience": 8,
+            "patience": 5,
             "optim": {"epochs": epochs, "batch_size": 64, "lr": 0.001},
             "trainer": CPU,
         }
     )
     assert isinstance(config, ClassifyConfig)
-    out = folder / "classification"
+    out = folder / f"{model.name}_named"
     if not out.exists():
         classify(config, out)
     table = pd.DataFrame(read_results(out)["table"])
@@ -156,9 +159,8 @@ def plot(rows: pd.DataFrame, file: Path) -> None:
         axes.plot(x, by_share, "o", color=colour, alpha=0.3, markersize=3)
         axes.errorbar(x, mean, by_share.std(axis=1), color=colour, marker="s", capsize=3)
         ends[name] = float(mean.iloc[-1])
-    chance = 1 / rows.attrs["taxa"]
-    axes.axhline(chance, color="#999999", linewidth=0.8, linestyle=":")
-    axes.text(-0.25, chance, "chance", color="#777777", fontsize=9, va="bottom")
+    axes.axhline(1 / TAXA, color="#999999", linewidth=0.8, linestyle=":")
+    axes.text(-0.25, 1 / TAXA, "chance", color="#777777", fontsize=9, va="bottom")
     low, high = axes.get_ylim()
     at = -np.inf
     for name, end in sorted(ends.items(), key=lambda item: item[1]):
@@ -184,19 +186,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--pretrain-epochs", type=int, default=45)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--pretrain-epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--only", choices=COLOURS, help="do no more than this one's part")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where table and plot go")
     arguments = parser.parse_args()
+    tables = []
     for seed in arguments.seeds:
         folder = arguments.out / f"seed_{seed}"
         if not (folder / "chips" / SPLITS[-1]).exists():
             prepare(folder, seed)
-        models = {name: start(folder, name, seed, arguments.pretrain_epochs) for name in COLOURS}
-        compare(folder, models, seed, arguments.epochs).to_csv(folder / "rows.csv", index=False)
-    files = sorted(arguments.out.glob("seed_*/rows.csv"))
-    rows = pd.concat(map(pd.read_csv, files), ignore_index=True).round(4)
-    rows.attrs["taxa"] = 8
+        for name in [arguments.only] if arguments.only else COLOURS:
+            model = start(folder, name, seed, arguments.pretrain_epochs)
+            tables.append(compare(folder, name, model, seed, arguments.epochs))
+    if arguments.only:
+        return
+    rows = pd.concat(tables, ignore_index=True).round(4)
     arguments.results.mkdir(exist_ok=True)
     rows.to_csv(arguments.results / "label_fractions.csv", index=False)
     plot(rows, arguments.results / "label_fractions.png")

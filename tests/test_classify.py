@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from tiny import BANDS, TAXA, tiny_model
+from torch import Tensor
 
 from speciesmap.cli import main
 from speciesmap.config import ClassifyConfig, load_config
@@ -29,7 +30,7 @@ from speciesmap.datasets.writer import PairedWriter
 from speciesmap.errors import ConfigError, ModelError, OutputError
 from speciesmap.learning.classify import classification_figures, read_results, split_rows
 from speciesmap.learning.train import train
-from speciesmap.models import save_model
+from speciesmap.models import SpeciesModel, save_model
 
 SIDE = 16
 CPU = {"accelerator": "cpu", "devices": 1}
@@ -181,6 +182,32 @@ def test_the_table_is_the_same_twice_and_several_models_stand_in_one(
     one, again = (table[table["init"] == name].drop(columns="init") for name in inits)
     assert len(one) == 2
     assert one.reset_index(drop=True).equals(again.reset_index(drop=True))
+
+
+@pytest.mark.parametrize(("precision", "halves"), [("32-true", False), ("auto", True)])
+def test_the_precision_is_the_configured_one(
+    chips: Path,
+    init: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    halves: bool,
+) -> None:
+    seen: set[bool] = set()
+    original = SpeciesModel.encode_aerial
+
+    def spy(self: SpeciesModel, windows: Tensor, metadata: Tensor | None = None) -> Tensor:
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return original(self, windows, metadata)
+
+    monkeypatch.setattr("speciesmap.learning.classify.computes_bfloat16", lambda device: True)
+    monkeypatch.setattr("speciesmap.learning.fit.computes_bfloat16", lambda device: True)
+    monkeypatch.setattr("speciesmap.learning.fit.LEAST_BFLOAT16_PX", 1)
+    monkeypatch.setattr(SpeciesModel, "encode_aerial", spy)
+    content = config(chips, init, views=["aerial"], optim={"epochs": 1, "batch_size": 64})
+    content["trainer"] = {**CPU, "precision": precision}
+    train(load_config(content), tmp_path / "run")
+    assert seen == {halves}
 
 
 def test_training_stops_when_validation_no_longer_rises(

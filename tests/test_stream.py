@@ -276,6 +276,21 @@ def test_splits_are_read_apart(hub: Path) -> None:
         open_paired(hub, "test")
 
 
+def test_a_split_is_told_inside_the_data_set_and_once(hub: Path, tmp_path: Path) -> None:
+    """A folder of that name above it is none, and folder and name must agree."""
+    inside = tmp_path / "train" / "nmv"
+    shutil.copytree(hub, inside)
+    assert [len(open_paired(inside, split)) for split in ("train", "validation")] == [50, 10]
+    (single,) = (inside / "data").glob("validation-*")
+    assert len(open_paired(single, "validation")) == 10
+    (inside / "validation").mkdir()
+    first = next((inside / "data").glob("train-*"))
+    first.rename(inside / "validation" / first.name)
+    for split in ("train", "validation"):
+        with pytest.raises(DatasetError, match=r"is of train and validation by its folder and na"):
+            open_paired(inside, split)
+
+
 def test_rows_are_chosen_by_the_columns_of_nature_multi_view(hub: Path) -> None:
     facts = open_paired(hub).facts
     assert chosen_rows(facts, hub).all()

@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from speciesmap.datasets.columns import FRACTIONS
+from speciesmap.datasets.splits import SPLITS
 from speciesmap.errors import DatasetError
 
 log = logging.getLogger("speciesmap")
@@ -45,9 +46,26 @@ def remote_files(address: str) -> tuple[str, ...]:
 
 
 def of_split(file: str, split: str) -> bool:
-    """Tell whether a file belongs to a split, by its name or folder, as the hub does."""
+    """Tell whether a file belongs to a split, by its name or folder, as the hub does.
+
+    Args:
+        file: Its path in the data set.
+        split: `train`, `validation` or `test`, or another name that files have.
+
+    Raises:
+        DatasetError: Folder and name say different splits.
+    """
     parts = Path(file).parts
-    return parts[-1].startswith(f"{split}-") or parts[-1] == f"{split}.parquet" or split in parts
+    said = [
+        name
+        for name in {split, *SPLITS}
+        if parts[-1].startswith(f"{name}-") or parts[-1] == f"{name}.parquet" or name in parts[:-1]
+    ]
+    if split in said and len(said) > 1:
+        raise DatasetError(
+            f"{file} is of {' and '.join(sorted(said))} by its folder and name; rename one of them"
+        )
+    return split in said
 
 
 def chosen_rows(

@@ -101,8 +101,8 @@ class PairedDataset:
         return open_paired, (self.path, *self._arguments)
 
     def rows_of(self, chosen: Callable[[str], bool]) -> NDArray[np.int64]:
-        """Numbers of the rows in files that are chosen by name, ascending, shape (N,)."""
-        wanted = [chosen(str(self._files[number])) for number, _ in self._groups]
+        """Numbers of the rows in files chosen by their path in the data set, shape (N,)."""
+        wanted = [chosen(_inside(self.path, self._files[number])) for number, _ in self._groups]
         return np.flatnonzero(np.repeat(wanted, self.group_rows))
 
     def aerial(self, rows: ArrayLike | None = None) -> NDArray[Any]:
@@ -436,7 +436,7 @@ def open_paired(
     if not files:
         raise DatasetError(f"{path} holds no Parquet file; make a data set with `speciesmap chips`")
     if split is not None:
-        files = tuple(file for file in files if of_split(str(file), split))
+        files = tuple(file for file in files if of_split(_inside(path, file), split))
         if not files:
             raise DatasetError(f"{path} has no files of the split {split!r}; leave data.split out")
 
@@ -491,6 +491,11 @@ def open_paired(
         _groups=tuple((number, k) for number, k, _ in groups),
         _arguments=(split, taxonomy),
     )
+
+
+def _inside(path: Path | str, file: Path | str) -> str:
+    """Path of a file in its data set: folders above it are no splits."""
+    return str(file).removeprefix(str(path)) or Path(file).name
 
 
 def _read_facts(file: Path | str) -> tuple[pa.Table, bool, list[int]]:

@@ -23,6 +23,7 @@ from speciesmap.config import ClassifyConfig, SplitsConfig, ViewsConfig
 from speciesmap.datasets.birds import BirdDataset, open_dataset
 from speciesmap.datasets.nature_multi_view import chosen_rows, of_split, unrepeated
 from speciesmap.datasets.paired import PairedDataset
+from speciesmap.datasets.splits import SPLITS
 from speciesmap.errors import ConfigError, ModelError
 from speciesmap.learning.data import Batch, PairedRows
 from speciesmap.learning.fit import batches, learns_bfloat16
@@ -37,7 +38,6 @@ from speciesmap.progress import track
 log = logging.getLogger("speciesmap")
 
 DEGREE_M = 111_320.0  # of latitude
-SPLITS = ("train", "validation", "test")
 RESULTS = "classification"
 
 
@@ -313,13 +313,20 @@ def _embedded(
     """Embeddings of both views without augmentation, each of shape (N, D), on the CPU."""
     model.eval().to(device)
     parts: dict[str, list[Tensor]] = {"aerial": [], "ground": []}
+    quick = _halves(config, computes_bfloat16(device))
     for batch in _in_order(rows, config.optim.batch_size, device):
-        with torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=quick):
             if set(config.views) != {"ground"}:
                 parts["aerial"].append(model.encode_aerial(batch["aerial"]).cpu())
             if "ground" in batch:
                 parts["ground"].append(model.encode_ground(batch["ground"]).cpu())
     return {view: torch.cat(embedded) for view, embedded in parts.items() if embedded}
+
+
+def _halves(config: ClassifyConfig, able: bool) -> bool:
+    """Whether to multiply in bfloat16: as configured, else where the processor is able to."""
+    precision = config.trainer.precision
+    return able if precision == "auto" else precision.startswith("bf16")
 
 
 def _in_order(rows: PairedRows, size: int, device: torch.device) -> Any:
@@ -386,7 +393,7 @@ def _finetune(
     best = _Best(config.patience)
     loader = batches(windows["train"].subset(share), config.optim, config.trainer)
     facts = windows["train"].dataset.facts
-    quick = learns_bfloat16(device, network)
+    quick = _halves(config, learns_bfloat16(device, network))
     for _ in range(config.optim.epochs):
         network.train()
         for batch in loader:
@@ -431,8 +438,9 @@ def _logits(
     """Logits of rows without augmentation, on the CPU, shape (N, T)."""
     network.eval()
     parts = []
+    quick = _halves(config, computes_bfloat16(device))
     for batch in _in_order(rows, config.optim.batch_size, device):
-        with torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=quick):
             embedded = network.embed(batch)
         parts.append(network.classify(embedded).cpu())
     return torch.cat(parts)
