@@ -22,6 +22,7 @@ from speciesmap.mapping import cut, encode
 from speciesmap.mapping import embed as engine
 from speciesmap.mapping.embed import embed
 from speciesmap.models import SpeciesModel
+from speciesmap.models.factored import FactoredTower
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import Imagery, open_imagery
 from speciesmap.rasters.store import open_store
@@ -200,7 +201,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
 
     class Interrupted(FakeModel):
         def encode_aerial(self, windows: torch.Tensor) -> torch.Tensor:
-            if len(self.batches) > 50:
+            if len(self.batches) > 200:
                 raise KeyboardInterrupt
             return super().encode_aerial(windows)
 
@@ -247,7 +248,7 @@ def test_each_tile_of_pixels_is_read_once(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         Imagery, "read", lambda self, *place: (reads.append(1), real(self, *place))[1]
     )
-    store = embed(FakeModel(), imagery, tmp_path / "s.zarr")
+    store = embed(FakeModel(), imagery, tmp_path / "s.zarr", precision="float32")
     assert len(reads) == np.prod(store.tiles)
 
 
@@ -404,14 +405,21 @@ def gappy(path: Path, shape: tuple[int, int]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("shape", "stride"),
-    [((80, 332), 8), ((301, 70), 8), ((90, 90), 16), ((70, 50), 4), ((60, 61), 5)],
-    ids=["a wide scene, two tiles", "tall", "two cells", "half a cell", "no grid in common"],
+    ("shape", "stride", "window"),
+    [
+        ((80, 332), 8, 24),
+        ((301, 70), 8, 24),
+        ((90, 90), 16, 24),
+        ((70, 50), 4, 24),
+        ((60, 61), 5, 24),
+        ((90, 300), 8, 56),
+    ],
+    ids=["two tiles", "tall", "two cells", "half a cell", "no grid in common", "49 cells a window"],
 )
 def test_windows_of_shared_cells_equal_windows_encoded_by_themselves(
-    tmp_path: Path, shape: tuple[int, int], stride: int
+    tmp_path: Path, shape: tuple[int, int], stride: int, window: int
 ) -> None:
-    model, imagery = factored(), open_imagery(gappy(tmp_path / "a.tif", shape))
+    model, imagery = factored(window), open_imagery(gappy(tmp_path / "a.tif", shape))
     store = embed(model, imagery, tmp_path / "s.zarr", stride_px=stride, precision="float32")
     encoder = encode.Encoder(model, torch.device("cpu"), 4)
     encoder.precision = "float32"
@@ -444,28 +452,52 @@ def _layout(batches: list[cut.Batch], tile: tuple[int, int]) -> cut.Layout:
     return next(b.layout for b in batches if b.tile == tile and b.layout is not None)
 
 
-def test_a_cell_is_encoded_once_for_all_windows_of_a_tile(
+@pytest.fixture
+def encoded_cells(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the batches of cells that any factored encoder is given."""
+    seen: list[int] = []
+    real = FactoredTower.encode_cells
+    monkeypatch.setattr(
+        FactoredTower,
+        "encode_cells",
+        lambda tower, cells: (seen.append(len(cells)), real(tower, cells))[1],
+    )
+    return seen
+
+
+@pytest.mark.parametrize("strip_bytes", [cut.BLOCK_BYTES, 150_000], ids=["whole", "strips"])
+def test_a_cell_is_encoded_once_for_all_windows_of_all_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoded_cells: list[int], strip_bytes: int
+) -> None:
+    monkeypatch.setattr(cut, "BLOCK_BYTES", strip_bytes)
+    path = scene(tmp_path / "a.tif", (8 * 96, 8 * 70))
+    more = {"bands": ["1", "2", "3"], "stride_px": 8, "min_valid": 0, "precision": "float32"}
+    store = embed(factored(), path, tmp_path / "s.zarr", **more)  # type: ignore[arg-type]
+    assert store.tiles == (3, 3)
+    assert sum(encoded_cells) == 98 * 72, "96 x 70 cells, and a margin of one around them"
+    encoded_cells.clear()
+    monkeypatch.setattr(encode, "KEPT_BYTES", 0)
+    again = embed(factored(), path, tmp_path / "again.zarr", **more)  # type: ignore[arg-type]
+    assert sum(encoded_cells) == (32 + 2 + 32 + 2 + 32 + 2) * (32 + 2 + 32 + 2 + 6 + 2)
+    assert contents(again.path) == contents(store.path), "what was kept changes no byte"
+
+
+def test_a_wide_raster_keeps_no_more_cells_than_a_narrow_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = factored()
-    assert model.factored is not None
-    seen: list[int] = []
-    real = model.factored.encode_cells
-    monkeypatch.setattr(
-        model.factored, "encode_cells", lambda cells: (seen.append(len(cells)), real(cells))[1]
-    )
-    path = scene(tmp_path / "a.tif", (240, 240))
-    store = embed(
-        model,
-        path,
-        tmp_path / "s.zarr",
-        bands=["1", "2", "3"],
-        stride_px=8,
-        min_valid=0,
-        precision="float32",
-    )
-    assert store.tiles == (1, 1)
-    assert sum(seen) == 32 * 32, "30 x 30 cells, and a margin of one around them"
+    kept: list[int] = []
+    real = encode.Encoder.encode
+
+    def watched(self: encode.Encoder, *what: Any) -> torch.Tensor:
+        result = real(self, *what)
+        kept.append(sum(tokens.nbytes for tokens in self._kept.values()))
+        return result
+
+    monkeypatch.setattr(encode, "KEPT_BYTES", 10_000)
+    monkeypatch.setattr(encode.Encoder, "encode", watched)
+    path = scene(tmp_path / "a.tif", (80, 8 * 200))
+    embed(factored(), path, tmp_path / "s.zarr", bands=["1", "2", "3"], stride_px=8)
+    assert 5_000 < max(kept) <= 10_000
 
 
 def test_a_factored_store_resumes_in_the_same_bytes_and_strips_change_nothing(
@@ -585,7 +617,7 @@ def test_compiling_changes_no_vector_and_says_what_it_cost(
     with caplog.at_level(logging.INFO, "speciesmap"):
         store = embed(FakeModel(), path, tmp_path / "s.zarr", precision="float32", compiled=True)
     assert contents(store.path) == contents(whole.path)
-    assert set(shapes) == {(32, 3, 16, 16)}, "one shape is compiled, short batches are filled up"
+    assert set(shapes) == {(8, 3, 16, 16)}, "one shape is compiled, short batches are filled up"
     assert caplog.text.count("torch.compile took") == 1
 
 

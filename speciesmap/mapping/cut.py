@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from speciesmap.errors import ImageryError
 from speciesmap.rasters.imagery import Imagery
-from speciesmap.rasters.store import EmbeddingStore
+from speciesmap.rasters.store import TILE, EmbeddingStore
 from speciesmap.rasters.windows import WindowGrid
 
 Item = TypeVar("Item")
@@ -51,12 +52,14 @@ class Batch:
         pixels: Raw, shape (N, B, S, S), or `None` where there are none.
         layout: Of the whole tile, with its last batch; `None` before.
         readable: Whether the tile could be read; what came of it before is void if not.
+        shared: Whether a neighbouring tile needs these very pieces, and in this order.
     """
 
     tile: tuple[int, int]
     pixels: Tensor | None
     layout: Layout | None = None
     readable: bool = True
+    shared: bool = False
 
 
 def cut_windows(
@@ -74,7 +77,8 @@ def cut_windows(
     """Read tiles and cut them into batches of windows, or of the squares that make up windows.
 
     Every pixel is read once for each tile (or strip of a tile, where a tile's pixels exceed
-    8 MiB), not for each window. A square that several windows of a tile hold is cut once.
+    8 MiB), not for each window. A square that several windows of a tile hold is cut once; those
+    that windows of neighbouring tiles hold too come in batches of their own.
 
     Args:
         imagery: To read.
@@ -123,14 +127,16 @@ def _cut_tile(
     grid = WindowGrid(imagery.shape, side, stride)
     rows, cols = store.cells(tile)
     wide = (cols.stop - cols.start - 1) * stride + side
-    affordable = BLOCK_BYTES // (wide * len(imagery.bands) * imagery.dtype.itemsize)
-    strip = max(1, (affordable - side) // stride + 1)
+    # strips of all tiles are alike, so that neighbours cut the pieces they share alike
+    row_bytes = ((TILE - 1) * stride + side) * len(imagery.bands) * imagery.dtype.itemsize
+    most = max(1, (BLOCK_BYTES // row_bytes - side) // stride + 1)
+    strip = math.ceil(TILE / math.ceil(TILE / most))
     within = np.arange(0, side, piece)
     slots: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     pieces: list[NDArray[np.int64]] = [np.empty((0, len(within) ** 2), np.int64)]
     numbers: dict[int, int] = {}  # of the pieces by their place in the tile
     buffer: Tensor | None = None
-    filled = 0
+    filled, sharing = 0, 0
     for top in range(rows.start, rows.stop, strip):
         high = min(strip, rows.stop - top)
         row, col = grid.start(top, cols.start)
@@ -145,22 +151,48 @@ def _cut_tile(
         down = offset + i[:, None, None] * stride + within[:, None]
         across = j[:, None, None] * stride + within
         places, inverse = np.unique((down * wide + across).reshape(-1), return_inverse=True)
-        for place in places.tolist():
+        beside = 4 * _neighbours(places // wide, within, stride)
+        beside += _neighbours(places % wide, within, stride)
+        for k in np.argsort(beside, kind="stable").tolist():
+            place = int(places[k])
             if place in numbers:
                 continue
-            numbers[place] = len(numbers)
+            if buffer is not None and beside[k] != sharing:
+                yield Batch(tile, buffer[:filled], shared=sharing > 0)
+                buffer, filled = None, 0
+            numbers[place], sharing = len(numbers), int(beside[k])
             y, x = place // wide - offset, place % wide
             if buffer is None:
                 buffer = next(buffers)
             buffer.numpy()[filled] = pixels[:, y : y + piece, x : x + piece]
             filled += 1
             if filled == len(buffer):
-                yield Batch(tile, buffer)
+                yield Batch(tile, buffer, shared=sharing > 0)
                 buffer, filled = None, 0
         cut = np.array([numbers[place] for place in places.tolist()])
         pieces.append(cut[inverse].reshape(len(i), -1))
     layout = Layout(np.concatenate(slots), np.concatenate(pieces))
-    yield Batch(tile, None if buffer is None else buffer[:filled], layout)
+    yield Batch(tile, None if buffer is None else buffer[:filled], layout, shared=sharing > 0)
+
+
+def _neighbours(
+    starts: NDArray[np.int64], within: NDArray[np.int64], stride: int
+) -> NDArray[np.int64]:
+    """Tell which tiles along an axis have windows that hold a piece besides the tile in question.
+
+    Args:
+        starts: First pixels of pieces, counted from the tile's first window, shape (N,).
+        within: Where pieces lie in a window, pixels, shape (T,).
+        stride: Distance between windows.
+
+    Returns:
+        0 for none, 1 for the tile before, 2 for the one after, 3 for both, shape (N,).
+    """
+    windows = starts[:, None] - within  # (N, T)
+    aligned = windows % stride == 0
+    before = (aligned & (windows < 0)).any(1)
+    after = (aligned & (windows >= TILE * stride)).any(1)
+    return before + 2 * after.astype(np.int64)
 
 
 def _buffers(

@@ -6,7 +6,9 @@ on nothing but its pixels, and a run that was interrupted ends in the same bytes
 not. A tile is 1,024 windows, so the short batch at its end costs little.
 
 Where the aerial encoder is factored, the reader cuts the cells that the windows of a tile are made
-of, each once; they are encoded, and then the light part of the encoder runs for each window.
+of, each once; they are encoded, and then the light part of the encoder runs for each window. Cells
+at a tile's margin belong to windows of its neighbours too. What came of them is kept for a while
+and found again by their pixels, not their place: this way, too, bytes depend on pixels alone.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from speciesmap.rasters.windows import WindowGrid
 Precision = Literal["auto", "float32", "bfloat16"]
 
 MIN_VALID = 0.5
+SAMPLE_WINDOWS = 32  # on which bfloat16 is compared with float32
 WAITING_BATCHES = 3
 WAITING_TILES = 2
 
@@ -82,10 +85,10 @@ def embed(
         min_valid: Windows with a smaller share of valid pixels are not encoded and come out as
             NaN. In other windows invalid pixels take the model's mean colour. 0.5 by default, or
             what an existing store has.
-        batch_size: Windows encoded at once; 32 on a CPU, 256 on a GPU by default.
+        batch_size: Windows encoded at once; 8 on a CPU, 256 on a GPU by default.
         device: Of torch, for example `"cuda"`; a GPU by default where there is one.
         precision: `"auto"` takes bfloat16 where the processor computes in it and it agrees with
-            float32 (cosine at least 0.999) on the first batch of windows.
+            float32 (cosine at least 0.999) on the first 32 windows.
         compiled: Let `torch.compile` make the encoder faster, which takes a while to start.
         skip_unreadable: Leave tiles empty whose pixels cannot be read, and name them; another run
             tries them again. By default the first one stops the run.
@@ -243,14 +246,10 @@ def encode_tiles(
             for batch in spent.waiting(ahead(spent.reading(source), WAITING_BATCHES)):
                 if batch.pixels is not None:
                     if encoder.precision is None:
-                        sample = batch.pixels
-                        if encoder.piece_px is not None:  # compared by the window
-                            whole = next(cut([batch.tile], batch_size=encoder.windows)).pixels
-                            assert whole is not None
-                            sample = whole
-                        settle_precision(encoder, store, precision, sample)
+                        some = cut([batch.tile], batch_size=SAMPLE_WINDOWS)
+                        settle_precision(encoder, store, precision, some)
                     with spent("encode", encoder.stream):
-                        parts.append(encoder.encode(batch.pixels))
+                        parts.append(encoder.encode(batch.pixels, batch.shared))
                 if batch.layout is not None:
                     with spent("encode", encoder.stream):
                         vectors = encoder.assemble(parts, batch.layout)
@@ -264,16 +263,17 @@ def encode_tiles(
         try:
             model.eval()
             written: deque[Future[None]] = deque()
-            for batch, vectors in track(encoded(), "Encoding tiles", total=len(tiles)):
-                if batch.layout is None:
-                    lost += 1
-                    continue
-                windows += len(batch.layout.slots)
-                written.append(
-                    writer.submit(_write, store, batch.tile, batch.layout, vectors, spent)
-                )
-                if len(written) > WAITING_TILES:
-                    written.popleft().result()
+            with torch.autocast(place.type, enabled=False):  # outermost: keeps what it casts
+                for batch, vectors in track(encoded(), "Encoding tiles", total=len(tiles)):
+                    if batch.layout is None:
+                        lost += 1
+                        continue
+                    windows += len(batch.layout.slots)
+                    written.append(
+                        writer.submit(_write, store, batch.tile, batch.layout, vectors, spent)
+                    )
+                    if len(written) > WAITING_TILES:
+                        written.popleft().result()
             for future in written:
                 future.result()
         finally:
@@ -286,7 +286,7 @@ def encode_tiles(
 
 
 def settle_precision(
-    encoder: Encoder, store: EmbeddingStore, precision: Precision, sample: Tensor
+    encoder: Encoder, store: EmbeddingStore, precision: Precision, some: Iterator[Batch]
 ) -> None:
     """Give the encoder the store's precision; the first process to encode chooses it.
 
@@ -294,11 +294,14 @@ def settle_precision(
         encoder: To set.
         store: To keep the choice.
         precision: As for `embed`.
-        sample: Real windows, shape (N, B, P, P), to compare bfloat16 with float32 on.
+        some: Real windows, of which the first batch is taken to compare bfloat16 with float32 on.
     """
     if store.precision is None:
-        wanted = encoder.agreed(sample) if precision == "auto" else precision
-        store.settle(wanted)
+        if precision == "auto":
+            windows = next(some).pixels
+            assert windows is not None
+            precision = encoder.agreed(windows)
+        store.settle(precision)
     encoder.precision = store.precision
 
 
