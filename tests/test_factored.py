@@ -98,7 +98,7 @@ def test_it_is_trained_by_window_as_any_other(tmp_path: Path) -> None:
     model = load_model(train(load_config(content), tmp_path / "run"))
     tower = model.factored
     assert tower is not None
-    assert (tower.cell_px, tower.side, len(tower.blocks)) == (8, 2, 2)
+    assert (tower.cell_px, tower.side, len(tower.blocks)) == (8, 2, 1)
     torch.manual_seed(0)
     start = SpeciesModel(model.architecture).factored
     assert start is not None

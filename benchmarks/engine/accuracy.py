@@ -66,7 +66,7 @@ def on_scene(out: Path, seed: int) -> dict[str, dict[str, float]]:
 
 def on_pairs(folder: Path, seed: int) -> dict[str, dict[str, float]]:
     """Train both on pairs of years and find the places of another city."""
-    trained, asked = (pairs.chips(folder, city) for city in (pairs.TRAINED, pairs.ASKED))
+    trained, asked = (pairs.chips(folder, city) for city in pairs.CITIES)
     found = {}
     for name, more in {"plain": {}, "factored": {"factored": NAIP_SHAPE}}.items():
         torch.manual_seed(seed)

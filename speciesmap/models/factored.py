@@ -4,7 +4,9 @@ A cell encoder sees squares of the imagery one by one and nothing around them; a
 then looks at the cells of one window. Overlapping windows that start on the same grid have cells
 in common, and a cell's token does not depend on the window it is in: encoding each cell once and
 running only the light part per window gives what encoding every window by itself gives. The
-two-stage design follows hierarchical image pyramid transformers (Chen et al. 2022).
+two-stage design follows hierarchical image pyramid transformers (Chen et al. 2022). The last layer
+is asked by the window alone, as in class attention (Touvron et al. 2021, CaiT, section 3): what it
+would make of the single cells is not needed.
 """
 
 from __future__ import annotations
@@ -12,12 +14,40 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch.nn.functional as F
+from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from speciesmap.errors import ModelError
 from speciesmap.models.encoders import ImageTower
 from speciesmap.models.masked import sincos_positions
+
+
+class Overview(nn.Module):
+    """A transformer layer over cells that the window as a whole asks, beginning as their mean."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.project = nn.Linear(width, width)
+        self.norm_mixed = nn.LayerNorm(width)
+        self.mlp = Mlp(width, 4 * width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens of the cells of N windows, (N, T, W), to one of each window, (N, W)."""
+        window = tokens.mean(1, keepdim=True)  # (N, 1, W)
+        query = self.query(self.norm(window)).unflatten(2, (self.heads, -1))  # (N, 1, H, W / H)
+        pair = self.key_value(self.norm(tokens)).unflatten(2, (2, self.heads, -1))
+        key, value = pair.transpose(1, 3).unbind(2)  # (N, H, T, W / H)
+        seen = F.scaled_dot_product_attention(query.transpose(1, 2), key, value)
+        window = window + self.project(seen.transpose(1, 2).flatten(2))  # (N, 1, W)
+        window = window + self.mlp(self.norm_mixed(window))
+        point: Tensor = window.squeeze(1)  # (N, W)
+        return point
 
 
 class FactoredTower(nn.Module):
@@ -31,7 +61,7 @@ class FactoredTower(nn.Module):
         dim: Size of the joint space.
         cell_px: Side of a cell.
         width: Size of a cell's token, a multiple of `heads` and of 4.
-        layers: Transformer blocks over a window's cells.
+        layers: Transformer layers over a window's cells, at least one.
         heads: Attention heads of a block.
         pretrained: Start the cell encoder from timm's weights.
         kwargs: Further arguments of `timm.create_model`.
@@ -74,7 +104,9 @@ class FactoredTower(nn.Module):
         self.side = image_px // cell_px
         self.cells = ImageTower(backbone, cell_px, mean, std, width, pretrained, kwargs)
         self.positions = nn.Parameter(sincos_positions(self.side, self.side, width))
-        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(layers)))
+        between = (Block(width, heads, qkv_bias=True) for _ in range(layers - 1))
+        self.blocks = nn.Sequential(*between)
+        self.overview = Overview(width, heads)
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, dim)
 
@@ -97,8 +129,8 @@ class FactoredTower(nn.Module):
         Returns:
             Points of the joint space, not normalised, shape (N, D).
         """
-        mixed = self.norm(self.blocks(tokens + self.positions))  # (N, side * side, W)
-        point: Tensor = self.project(mixed.mean(1))  # (N, D)
+        mixed = self.blocks(tokens + self.positions)  # (N, side * side, W)
+        point: Tensor = self.project(self.norm(self.overview(mixed)))  # (N, D)
         return point
 
     def forward(self, images: Tensor) -> Tensor:
