@@ -47,7 +47,7 @@ class FactoredConfig(Strict):
 
     cell_px: int = Field(default=64, ge=8)
     width: int = Field(default=384, ge=4, multiple_of=4)
-    layers: int = Field(default=4, ge=1)
+    layers: int = Field(default=2, ge=1)
     heads: int = Field(default=6, ge=1)
 
 

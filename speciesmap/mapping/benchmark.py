@@ -26,7 +26,7 @@ from speciesmap.mapping.embed import (
     choose_device,
     encode_tiles,
 )
-from speciesmap.mapping.encode import Encoder, Stopwatch
+from speciesmap.mapping.encode import Encoder, Stopwatch, compile_encode
 from speciesmap.mapping.fit import fit_imagery
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.rasters.geotiff import write_geotiff
@@ -195,7 +195,7 @@ def _encoder_alone(
     there = windows.to(encoder.device)
     call: Callable[[Tensor], Tensor] = model.encode_aerial
     if encoder.compiled:
-        call = torch.compile(call, dynamic=False)
+        call = compile_encode(call, len(windows), encoder.device)
 
     def run() -> None:
         with (
@@ -210,7 +210,8 @@ def _encoder_alone(
 
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model.encode_aerial(there[:1])
-    return len(windows) / _seconds_each(run, seconds), counter.get_total_flops() / 1e12
+    with torch.autocast(encoder.device.type, enabled=False):  # outermost, as the engine has it
+        return len(windows) / _seconds_each(run, seconds), counter.get_total_flops() / 1e12
 
 
 def _product_tflops(place: torch.device, precision: str) -> float:

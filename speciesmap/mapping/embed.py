@@ -297,11 +297,12 @@ def settle_precision(
         some: Real windows, of which the first batch is taken to compare bfloat16 with float32 on.
     """
     if store.precision is None:
+        wanted: str = precision
         if precision == "auto":
             windows = next(some).pixels
             assert windows is not None
-            precision = encoder.agreed(windows)
-        store.settle(precision)
+            wanted = encoder.agreed(windows)
+        store.settle(wanted)
     encoder.precision = store.precision
 
 

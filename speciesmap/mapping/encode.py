@@ -129,8 +129,8 @@ class Encoder:
         self.compiled = compiled
         self.spent = spent or Stopwatch()
         if compiled:
-            self._piece = _compile(self._piece)
-            self._whole = self._whole and _compile(self._whole)
+            self._piece = compile_encode(self._piece, self.pieces, device)
+            self._whole = self._whole and compile_encode(self._whole, self.pieces, device)
         self._copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -155,7 +155,7 @@ class Encoder:
         """
         if not shared:
             return self._in_parts(lambda part: self._piece(self._there(part)), pixels, self.pieces)
-        key = hashlib.blake2b(pixels.numpy(), digest_size=16).digest()
+        key = hashlib.blake2b(pixels.numpy().data, digest_size=16).digest()
         encoded = self._kept.pop(key, None)
         if encoded is None:
             encoded = self.encode(pixels)
@@ -224,14 +224,11 @@ class Encoder:
         while start < len(inputs):
             size = max(1, int(most * self._share))
             part = inputs[start : start + size]
-            short = size - len(part) if self.compiled else 0  # it would be compiled for its size
-            if short:
-                part = torch.cat([part, part[:1].expand(short, *part.shape[1:])])
             try:
                 with torch.autocast(
                     self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
                 ):
-                    done.append(work(part)[: size - short])
+                    done.append(work(part))
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -259,18 +256,20 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
-def _compile(function: Encode) -> Encode:
-    """Compile a function for the first shape that it sees, and say what that costs."""
-    fast = torch.compile(function, dynamic=False)
-    calls = 0
+def compile_encode(function: Encode, size: int, device: torch.device) -> Encode:
+    """Compile a function for full batches, and say what that costs; shorter ones it takes as is."""
+    fast = torch.compile(function, dynamic=False, options={"freezing": device.type == "cpu"})
+    told = False
 
     def timed(inputs: Tensor) -> Tensor:
-        nonlocal calls
+        nonlocal told
+        if len(inputs) < size:
+            return function(inputs)
         started = time.perf_counter()
         outputs = fast(inputs)
-        calls += 1
-        if calls == 1:
+        if not told:
             log.info("torch.compile took %.1f s to start", time.perf_counter() - started)
+            told = True
         return outputs
 
     return timed
