@@ -192,7 +192,7 @@ def _neighbours(
     aligned = windows % stride == 0
     before = (aligned & (windows < 0)).any(1)
     after = (aligned & (windows >= TILE * stride)).any(1)
-    return before + 2 * after.astype(np.int64)
+    return np.where(before, 1, 0) + np.where(after, 2, 0)
 
 
 def _buffers(
