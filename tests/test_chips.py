@@ -160,7 +160,9 @@ def test_hugging_face_reads_what_was_written(
     assert ours.taxa[0].lineage == ("Plantae", "Fagaceae", "Quercus")
 
 
-def test_whatever_is_left_out_is_counted_and_named(tmp_path: Path, photos: Path) -> None:
+def test_whatever_is_left_out_is_counted_and_named(
+    tmp_path: Path, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     scene = open_imagery(write_raster(tmp_path / "holes.tif", nodata=0))
     (photos / "1.jpg").write_bytes((photos / "1.jpg").read_bytes()[:600])
     (photos / "2.jpg").unlink()
@@ -172,7 +174,10 @@ def test_whatever_is_left_out_is_counted_and_named(tmp_path: Path, photos: Path)
         uncertainty_m=[2, 2, 2, 4.9, 2, 2, 2, 2, np.nan, 2],
         obscured=[False] * 4 + [True] + [False] * 5,
     )
-    report = make_chips(table, scene, tmp_path / "set", window_px=WINDOW, photos=photos)
+    with caplog.at_level("WARNING", "speciesmap"):
+        report = make_chips(table, scene, tmp_path / "set", window_px=WINDOW, photos=photos)
+    assert "2 of 10 observations kept" in caplog.text
+    assert f"2 {chips.OUTSIDE}" in caplog.text
     assert report.left_out == {
         chips.OBSCURED: 1,
         chips.UNCERTAIN: 1,

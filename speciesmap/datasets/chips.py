@@ -34,7 +34,7 @@ from speciesmap.taxa import Taxon
 if TYPE_CHECKING:
     import geopandas as gpd
 
-    from speciesmap.rasters.imagery import Imagery, Origin
+    from speciesmap.rasters.mosaic import Imagery, Origin
 
 log = logging.getLogger("speciesmap")
 
@@ -213,9 +213,10 @@ def make_chips(
         left_out.write(beside, report)
         write_provenance(beside, provenance)
     cutter.finish()
-    log.info("%d of %d observations kept in %s", report.kept, report.observations, out)
+    tell = log.warning if report.left_out else log.info
+    tell("%d of %d observations kept in %s", report.kept, report.observations, out)
     if report.left_out:
-        log.info("left out, by reason: %s", left_out.summary())
+        log.warning("left out, by reason: %s", left_out.summary())
     return report
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from speciesmap.outputs import replacing
 from speciesmap.rasters.files import cached_blocks
-from speciesmap.rasters.imagery import Imagery, Origin
+from speciesmap.rasters.mosaic import Imagery, Origin
 
 AT_ONCE = 8  # scenes read from servers
 TOGETHER = 32  # windows that are kept in one file
