@@ -177,7 +177,7 @@ def test_whatever_is_left_out_is_counted_and_named(
     with caplog.at_level("WARNING", "speciesmap"):
         report = make_chips(table, scene, tmp_path / "set", window_px=WINDOW, photos=photos)
     assert "2 of 10 observations kept" in caplog.text
-    assert f"2 {chips.OUTSIDE}" in caplog.text
+    assert f"{chips.OUTSIDE}: 2" in caplog.text
     assert report.left_out == {
         chips.OBSCURED: 1,
         chips.UNCERTAIN: 1,

@@ -22,6 +22,7 @@ from speciesmap.models import SpeciesModel
 from speciesmap.taxa import find, slug
 
 TOGETHER = 16  # queries of one matrix product
+PLACES = 1024  # places of one are a multiple; a tile has as many
 FEW = 25  # presences below which spatial folds say little (ENMeval leaves one out there)
 PROBIT_TO_LOGIT = 1.702  # the logistic curve nearest to the normal's (Camilli 1994)
 
@@ -242,8 +243,9 @@ def score(
 ) -> NDArray[np.float32]:
     """Score places against all queries by matrix products.
 
-    A product's last bit depends on the shapes of its factors. Queries are therefore taken in
-    blocks of one size, so that a query's values do not depend on what else is asked for.
+    A product's last bit depends on the shapes of its factors. Queries and places are therefore
+    taken in blocks of one size, so that a place's value does not depend on what else is asked for,
+    nor on where in its store it lies.
 
     Args:
         vectors: Unit embeddings, shape (..., D); NaN where nothing is known.
@@ -254,7 +256,8 @@ def score(
         Values in [0, 1], shape (queries, ...), NaN where the embedding is, or a covariate that
         the query reads.
     """
-    places = torch.from_numpy(np.ascontiguousarray(vectors)).reshape(-1, vectors.shape[-1]).float()
+    count = math.prod(vectors.shape[:-1])
+    places = _in_blocks(vectors)
     padded = -(-len(queries) // TOGETHER) * TOGETHER
     directions = torch.zeros(padded, places.shape[1])  # (Q, D)
     offsets = torch.zeros(padded, 1)
@@ -269,12 +272,12 @@ def score(
         torch.addmm(offsets[block], directions[block], places.T, out=values[block])
     beside = None
     if covariates is not None:
-        beside = torch.from_numpy(covariates).reshape(len(places), -1)  # (N, F)
+        beside = _in_blocks(covariates)  # (N, F)
     for value, query in zip(values, queries, strict=False):
         if query.covariates.size:
             assert beside is not None
             value += beside @ torch.from_numpy(query.covariates)
-    scored = values[: len(queries)].sigmoid_().numpy()
+    scored = values[: len(queries)].sigmoid_().numpy()[:, :count]
     for value, query in zip(scored, queries, strict=True):
         if query.curve is not None:
             value[:] = np.interp(value, *query.curve)
@@ -294,15 +297,22 @@ def spread(
     Returns:
         0 or more, shape (...), NaN where the embedding is.
     """
-    places = torch.from_numpy(np.ascontiguousarray(vectors)).reshape(-1, vectors.shape[-1]).float()
+    count = math.prod(vectors.shape[:-1])
+    places = _in_blocks(vectors)
     if covariates is not None:
-        beside = torch.from_numpy(covariates).reshape(len(places), -1)
-        places = torch.cat([places, beside], 1)  # (N, D + F)
+        places = torch.cat([places, _in_blocks(covariates)], 1)  # (N, D + F)
     offsets = torch.from_numpy(query.member_offsets)[:, None]
     values = torch.addmm(offsets, torch.from_numpy(query.members), places.T).sigmoid_()  # (M, N)
+    values = values[:, :count]
     if query.curve is not None:
         values = torch.from_numpy(np.interp(values.numpy(), *query.curve))
     return np.asarray(values.std(0, correction=1).float().numpy().reshape(vectors.shape[:-1]))
+
+
+def _in_blocks(rows: NDArray[Any]) -> Tensor:
+    """Rows of the last axis in float32, with zeros up to a whole number of blocks."""
+    flat = torch.from_numpy(np.ascontiguousarray(rows)).reshape(-1, rows.shape[-1]).float()
+    return F.pad(flat, (0, 0, 0, -len(flat) % PLACES))  # (N, D)
 
 
 def _array(vector: Tensor) -> NDArray[np.float32]:

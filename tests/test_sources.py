@@ -1,0 +1,166 @@
+"""One raster, whole or cut up, here or on servers: the same map from every kind of source."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+from fake_model import FakeModel
+from loopback import rustac, serving, stac_api
+from odc.geo.geobox import GeoBox
+from rasterio._env import del_gdal_config
+from rasterio.env import set_gdal_config
+from test_remote import BANDS, COLLECTION, cog, item
+
+from speciesmap.atlas import predict
+from speciesmap.mapping.embed import embed
+from speciesmap.rasters.windows import bounds_in
+
+GRID = GeoBox((300, 380), Affine(0.6, 0, 550_000, 0, -0.6, 4_180_000), "EPSG:32610")
+WEST, SOUTH, EAST, NORTH = bounds_in(GRID[60:250, 50:330])
+CUTS = (1, 7, 50)
+
+
+def landscape() -> np.ndarray:
+    """Smooth enough that a warp keeps what a window shows."""
+    rng = np.random.default_rng(0)
+    rows, cols = np.mgrid[: GRID.shape[0], : GRID.shape[1]]
+    waves = [
+        np.sin(rows / a + p) * np.cos(cols / b - p)
+        for a, b, p in rng.uniform(4, 15, (len(BANDS), 3))
+    ]
+    return np.rint(125 + 100 * np.array(waves)).astype(np.uint8)
+
+
+def cut_up(folder: Path, count: int, address: str) -> list[dict[str, Any]]:
+    """Write ragged overlapping scenes that together hold all of the landscape, and their items."""
+    folder.mkdir()
+    whole, rng, items = landscape(), np.random.default_rng(count), []
+    down = max(1, int(count**0.5))
+    edges = np.linspace(0, GRID.shape[0], down + 1).astype(int)
+    for k in range(down):
+        cuts = np.linspace(0, GRID.shape[1], count // down + (k < count % down) + 1).astype(int)
+        for left, right in pairwise(cuts):
+            grow = rng.integers(0, 9, 4)
+            top, bottom = max(0, edges[k] - grow[0]), min(GRID.shape[0], edges[k + 1] + grow[1])
+            left, right = max(0, left - grow[2]), min(GRID.shape[1], right + grow[3])
+            place = (slice(top, bottom), slice(left, right))
+            name = f"{len(items):02}"
+            path = cog(folder / f"{name}.tif", whole[:, *place], GRID[place], block=128)
+            items.append(item(name, path, f"{address}/{name}.tif", told=count == 50))
+            items[-1]["collection"] = folder.name
+    assert len(items) == count
+    return items
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Every kind of source, by name, while their servers run."""
+    folder = tmp_path_factory.mktemp("sources")
+    served = folder / "bucket"
+    served.mkdir()
+    found = {"a GeoTIFF": str(cog(served / "whole.tif", landscape(), GRID))}
+    with ExitStack() as running:
+        server = running.enter_context(serving(folder))
+        found["http"] = f"{server.address}/bucket/whole.tif"
+        found["s3"] = "s3://bucket/whole.tif"
+        for name, value in {
+            "AWS_S3_ENDPOINT": server.address.removeprefix("http://"),
+            "AWS_HTTPS": "NO",
+            "AWS_VIRTUAL_HOSTING": "FALSE",
+            "AWS_NO_SIGN_REQUEST": "YES",
+        }.items():
+            set_gdal_config(name, value)
+            running.callback(del_gdal_config, name)
+        for count in CUTS:
+            cut = served / f"cut{count}"
+            items = cut_up(cut, count, f"{server.address}/bucket/cut{count}")
+            files = sorted(map(str, cut.glob("*.tif")))
+            found |= {f"a folder of {count}": str(cut), f"a glob of {count}": f"{cut}/*.tif"}
+            for kind, suffix, words in (("VRT", "vrt", ["gdalbuildvrt", "-q"]),
+                                        ("tile index", "gpkg", ["gdaltindex"])):  # fmt: skip
+                made = folder / f"{count}.{suffix}"
+                subprocess.run([*words, str(made), *files], check=True, capture_output=True)
+                found[f"a {kind} of {count}"] = str(made)
+            if rustac() is None or find_spec("pystac_client") is None:
+                continue
+            (folder / f"api{count}").mkdir()
+            described = {**COLLECTION, "id": cut.name}
+            api = stac_api(folder / f"api{count}", described, items)
+            found[f"a STAC API of {count}"] = running.enter_context(api)
+            if count == 7:
+                pystac = pytest.importorskip("pystac")
+                catalog = pystac.Catalog("root", "all there is")
+                catalog.add_child(pystac.Collection.from_dict(described))
+                catalog.get_child(cut.name).add_items(map(pystac.Item.from_dict, items))
+                catalog.normalize_and_save(str(folder / "cat"), pystac.CatalogType.SELF_CONTAINED)
+                address = f"{server.address}/cat/catalog.json"
+                found["a static catalog of 7"] = f"stac+{address}#{cut.name}"
+        yield found
+
+
+def mapped(source: str, out: Path) -> tuple[np.ndarray, Any]:
+    made = predict(
+        FakeModel(BANDS, resolution_m=0.6),
+        imagery=source,
+        bbox=(WEST, SOUTH, EAST, NORTH),
+        stride_px=16,
+        species=["Quercus agrifolia"],
+        out=out,
+    )
+    with rasterio.open(made.maps[0].path) as raster:
+        return raster.read(), (raster.transform, raster.crs)
+
+
+def test_every_source_gives_the_same_map(sources: dict[str, str], tmp_path: Path) -> None:
+    expected, place = mapped(sources["a GeoTIFF"], tmp_path / "expected")
+    assert np.isfinite(expected).all() and np.ptp(expected) > 0.01
+    for number, (kind, source) in enumerate(sources.items()):
+        values, there = mapped(source, tmp_path / str(number))
+        assert there == place, kind
+        np.testing.assert_array_equal(values, expected, err_msg=kind)
+
+
+def test_warped_sources_give_nearly_the_same_vectors(
+    sources: dict[str, str], tmp_path: Path
+) -> None:
+    """Scenes of zone 10 on a grid of zone 11, each warped for itself."""
+    found = {}
+    for number, kind in enumerate(
+        ("a GeoTIFF", "a folder of 7", "a VRT of 50", "a STAC API of 50")
+    ):
+        if kind not in sources:
+            continue
+        store = embed(
+            FakeModel(BANDS, resolution_m=0.6),
+            sources[kind],
+            tmp_path / f"{number}.zarr",
+            bbox=(WEST, SOUTH, EAST, NORTH),
+            stride_px=16,
+            crs="EPSG:32611",
+        )
+        rows, cols = (slice(0, side) for side in store.geobox.shape)
+        vectors = store.read(rows, cols).astype(np.float64)
+        at = [
+            store.geobox.transform * (c + 0.5, r + 0.5) for r, c in np.ndindex(*vectors.shape[:2])
+        ]
+        found[kind] = {
+            (round(x, 2), round(y, 2)): vector
+            for (x, y), vector in zip(at, vectors.reshape(-1, vectors.shape[2]), strict=True)
+        }
+    whole = found.pop("a GeoTIFF")
+    for kind, vectors in found.items():
+        both = [p for p in vectors if p in whole and np.isfinite([vectors[p], whole[p]]).all()]
+        assert len(both) > 100, kind
+        cosines = [float(vectors[p] @ whole[p]) for p in both]
+        norms = [np.linalg.norm(vectors[p]) * np.linalg.norm(whole[p]) for p in both]
+        assert np.divide(cosines, norms).min() > 0.999, kind
