@@ -38,7 +38,7 @@ from speciesmap.datasets.paired import open_paired
 from speciesmap.errors import AreaError, ConfigError, DependencyError, ImageryError
 from speciesmap.mapping.embed import embed
 from speciesmap.observations.read import read_observations
-from speciesmap.rasters import files
+from speciesmap.rasters import files, stac
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import open_imagery
 from speciesmap.rasters.messages import public
@@ -387,6 +387,20 @@ def test_a_static_catalog_is_searched_too(
         assert (imagery.read(0, 0, *GRID.shape)[0] == noise()).all()
     with pytest.raises(ImageryError, match="there is no collection other"):
         open_imagery(f"stac+{server.address}/cat/catalog.json#other", bbox=BBOX)
+
+
+@pytest.mark.parametrize(
+    ("area", "looked"),
+    [
+        ((10, 0, 11, 1), (9.99, -0.01, 11.01, 1.01)),
+        ((10, 59, 11, 60), (9.98, 58.99, 11.02, 60.01)),
+        ((-179.995, 0, -179, 1), (179.995, -0.01, 181.01, 1.01)),
+        ((179, 0, 179.995, 1), (178.99, -0.01, 180.005, 1.01)),
+        ((10, 89.995, 11, 90), (-180, 89.985, 180, 90)),
+    ],
+)
+def test_scenes_are_looked_for_as_far_as_windows_reach(area: Any, looked: Any) -> None:
+    assert stac._grown(area, stac.METRES_PER_DEGREE / 100) == pytest.approx(looked, abs=1e-3)
 
 
 @needs_rustac

@@ -26,7 +26,8 @@ from speciesmap.mapping.embed import embed
 from speciesmap.rasters.windows import bounds_in
 
 GRID = GeoBox((300, 380), Affine(0.6, 0, 550_000, 0, -0.6, 4_180_000), "EPSG:32610")
-WEST, SOUTH, EAST, NORTH = bounds_in(GRID[60:250, 50:330])
+WHOLE = bounds_in(GRID)
+PART = bounds_in(GRID[60:250, 50:330])
 CUTS = (1, 7, 50)
 
 
@@ -108,12 +109,16 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         yield found
 
 
-def mapped(source: str, out: Path) -> tuple[np.ndarray, Any]:
+def mapped(
+    source: str, out: Path, bbox: tuple[float, ...], like: str | None = None
+) -> tuple[np.ndarray, Any]:
     made = predict(
         FakeModel(BANDS, resolution_m=0.6),
         imagery=source,
-        bbox=(WEST, SOUTH, EAST, NORTH),
+        bbox=bbox,
+        like=like,
         stride_px=16,
+        bands=("red", "green", "blue", "nir=4"),  # gdalbuildvrt forgets what the fourth shows
         species=["Quercus agrifolia"],
         out=out,
     )
@@ -121,13 +126,28 @@ def mapped(source: str, out: Path) -> tuple[np.ndarray, Any]:
         return raster.read(), (raster.transform, raster.crs)
 
 
+def same(one: tuple[np.ndarray, Any], other: tuple[np.ndarray, Any], kind: str) -> None:
+    assert one[1][1] == other[1][1] and one[1][0].almost_equals(other[1][0], 1e-6), kind
+    np.testing.assert_array_equal(one[0], other[0], err_msg=kind)
+
+
 def test_every_source_gives_the_same_map(sources: dict[str, str], tmp_path: Path) -> None:
-    expected, place = mapped(sources["a GeoTIFF"], tmp_path / "expected")
-    assert np.isfinite(expected).all() and np.ptp(expected) > 0.01
+    expected = mapped(sources["a GeoTIFF"], tmp_path / "expected", WHOLE)
+    assert np.isfinite(expected[0]).all() and np.ptp(expected[0]) > 0.01
     for number, (kind, source) in enumerate(sources.items()):
-        values, there = mapped(source, tmp_path / str(number))
-        assert there == place, kind
-        np.testing.assert_array_equal(values, expected, err_msg=kind)
+        same(mapped(source, tmp_path / str(number), WHOLE), expected, kind)
+
+
+def test_a_part_of_every_source_is_the_same_on_the_same_grid(
+    sources: dict[str, str], tmp_path: Path
+) -> None:
+    """Of STAC only the scenes of the area are known: --like says where its cells lie."""
+    like = sources["a GeoTIFF"]
+    expected = mapped(like, tmp_path / "expected", PART)
+    assert np.isfinite(expected[0]).all()
+    for number, kind in enumerate(("a tile index of 7", "http", "a STAC API of 50")):
+        if kind in sources:
+            same(mapped(sources[kind], tmp_path / str(number), PART, like), expected, kind)
 
 
 def test_warped_sources_give_nearly_the_same_vectors(
@@ -144,8 +164,9 @@ def test_warped_sources_give_nearly_the_same_vectors(
             FakeModel(BANDS, resolution_m=0.6),
             sources[kind],
             tmp_path / f"{number}.zarr",
-            bbox=(WEST, SOUTH, EAST, NORTH),
+            bbox=PART,
             stride_px=16,
+            bands=("red", "green", "blue", "nir=4"),
             crs="EPSG:32611",
         )
         rows, cols = (slice(0, side) for side in store.geobox.shape)

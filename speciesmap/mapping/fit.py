@@ -54,6 +54,7 @@ def fit_imagery(
             bbox_crs=bbox_crs,
             wanted=[b.partition("=")[2] or b for b in bands] if bands else model.bands,
             preferred_m=model.resolution_m,
+            around_m=model.window_px * model.resolution_m,
             **opening,
         )
     elif any(value not in (None, (), "newest") for value in opening.values()):

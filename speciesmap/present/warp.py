@@ -23,6 +23,7 @@ from rasterio.windows import Window, intersect
 
 from speciesmap.errors import ImageryError
 from speciesmap.rasters.imagery import Imagery, open_imagery, open_raster
+from speciesmap.rasters.scenes import list_files
 from speciesmap.rasters.windows import transformed
 
 RADIUS_M = 6378137.0
@@ -319,7 +320,7 @@ def read_picture(source: Path | str, extent: Grid, side_px: int, *, margin: floa
     Raises:
         ImageryError: The imagery cannot be read, or shows nothing of the extent.
     """
-    if not Path(source).is_file():
+    if list_files(str(source)) != [str(source)]:
         imagery = open_imagery(source)
         crs: Any = imagery.geobox.crs
         crs = crs.to_wkt()

@@ -51,13 +51,16 @@ def open_imagery(
     first: str = "newest",
     wanted: Sequence[str] = (),
     preferred_m: float | None = None,
+    around_m: float = 0.0,
 ) -> Imagery:
     """Open imagery: a raster or many, here or on servers, on one grid.
 
     A raster has its own grid, and so have scenes whose pixels coincide; nothing is warped and
     pixels are those of the files. Other scenes are warped as they are read, bilinearly, onto the
     grid that `speciesmap.rasters.grid.choose_grid` chooses. Where scenes overlap, the first valid
-    pixel counts: of the newest scene, or the least cloudy, then by name.
+    pixel counts: of the newest scene, or the least cloudy, then by name. The first pixel of scenes
+    that coincide is the first that any of them has; as of STAC only those that touch the area are
+    known, `like` is needed where maps of several areas must share their cells.
 
     Args:
         src: A GeoTIFF, VRT or other raster; a folder of them; a pattern such as `naip/*.tif`; a
@@ -77,6 +80,7 @@ def open_imagery(
         first: Which scene counts where several overlap: `newest` or `least-cloudy`.
         wanted: For STAC: what is looked for among the assets where `bands` does not say.
         preferred_m: Size of pixels for unlike scenes where `resolution_m` does not say.
+        around_m: For STAC: how far around `bbox` pixels are needed too, as by windows at its edge.
 
     Raises:
         ImageryError: There is nothing to read, a raster has no place on Earth, scenes do not have
@@ -91,7 +95,15 @@ def open_imagery(
         from speciesmap.rasters.stac import find_scenes
 
         named = [b.partition("=")[2] or b for b in bands or wanted]
-        found = find_scenes(given, bbox, bbox_crs, datetime=datetime, query=query, bands=named)
+        found = find_scenes(
+            given,
+            bbox,
+            bbox_crs,
+            datetime=datetime,
+            query=query,
+            bands=named,
+            around_m=around_m,
+        )
     elif datetime is not None or query:
         raise ConfigError(f"--datetime and --query choose items of STAC; {source} has none")
     else:

@@ -38,6 +38,7 @@ from speciesmap.rasters.windows import bounds_of
 PREFIX = "stac+"
 RASTERS = ("tiff", "jp2", "geotiff", "cog")  # of media types and suffixes
 NOT_DATA = {"thumbnail", "overview", "visual", "metadata"}  # roles, and keys of assets
+METRES_PER_DEGREE = 111_320  # of latitude, and of longitude at the equator
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
     ">=": operator.ge,
@@ -61,6 +62,7 @@ def find_scenes(
     datetime: str | None = None,
     query: Sequence[str] = (),
     bands: Sequence[str] = (),
+    around_m: float = 0.0,
 ) -> list[Scene]:
     """Find the scenes of a collection that touch an area.
 
@@ -72,6 +74,7 @@ def find_scenes(
         query: Conditions on the items' properties, such as `eo:cloud_cover<10`.
         bands: What is wanted of each scene; all that its assets show by default. They are taken
             from one asset that has them all where there is one, else from an asset each.
+        around_m: How far beyond the area scenes are looked for too.
 
     Returns:
         At least one scene, in no order that means anything.
@@ -103,7 +106,8 @@ def find_scenes(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", pystac_client.warnings.PystacClientWarning)
-            items = list(_search(pystac_client, address, collection, area, interval, conditions))
+            looked = _grown(area, around_m)
+            items = list(_search(pystac_client, address, collection, looked, interval, conditions))
     except Exception as error:  # what a server may send knows no bounds
         raise ImageryError(
             f"{public(source)} cannot be searched ({reason(error)[:300]}); check the address, the "
@@ -222,6 +226,16 @@ def _absolute(item: Any) -> dict[str, Any]:
     item.make_asset_hrefs_absolute()
     plain: dict[str, Any] = item.to_dict(include_self_link=False, transform_hrefs=False)
     return plain
+
+
+def _grown(area: Sequence[float], around_m: float) -> tuple[float, float, float, float]:
+    """An area in degrees and what lies around it; the east exceeds 180 where it crosses there."""
+    west, south, east, north = area
+    up = around_m / METRES_PER_DEGREE
+    aside = min(up / max(math.cos(math.radians(max(abs(south), abs(north)))), 1e-9), 180)
+    turn = 360 if west - aside < -180 else 0
+    bounds = west - aside + turn, max(south - up, -90), east + aside + turn, min(north + up, 90)
+    return bounds if bounds[2] - bounds[0] < 360 else (-180, bounds[1], 180, bounds[3])
 
 
 def _halves(area: Sequence[float]) -> list[tuple[float, float, float, float]]:
