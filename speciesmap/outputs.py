@@ -79,17 +79,7 @@ def replacing(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
-        if not (path.is_symlink() or path.exists()) or not (path.is_dir() or beside.is_dir()):
-            beside.replace(path)
-        elif not _exchange(beside, path):
-            old = path.with_name(f".{path.stem}.{token}.old{path.suffix}")
-            path.rename(old)
-            try:
-                beside.rename(path)
-            except BaseException:
-                old.rename(path)
-                raise
-            _remove(old)
+        land(beside, path)
     except OSError as error:
         if not _is_of(error, beside):
             raise
@@ -98,6 +88,28 @@ def replacing(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
         ) from error
     finally:
         _remove(beside)
+
+
+def land(beside: Path, path: Path) -> None:
+    """Give a finished output its name; what had it is removed.
+
+    Args:
+        beside: The output, in the same folder under a name of its own.
+        path: Final name.
+    """
+    if not (path.is_symlink() or path.exists()) or not (path.is_dir() or beside.is_dir()):
+        beside.replace(path)
+    elif _exchange(beside, path):
+        _remove(beside)
+    else:
+        old = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.old{path.suffix}")
+        path.rename(old)
+        try:
+            beside.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+        _remove(old)
 
 
 def _is_of(error: OSError, output: Path) -> bool:

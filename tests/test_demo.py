@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+import yaml
 from click.testing import CliRunner
 from test_examples import examples
 
@@ -73,6 +74,12 @@ def test_the_simulated_scene_maps_every_taxon_in_three_ways_and_is_judged(
         ways = ("photos", "name") if name == withheld else ("learned", "photos", "name", "baseline")
         assert all(-1 <= row[f"rho {way}"] <= 1 for way in ways)
     assert "rho learned" not in rows[withheld]
+    out = tmp_path / "demo"
+    assert [p.name for p in tmp_path.iterdir()] == ["demo"]
+    told = yaml.safe_load((Path(facts["model"]) / "config.yaml").read_text())
+    assert Path(told["data"]["imagery"]) == out / "simulated/scene/aerial.tif"
+    texts = [f.read_bytes() for f in out.rglob("*") if f.suffix in (".json", ".yaml", ".html")]
+    assert len(texts) > 10 and not any(b".demo." in text for text in texts)
 
 
 def test_the_bay_scene_is_evaluated_beside_two_baselines(

@@ -25,7 +25,7 @@ from speciesmap.models import SpeciesModel
 from speciesmap.models.factored import FactoredTower
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import Imagery, open_imagery
-from speciesmap.rasters.store import open_store
+from speciesmap.rasters.store import EmbeddingStore, open_store
 from speciesmap.rasters.windows import WindowGrid, bounds_in
 
 ORIGIN = Affine(1, 0, 550_000, 0, -1, 4_180_000)
@@ -270,6 +270,35 @@ def test_a_store_of_something_else_is_refused_with_both_names(tmp_path: Path) ->
     assert open_store(out).identity.stride_px == 8, "a mistyped area costs no store"
     embed(FakeModel(fingerprint="other"), path, out, overwrite=True)
     assert open_store(out).identity.model == "other"
+
+
+def test_a_store_stands_until_the_one_that_replaces_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = scene(tmp_path / "a.tif"), tmp_path / "s.zarr"
+    embed(FakeModel(), path, out)
+    write, left = EmbeddingStore.write, [1]
+
+    def interrupted(self: EmbeddingStore, *arguments: Any) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        write(self, *arguments)
+
+    monkeypatch.setattr(EmbeddingStore, "write", interrupted)
+    other = FakeModel(fingerprint="other")
+    with pytest.raises(KeyboardInterrupt):
+        embed(other, path, out, overwrite=True)
+    old, [begun] = open_store(out), tmp_path.glob(".s.fresh.zarr")
+    assert old.identity.model == "fake" and all(map(old.has, old.tiles_in(*old.done() or ())))
+    first = {file: file.stat().st_mtime_ns for file in begun.glob("vectors/c/*/*/0")}
+    assert len(first) == 1
+    monkeypatch.undo()
+    new = embed(other, path, out, overwrite=True)
+    assert new.path == out and open_store(out).identity.model == "other"
+    assert not begun.exists()
+    [kept] = [file.relative_to(begun) for file in first]
+    assert (out / kept).stat().st_mtime_ns == first[begun / kept], "it went on where it was"
 
 
 def test_bands_fit_by_meaning_or_are_refused(tmp_path: Path) -> None:

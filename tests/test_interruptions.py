@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_model import FakeModel
+from interruptions import COMMANDS, Case, cases, stop_at_random
 from odc.geo.geobox import GeoBox
 from rasterio.transform import from_origin
 
-from speciesmap import outputs
+from speciesmap import cli, outputs
 from speciesmap.atlas import predict
 from speciesmap.rasters.geotiff import write_geotiff
 
@@ -149,3 +150,26 @@ def test_predict_interrupted_anywhere_leaves_the_old_maps_or_the_new_ones(tmp_pa
         left_over = {p.name for p in tmp_path.iterdir()} - {"a.tif", "maps", "store.zarr"}
         assert all(name.startswith(".") for name in left_over)
     assert outcomes.count("interrupted") > MOMENTS / 2
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    return cases(tmp_path_factory.mktemp("inputs"))
+
+
+QUICK = ("observations", "chips", "embed", "predict", "map", "umap")
+"""The others take minutes: `python tests/interruptions.py`."""
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_stopped_command_leaves_the_old_result_or_the_new_one(
+    name: str, stopped: dict[str, Case], tmp_path: Path
+) -> None:
+    outcome, broken = stop_at_random(stopped[name], 3, 0, tmp_path)
+    assert not broken
+    assert sum(outcome.values()) == 3
+
+
+def test_every_command_that_writes_is_stopped() -> None:
+    writing = {name.split()[0] for name in COMMANDS}
+    assert writing == set(cli.COMMANDS) - {"view", "info", "benchmark"}

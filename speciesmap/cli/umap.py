@@ -82,7 +82,7 @@ def command(
       speciesmap umap maps.store.zarr --out colours.tif
     """
     from speciesmap.mapping.umap import photo_points, umap_colours, umap_points
-    from speciesmap.outputs import refuse_existing
+    from speciesmap.outputs import refuse_existing, replacing
     from speciesmap.present.picture import picture_map
 
     if model is not None:
@@ -102,13 +102,14 @@ def command(
         print_result(out, as_json)
         return
     page = out.with_suffix(".html")
+    refuse_existing(out, overwrite, store)
     refuse_existing(page, overwrite)
-    umap_colours(store, out, sample=sample, neighbours=neighbours, seed=seed, overwrite=overwrite)
-    picture_map(
-        out,
-        page,
-        title=f"Colours of {store.name}",
-        caption="Cells of like colours look alike to the model from above.",
-        overwrite=overwrite,
-    )
+    with replacing(page, overwrite=overwrite) as html, replacing(out, overwrite=overwrite) as tif:
+        umap_colours(store, tif, sample=sample, neighbours=neighbours, seed=seed)
+        picture_map(
+            tif,
+            html,
+            title=f"Colours of {store.name}",
+            caption="Cells of like colours look alike to the model from above.",
+        )
     print_result(out, as_json, html=page)

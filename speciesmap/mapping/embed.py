@@ -31,6 +31,7 @@ from speciesmap.mapping.cut import Batch, Layout, ahead, cut_windows
 from speciesmap.mapping.encode import Encoder, Stopwatch
 from speciesmap.mapping.fit import fit_imagery, fit_values, lay_out
 from speciesmap.models import SpeciesModel, load_model
+from speciesmap.outputs import land
 from speciesmap.progress import track
 from speciesmap.rasters.imagery import Imagery, Opening
 from speciesmap.rasters.store import EmbeddingStore, Identity, open_store
@@ -96,7 +97,8 @@ def embed(
         workers: Encode in so many processes on this machine, each on a GPU of its own where there
             are several; in this process by default. Model and imagery must be given as paths.
         scheduler: Address of a Dask scheduler, whose workers encode; they must see the same files.
-        overwrite: Start an existing store afresh.
+        overwrite: Start an existing store afresh, in a hidden folder beside it that takes its
+            place once it is whole; interrupted and called again, it goes on there.
         opening: Which scenes and which grid, as for `open_imagery`.
 
     Returns:
@@ -131,8 +133,11 @@ def embed(
         **opening,
     )
     out = Path(out)
-    replaced = open_store(out) if overwrite and out.exists() else None
-    existing = open_store(out) if out.exists() and replaced is None else None
+    afresh = overwrite and out.exists()
+    if afresh:
+        open_store(out)  # nothing but a store is replaced
+    place = out.with_name(f".{out.stem}.fresh{out.suffix}") if afresh else out
+    existing = open_store(out) if out.exists() and not afresh else None
     if existing is not None:
         stride_px = stride_px or existing.identity.stride_px
         min_valid = existing.identity.min_valid if min_valid is None else min_valid
@@ -152,10 +157,8 @@ def embed(
         raise ConfigError(f"--min-valid {min_valid} is not a share; give a number from 0 to 1")
     if existing is not None:
         existing.refuse_other(identity)
-    if replaced is not None:
-        shutil.rmtree(replaced.path)
-    store = existing or EmbeddingStore.create(
-        out, identity, cells, model.dim, source=imagery.source, gains=imagery.gains
+    store = (_begun(place, identity) if afresh else existing) or EmbeddingStore.create(
+        place, identity, cells, model.dim, source=imagery.source, gains=imagery.gains
     )
     todo = [tile for tile in store.tiles_in(*area) if not store.has(tile)]
     log.debug("%d of %d tiles to encode", len(todo), len(list(store.tiles_in(*area))))
@@ -172,7 +175,7 @@ def embed(
         job = Job(
             model=named[0],
             imagery=imagery,
-            store=str(out.absolute()),
+            store=str(place.absolute()),
             bands=None if bands is None else tuple(bands),
             any_resolution=any_resolution,
             **settings,
@@ -180,6 +183,20 @@ def embed(
         encode_on_cluster(job, store, todo, workers=workers, scheduler=scheduler)
     else:
         encode_tiles(model, imagery, store, todo, **settings)
+    if not afresh:
+        return store
+    land(place, out)
+    return open_store(out)
+
+
+def _begun(place: Path, identity: Identity) -> EmbeddingStore | None:
+    """A store that an interrupted run began, if it was of the same; else it is removed."""
+    try:
+        store = open_store(place)
+        store.refuse_other(identity)
+    except StoreError:
+        shutil.rmtree(place, ignore_errors=True)
+        return None
     return store
 
 

@@ -131,6 +131,7 @@ def clean_files(
     reading = Reading(paths, taxon=taxon)
     cleaning = _Cleaning(rules or Rules())
     with (
+        replacing(out.with_suffix(".report.json"), overwrite=True) as told,
         replacing(out, overwrite=overwrite) as beside,
         tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder,
     ):
@@ -150,21 +151,20 @@ def clean_files(
             alone.rename(beside)
         else:
             _write(beside, _chosen(alone, keep))
-    kept = compared[keep]
-    report = {
-        "path": str(out),
-        "read": reading.rows,
-        "kept": len(kept),
-        "dropped": dropped,
-        "taxa": _counts(kept["taxon"]),
-        "doi": [*([doi] if doi else []), *reading.doi],
-        "sources": _counts(kept["source"]),
-        "licenses": _counts(kept["license"]),
-        "photo_licenses": _counts(kept["photo_license"], separator="|"),
-    }
-    with replacing(out.with_suffix(".report.json"), overwrite=True) as beside:
+        kept = compared[keep]
+        report = {
+            "path": str(out),
+            "read": reading.rows,
+            "kept": len(kept),
+            "dropped": dropped,
+            "taxa": _counts(kept["taxon"]),
+            "doi": [*([doi] if doi else []), *reading.doi],
+            "sources": _counts(kept["source"]),
+            "licenses": _counts(kept["license"]),
+            "photo_licenses": _counts(kept["photo_license"], separator="|"),
+        }
         text = json.dumps(report, indent=1, ensure_ascii=False)
-        beside.write_text(text + "\n", encoding="utf-8")
+        told.write_text(text + "\n", encoding="utf-8")
     return report
 
 

@@ -76,8 +76,11 @@ def write_project(
     )
     with replacing(out, overwrite=overwrite) as beside:
         if out.suffix.lower() == ".qgz":
-            with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as archive:
-                archive.writestr(f"{out.stem}.qgs", text)
+            with zipfile.ZipFile(beside, "w") as archive:
+                inside = zipfile.ZipInfo(f"{out.stem}.qgs")  # without a time: same maps, same bytes
+                inside.compress_type = zipfile.ZIP_DEFLATED
+                inside.external_attr = 0o644 << 16
+                archive.writestr(inside, text)
         else:
             beside.write_text(text, encoding="utf-8")
     return out

@@ -88,7 +88,7 @@ def config(folder: Path) -> tuple[Any, Run]:
         load_config(path)
 
     rarely = [bomb, nested]  # PyYAML takes half a second to refuse so many brackets
-    return st.one_of(damaged([*files * 6, *rarely]), twisted([*trees, *aliased(trees)])), read
+    return st.one_of(damaged([*files * 30, *rarely]), twisted([*trees, *aliased(trees)])), read
 
 
 def changes(folder: Path) -> tuple[Any, Run]:
