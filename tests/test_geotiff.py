@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
 from affine import Affine
+from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 from rasterio.enums import ColorInterp
 from rio_cogeo.cogeo import cog_validate
@@ -110,3 +113,40 @@ def test_a_map_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
     ):
         raise RuntimeError("stop")
     assert not list(tmp_path.iterdir())
+
+
+def _plainly(path: Path, pixels: NDArray[np.float32]) -> None:
+    write_geotiff(path, pixels, GRID, bands=["a"])
+
+
+def _as_a_map(path: Path, pixels: NDArray[np.float32]) -> None:
+    with MapWriter(path, GRID, bands=["suitability"], tags={}) as writer:
+        for row in range(0, GRID.shape[0], 32):
+            writer.write(row, 0, pixels[:, row : row + 32])
+
+
+@pytest.mark.parametrize("write", [_plainly, _as_a_map])
+def test_a_disk_that_fills_up_is_said_and_leaves_nothing(
+    tmp_path: Path, write: Callable[[Path, NDArray[np.float32]], None]
+) -> None:
+    path = tmp_path / "a.tif"
+    pixels = np.random.default_rng(0).random((1, *GRID.shape), np.float32)
+    write(path, pixels)
+    size = path.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    landed = []
+    for most in (*range(0, size, size // 8), *range(size - 6000, size + 6000, 700)):
+        path.unlink(missing_ok=True)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+            write(path, pixels)
+        except OutputError as error:
+            assert str(path) in str(error)
+            assert not list(tmp_path.iterdir())
+        else:
+            landed.append(most)
+            with rasterio.open(path) as raster:
+                assert (raster.read() == pixels).all()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(landed) < 12

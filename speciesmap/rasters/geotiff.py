@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ import rasterio
 import rasterio.shutil
 from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
+from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp
 from rasterio.errors import RasterioError
 from rasterio.windows import Window
@@ -65,32 +67,33 @@ def write_geotiff(
     path = Path(path)
     alone = ColorInterp.gray if len(bands) == 1 else ColorInterp.undefined
     colors = colorinterp or [COLORS.get(name.lower(), alone) for name in bands]
-    try:
-        with (
-            outputs.replacing(path, overwrite=overwrite) as beside,
-            rasterio.open(
-                beside,
-                "w",
-                driver="GTiff",
-                **_grid(geobox),
-                count=len(bands),
-                dtype=pixels.dtype,
-                nodata=nodata,
-                tiled=True,
-                blockxsize=TILE_PX,
-                blockysize=TILE_PX,
-                compress="deflate",
-                predictor=3 if pixels.dtype.kind == "f" else 2,
-                photometric="MINISBLACK",
-                alpha="NO",
-                bigtiff="IF_SAFER",
-            ) as raster,
-        ):
+    with _naming(path), outputs.replacing(path, overwrite=overwrite) as beside:
+        with rasterio.open(
+            beside,
+            "w",
+            driver="GTiff",
+            **_grid(geobox),
+            count=len(bands),
+            dtype=pixels.dtype,
+            nodata=nodata,
+            tiled=True,
+            blockxsize=TILE_PX,
+            blockysize=TILE_PX,
+            compress="deflate",
+            predictor=3 if pixels.dtype.kind == "f" else 2,
+            photometric="MINISBLACK",
+            alpha="NO",
+            bigtiff="IF_SAFER",
+        ) as raster:
             raster.descriptions = tuple(bands)
             raster.colorinterp = tuple(colors)
             raster.write(pixels)
-    except RasterioError as error:
-        raise OutputError(f"cannot write {path} ({error}); check space and permission") from error
+        with rasterio.open(beside) as landed:
+            same = (
+                np.array_equal(landed.read(k), band, equal_nan=True)
+                for k, band in enumerate(pixels, 1)
+            )
+            _refuse_changed(path, all(same))
     return path
 
 
@@ -112,26 +115,33 @@ class MapWriter:
     ) -> None:
         self.path = Path(path)
         self._beside = self.path.with_name(f".{self.path.stem}.part.tif")
-        self._raster = rasterio.open(
-            self._beside,
-            "w",
-            driver="GTiff",
-            **_grid(geobox),
-            count=len(bands),
-            dtype="float32",
-            nodata=np.nan,
-            tiled=True,
-            blockxsize=TILE_PX,
-            blockysize=TILE_PX,
-            bigtiff="IF_SAFER",
-        )
+        with _naming(self.path):
+            self._raster = rasterio.open(
+                self._beside,
+                "w",
+                driver="GTiff",
+                **_grid(geobox),
+                count=len(bands),
+                dtype="float32",
+                nodata=np.nan,
+                tiled=True,
+                blockxsize=TILE_PX,
+                blockysize=TILE_PX,
+                bigtiff="IF_SAFER",
+            )
         self._raster.descriptions = tuple(bands)
+        self._tally = 0
         self._raster.update_tags(AREA_OR_POINT="Area", **tags)
 
     def write(self, row: int, col: int, values: NDArray[np.float32]) -> None:
-        """Write a block, shape (bands, rows, columns), whose first cell is at (row, col)."""
+        """Write a block, shape (bands, rows, columns), whose first cell is at (row, col).
+
+        No cell is written twice.
+        """
         _, height, width = values.shape
-        self._raster.write(values, window=Window(col, row, width, height))
+        with _naming(self.path):
+            self._raster.write(values, window=Window(col, row, width, height))
+        self._tally += _tally(values)
 
     def __enter__(self) -> MapWriter:
         return self
@@ -142,26 +152,56 @@ class MapWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        whole = False
         try:
-            self._raster.close()
-            if kind is None:
-                rasterio.shutil.copy(
-                    self._beside,
-                    self.path,
-                    driver="COG",
-                    compress="DEFLATE",
-                    predictor="YES",
-                    blocksize=TILE_PX,
-                    overview_resampling="AVERAGE",
-                    bigtiff="IF_SAFER",
-                    statistics="YES",
-                )
-        except RasterioError as failure:
-            raise OutputError(
-                f"cannot write {self.path} ({failure}); check space and permission"
-            ) from failure
+            with _naming(self.path):
+                self._raster.close()
+                if kind is None:
+                    rasterio.shutil.copy(
+                        self._beside,
+                        self.path,
+                        driver="COG",
+                        compress="DEFLATE",
+                        predictor="YES",
+                        blocksize=TILE_PX,
+                        overview_resampling="AVERAGE",
+                        bigtiff="IF_SAFER",
+                        statistics="YES",
+                    )
+                    with rasterio.open(self.path) as landed:
+                        windows = (window for _, window in landed.block_windows(1))
+                        found = sum(_tally(landed.read(window=window)) for window in windows)
+                    _refuse_changed(self.path, found == self._tally)
+                    whole = True
         finally:
             self._beside.unlink(missing_ok=True)
+            if not whole:
+                self.path.unlink(missing_ok=True)
+
+
+def _tally(values: NDArray[np.float32]) -> int:
+    """Sum up the bits of all values that are no NaN, in whatever order they come."""
+    known = values[~np.isnan(values)].astype(np.float32, copy=False)
+    return int(known.view(np.uint32).sum(dtype=np.uint64))
+
+
+def _refuse_changed(path: Path, same: bool) -> None:
+    """Stop where a file does not hold what was written: GDAL closes files on full disks silently.
+
+    Raises:
+        OutputError: It does not.
+    """
+    if not same:
+        raise OutputError(f"cannot write {path} (it does not hold what was written); check space")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file that could not be written; some of GDAL's errors are no `RasterioError`."""
+    try:
+        yield
+    except (RasterioError, CPLE_BaseError) as error:
+        raise OutputError(f"cannot write {path} ({error}); check space and permission") from error
 
 
 def _grid(geobox: GeoBox) -> dict[str, Any]:
