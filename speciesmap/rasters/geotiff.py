@@ -19,7 +19,8 @@ from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
 from speciesmap import outputs
-from speciesmap.errors import OutputError
+from speciesmap.errors import ImageryError, OutputError
+from speciesmap.rasters.files import open_raster
 
 TILE_PX = 256
 COLORS = {
@@ -88,7 +89,7 @@ def write_geotiff(
             raster.descriptions = tuple(bands)
             raster.colorinterp = tuple(colors)
             raster.write(pixels)
-        with rasterio.open(beside) as landed:
+        with open_raster(beside) as landed:
             same = (
                 np.array_equal(landed.read(k), band, equal_nan=True)
                 for k, band in enumerate(pixels, 1)
@@ -168,7 +169,7 @@ class MapWriter:
                         bigtiff="IF_SAFER",
                         statistics="YES",
                     )
-                    with rasterio.open(self.path) as landed:
+                    with open_raster(self.path) as landed:
                         windows = (window for _, window in landed.block_windows(1))
                         found = sum(_tally(landed.read(window=window)) for window in windows)
                     _refuse_changed(self.path, found == self._tally)
@@ -200,7 +201,7 @@ def _naming(path: Path) -> Iterator[None]:
     """Name the file that could not be written; some of GDAL's errors are no `RasterioError`."""
     try:
         yield
-    except (RasterioError, CPLE_BaseError) as error:
+    except (RasterioError, CPLE_BaseError, ImageryError) as error:
         raise OutputError(f"cannot write {path} ({error}); check space and permission") from error
 
 
