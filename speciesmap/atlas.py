@@ -21,7 +21,7 @@ import rasterio
 from numpy.typing import NDArray
 
 from speciesmap import __version__, outputs
-from speciesmap.errors import ConfigError, ModelError, StoreError
+from speciesmap.errors import AreaError, ConfigError, ModelError, StoreError
 from speciesmap.mapping.embed import Precision, embed
 from speciesmap.mapping.predict import Map, write_maps
 from speciesmap.mapping.query import Query, make_queries, without_calibration
@@ -31,10 +31,12 @@ from speciesmap.models import SpeciesModel, load_model, read_facts
 from speciesmap.present.qgis import write_project
 from speciesmap.present.stac import write_item
 from speciesmap.present.styles import MONTHS, write_qml
+from speciesmap.present.warp import MAX_LATITUDE
 from speciesmap.present.webmap import make_map
 from speciesmap.rasters.files import is_remote
 from speciesmap.rasters.imagery import Imagery, Opening
 from speciesmap.rasters.store import EmbeddingStore, open_store
+from speciesmap.rasters.windows import bounds_of
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -177,6 +179,8 @@ def predict(
     kept = store.path if isinstance(store, EmbeddingStore) else store
     source = str(model) if isinstance(model, str | Path) else None
     outputs.refuse_existing(out, overwrite, source, pixels, kept, *photos)
+    if bbox is not None:
+        _refuse_poles(bbox, bbox_crs)
     seed: int | None = None
     if isinstance(model, str | Path):
         seed = read_facts(model).get("training", {}).get("seed")
@@ -330,6 +334,17 @@ def predict(
         item=out / "item.json",
         store=filled.path,
     )
+
+
+def _refuse_poles(bbox: Sequence[float], crs: Any) -> None:
+    _, south, _, north = bounds_of(bbox, crs)
+    if south < -MAX_LATITUDE or north > MAX_LATITUDE:
+        reached = south if south < -MAX_LATITUDE else north
+        raise AreaError(
+            f"the area reaches latitude {reached:.6g}, the page's Web Mercator ends at "
+            f"{MAX_LATITUDE}; choose an area farther from the pole, or make a store of it with "
+            "`speciesmap embed --crs`"
+        )
 
 
 def seasonal_vectors(model: SpeciesModel, months: Sequence[int]) -> dict[str, NDArray[np.float32]]:

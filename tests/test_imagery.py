@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -168,6 +169,58 @@ def test_a_true_alpha_band_masks_and_a_mislabelled_one_is_near_infrared(tmp_path
 
 
 @pytest.mark.skipif(not NAIP.exists(), reason="real NAIP chips (shared/data/naip_pairs) are absent")
+@pytest.mark.parametrize("internal", ["YES", "NO"])
+def test_a_mask_of_the_data_set_counts_where_near_infrared_is_called_alpha(
+    tmp_path: Path, internal: str
+) -> None:
+    """GDAL calls the fourth band alpha unless told otherwise."""
+    path, hole = tmp_path / "a.tif", np.zeros(GRID.shape, bool)
+    hole[10:30, 20:50] = True
+    height, width = GRID.shape
+    layout = {"height": height, "width": width, "count": 4, "dtype": "uint8"}
+    place = {"crs": str(GRID.crs), "transform": GRID.transform}
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=internal):
+        with rasterio.open(path, "w", driver="GTiff", **layout, **place) as raster:
+            raster.write(noise(4))
+            assert raster.colorinterp[3] == ColorInterp.alpha
+        with rasterio.open(path, "r+") as raster:
+            raster.write_mask(~hole)
+    assert path.with_suffix(".tif.msk").exists() == (internal == "NO")
+    imagery = open_imagery(path)
+    assert imagery.bands == ("red", "green", "blue", "nir")
+    pixels, valid = imagery.read(0, 0, *GRID.shape)
+    assert (valid == ~hole).all() and (pixels == noise(4)).all()
+
+
+def test_an_alpha_band_beside_near_infrared_masks(tmp_path: Path) -> None:
+    """As gdalwarp -dstalpha makes; GDAL itself masks by the fourth of four bands at most."""
+    plain, path = tmp_path / "a.tif", tmp_path / "b.tif"
+    bands = ("red", "green", "blue", "nir=4")  # GDAL forgets the fourth's name
+    write_geotiff(plain, noise(4), GRID, bands=BANDS)
+    words = ["gdalwarp", "-q", "-t_srs", "EPSG:32611", "-dstalpha", str(plain), str(path)]
+    subprocess.run(words, check=True)
+    imagery = open_imagery(path, bands)
+    assert imagery.bands == BANDS
+    with rasterio.open(path) as raster:
+        assert raster.count == 5
+        alpha = raster.read(5)
+    pixels, valid = imagery.read(0, 0, *imagery.shape)
+    assert 0.02 < (alpha == 0).mean() < 0.9
+    assert (valid == (alpha > 0)).all()
+    points = [(0, 0), (width := GRID.shape[1], 0), (width, GRID.shape[0]), (0, GRID.shape[0])]
+    words = ["gdal_translate", "-q", "-a_srs", str(GRID.crs)]
+    for col, row in points:  # turned by 30 degrees
+        x, y = GRID.transform * (Affine.rotation(30) * (col, row))
+        words += ["-gcp", str(col), str(row), str(x), str(y)]
+    turned = tmp_path / "turned.tif"
+    subprocess.run([*words, str(plain), str(turned)], check=True)
+    imagery = open_imagery(turned, bands)
+    assert imagery.bands == BANDS
+    pixels, valid = imagery.read(0, 0, *imagery.shape)
+    assert 0.3 < valid.mean() < 0.7
+    assert pixels[:, valid].min() > 0
+
+
 def test_real_naip_has_four_bands_and_no_mask() -> None:
     path = sorted(NAIP.glob("*.tif"))[0]
     imagery = open_imagery(path)

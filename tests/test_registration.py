@@ -227,3 +227,14 @@ def test_an_area_of_a_window_a_cell_or_less_is_mapped_or_refused(
     corner = (middle.left - 0.1, middle.top - 0.1, middle.left + 0.1, middle.top + 0.1)
     with pytest.raises(AreaError, match="holds the centre of no cell"):
         embed(model, scene, tmp_path / "e.zarr", bbox=corner, bbox_crs="EPSG:26911")
+
+
+@pytest.mark.parametrize(
+    ("bbox", "reached"), [((10, 85, 11, 85.2), "85.2"), ((10, -86, 11, -85), "-86")]
+)
+def test_areas_that_a_web_map_cannot_show_are_refused_before_anything_is_read(
+    tmp_path: Path, bbox: Any, reached: str
+) -> None:
+    with pytest.raises(AreaError, match=f"reaches latitude {reached}, .* ends at 85.0511"):
+        predict(BlobModel(), imagery=tmp_path / "none.tif", bbox=bbox, out=tmp_path / "maps")
+    assert not list(tmp_path.iterdir())

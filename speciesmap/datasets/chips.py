@@ -140,6 +140,7 @@ def make_chips(
     if uncertainty_max_m is not None:
         limit_m = uncertainty_max_m
     observations = observations.reset_index(drop=True)
+    log.info("grid: %s", imagery.in_words)
     taxa = _taxa(observations)
     facts = _facts(observations, taxa, seed, imagery_date)
     starts = _starts(observations, imagery, window_px)

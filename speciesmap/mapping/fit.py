@@ -57,6 +57,7 @@ def fit_imagery(
             around_m=model.window_px * model.resolution_m,
             **opening,
         )
+        log.info("grid: %s", imagery.in_words)
     elif any(value not in (None, (), "newest") for value in opening.values()):
         raise ConfigError(
             f"{imagery.source} is open already; give {', '.join(opening)} to open_imagery"

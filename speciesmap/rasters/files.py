@@ -20,13 +20,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
+import numpy as np
 import rasterio
+from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.env import set_gdal_config
 from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader
 from rasterio.vrt import WarpedVRT
+from rasterio.windows import Window
 
 from speciesmap.errors import DependencyError, ImageryError
 from speciesmap.rasters.messages import no_error_lost, public, reason
@@ -169,17 +172,51 @@ def retrying(action: Callable[[], Result], path: str) -> Result:
 
 @dataclass(frozen=True)
 class Opened:
-    """A raster that is open, with what its masks are.
+    """A raster that is open, with what tells its invalid pixels.
 
     Attributes:
         raster: For one thread at a time.
-        masked: Whether it can have invalid pixels at all.
-        mislabelled_alpha: Its "alpha" band is data and must not mask.
+        masked: Whether GDAL knows a mask of it.
+        alpha: Number of a band that masks and that GDAL does not take for that; 0 if there is none.
+        nodata: Value that alone masks, where the "alpha" band is data.
     """
 
     raster: DatasetReader
     masked: bool
-    mislabelled_alpha: bool
+    alpha: int
+    nodata: float | None
+
+    @classmethod
+    def of(cls, raster: DatasetReader, alpha_is_data: bool) -> Opened:
+        """Look at how a raster is masked.
+
+        GDAL masks by an alpha band only where it is the second of two bands or the fourth of four
+        (GDALRasterBand::GetMaskBand), and there also where the fourth is near infrared.
+        """
+        first = raster.mask_flag_enums[0]
+        own = MaskFlags.per_dataset in first and MaskFlags.alpha not in first
+        alpha = next((k for k, c in enumerate(raster.colorinterp, 1) if c == ColorInterp.alpha), 0)
+        if alpha and alpha_is_data and not own:
+            return cls(raster, False, 0, raster.nodata)
+        masked = any(MaskFlags.all_valid not in flags for flags in raster.mask_flag_enums)
+        unseen = alpha and not alpha_is_data and not own and MaskFlags.alpha not in first
+        return cls(raster, masked, alpha if unseen else 0, None)
+
+    def valid(self, part: NDArray[Any], window: Window) -> NDArray[np.bool_]:
+        """Where pixels of a window are valid, shape (H, W).
+
+        Args:
+            part: The window's pixels, shape (B, H, W).
+            window: Of the raster.
+        """
+        usable = np.ones(part.shape[1:], np.bool_)
+        if self.nodata is not None:
+            usable = (part != self.nodata).any(axis=0)
+        if self.masked:
+            usable = self.raster.dataset_mask(window=window) != 0
+        if self.alpha:
+            usable &= self.raster.read(self.alpha, window=window) != 0
+        return usable
 
 
 class _Handle:
@@ -220,7 +257,7 @@ class Files:
         with handle.lock:
             try:
                 if handle.opened is None:
-                    handle.opened = _opened(path, signer, alpha_is_data)
+                    handle.opened = Opened.of(open_raster(path, signer), alpha_is_data)
                 with no_error_lost():
                     yield handle.opened
             except (RasterioError, OSError):
@@ -293,16 +330,6 @@ class Files:
 
     def __reduce__(self) -> tuple[type[Files], tuple[dict[str, Version]]]:
         return Files, (dict(self._versions),)
-
-
-def _opened(path: str, signer: str | None, alpha_is_data: bool) -> Opened:
-    raster = open_raster(path, signer)
-    mislabelled = alpha_is_data and ColorInterp.alpha in raster.colorinterp
-    if mislabelled:
-        masked = raster.nodata is not None
-    else:
-        masked = any(MaskFlags.all_valid not in flags for flags in raster.mask_flag_enums)
-    return Opened(raster, masked, mislabelled)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +21,6 @@ from speciesmap.rasters.scenes import (
     list_files,
     refuse_unlike,
 )
-
-log = logging.getLogger("speciesmap")
 
 
 class Opening(TypedDict, total=False):
@@ -142,10 +139,6 @@ def open_imagery(
         _file_bands=names,
         _scaling=scenes[0].scaling,
         _members=tuple(members),
-    )
-    warped = any(p.warped for m in members for p in m.files)
-    (log.info if len(members) > 1 or warped or imagery.remote else log.debug)(
-        "grid: %s; %d scenes%s", in_words(grid), len(members), ", warped" if warped else ""
     )
     return imagery if bands is None else imagery.select(bands)
 

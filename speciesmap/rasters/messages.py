@@ -6,13 +6,14 @@ import logging
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from rasterio.errors import RasterioIOError
+from rasterio.errors import NodataShadowWarning, RasterioIOError
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -52,6 +53,8 @@ class _Discreet(logging.Filter):
         record.msg, record.args = public(record.getMessage()), ()
         return True
 
+
+warnings.simplefilter("ignore", NodataShadowWarning)  # of NAIP's near infrared, called alpha
 
 for _name in TALKATIVE:
     logging.getLogger(_name).addFilter(_Discreet())

@@ -76,6 +76,13 @@ class Imagery:
         """A line that tells its CRS, pixels, origin and shape."""
         return in_words(self.geobox)
 
+    @property
+    def in_words(self) -> str:
+        """The same, how many scenes there are, and whether any is warped."""
+        warped = any(p.warped for m in self._members for p in m.files)
+        scenes = f"{self.scenes} scene{'s' * (self.scenes > 1)}"
+        return f"{self.grid_in_words}; {scenes}{', warped' * warped}"
+
     def bytes_in(self, row: int, col: int, height: int, width: int) -> int:
         """Estimate how many bytes of its files are read for a rectangle, by shares of their areas.
 

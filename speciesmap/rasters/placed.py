@@ -178,13 +178,8 @@ class Reader:
 
         def attempt() -> Part:
             with self.files.using(file.path, file.signer, self.alpha_is_data) as opened:
-                raster = opened.raster
-                part = raster.read(indexes, window=window)
-                usable = np.ones(part.shape[1:], np.bool_)
-                if opened.masked and not opened.mislabelled_alpha:
-                    usable = raster.dataset_mask(window=window) != 0
-                elif opened.masked:
-                    usable = (part != raster.nodata).any(axis=0)
+                part = opened.raster.read(indexes, window=window)
+                usable = opened.valid(part, window)
             return part, usable
 
         try:
