@@ -229,6 +229,35 @@ def test_an_area_of_a_window_a_cell_or_less_is_mapped_or_refused(
         embed(model, scene, tmp_path / "e.zarr", bbox=corner, bbox_crs="EPSG:26911")
 
 
+def test_a_map_across_the_antimeridian_is_described_where_it_lies(tmp_path: Path) -> None:
+    to_lonlat = pyproj.Transformer.from_crs(32660, 4326, always_xy=True)
+    x, y = to_lonlat.transform(180, 51.5, direction="INVERSE")
+    grid = GeoBox(GRID.shape, Affine(0.6, 0, x - 0.6 * COL - 3, 0, -0.6, y), "EPSG:32660")
+    pixels = np.random.default_rng(0).integers(20, 120, (3, *grid.shape)).astype(np.uint8)
+    pixels[:, ROW - 4 : ROW + 5, COL - 4 : COL + 5] = 250
+    scene = write_geotiff(tmp_path / "scene.tif", pixels, grid, bands=BANDS)
+    made = predict(
+        BlobModel(bands=BANDS, resolution_m=0.6),
+        imagery=scene,
+        bbox=(179.9995, 51.4985, -179.999, 51.5),
+        stride_px=2,
+        queries=[OAK],
+        out=tmp_path / "maps",
+    )
+    with rasterio.open(made.maps[0].path) as raster:
+        values = np.nan_to_num(raster.read(1), nan=-1)
+        row, col = np.unravel_index(values.argmax(), values.shape)
+        there = raster.transform * (col + 0.5, row + 0.5)
+        wanted = grid.transform * (COL + 0.5, ROW + 0.5)
+        assert np.abs(np.subtract(there, wanted) / raster.res).max() <= 0.5
+    item = json.loads(made.item.read_text())
+    outline = shape(item["geometry"])
+    assert outline.geom_type == "MultiPolygon" and outline.area < 1e-5
+    assert outline.contains(Point(to_lonlat.transform(*wanted)))
+    west, south, east, north = item["bbox"]
+    assert 179.99 < west <= 180 and -180 <= east < -179.99 and south < north
+
+
 @pytest.mark.parametrize(
     ("bbox", "reached"), [((10, 85, 11, 85.2), "85.2"), ((10, -86, 11, -85), "-86")]
 )

@@ -129,12 +129,8 @@ def _place(path: Path) -> dict[str, Any]:
             "title": f"{legend.label} ({legend.quantity})",
             "quantity": legend.quantity,
             "bbox": [round(v, 8) for v in bounds],
-            "geometry": {
-                "type": "Polygon",
-                "coordinates": [
-                    [[round(x, 8), round(y, 8)] for x, y, *_ in geometry["coordinates"][0]]
-                ],
-            },
+            # in two parts where it crosses the antimeridian
+            "geometry": json.loads(json.dumps(geometry), parse_float=lambda v: round(float(v), 8)),
             "epsg": dataset.crs.to_epsg(),
             "wkt2": dataset.crs.to_wkt(version="WKT2_2019"),
             "proj_bbox": list(dataset.bounds),
