@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from speciesmap.datasets import paired
+from speciesmap.datasets import images
 from speciesmap.datasets.columns import decode_windows
 from speciesmap.datasets.paired import open_paired
 from speciesmap.errors import DatasetError
@@ -83,8 +83,8 @@ def test_images_are_the_same_from_memory_and_from_the_cache(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setattr(paired, "IN_MEMORY_BYTES", limit)
-    monkeypatch.setattr(paired, "BATCH_ROWS", 3)
+    monkeypatch.setattr(images, "IN_MEMORY_BYTES", limit)
+    monkeypatch.setattr(images, "BATCH_ROWS", 3)
     before = sorted(hub.rglob("*"))
     data = open_paired(hub)
     np.testing.assert_array_equal(data.aerial([5, 2]), pixels()[[5, 2]])
@@ -100,7 +100,7 @@ def test_a_data_set_that_changed_is_decoded_again(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setattr(paired, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(images, "IN_MEMORY_BYTES", 0)
     open_paired(hub).aerial([0])
     for file in (hub / "data").iterdir():
         file.unlink()

@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from speciesmap.config import DataConfig, load_config
-from speciesmap.datasets import paired
 from speciesmap.datasets.columns import FRACTIONS
+from speciesmap.datasets.images import ImageFiles
 from speciesmap.datasets.nature_multi_view import (
     chosen_rows,
     lineage_of,
@@ -152,13 +152,13 @@ def test_images_belong_to_their_rows_and_each_group_is_read_once(
     hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    original = paired.read_images
+    original = ImageFiles.read
 
-    def spy(dataset: Any, group: int, rows: Any) -> Any:
+    def spy(files: ImageFiles, group: int, rows: Any) -> Any:
         read.append(group)
-        return original(dataset, group, rows)
+        return original(files, group, rows)
 
-    monkeypatch.setattr("speciesmap.datasets.stream.read_images", spy)
+    monkeypatch.setattr(ImageFiles, "read", spy)
     data = open_paired(hub)
     stream = Stream(data, np.arange(ROWS), 6, 20, seed=0)
     batches = list(stream.read(epoch=0))
@@ -166,14 +166,14 @@ def test_images_belong_to_their_rows_and_each_group_is_read_once(
         assert windows.dtype == np.uint8
         assert np.array_equal(windows, pixels()[rows])
         assert photos == [jpeg(4 * int(row)) for row in rows]
-    assert sorted(read) == list(range(len(data.group_rows)))
+    assert sorted(read) == list(range(len(data.files.group_rows)))
     read.clear()
     rest = list(stream.read(epoch=0, start=8))
     assert np.array_equal(
         np.concatenate([b[0] for b in rest]), batches[8][0].tolist() + batches[9][0].tolist()
     )
     assert all(np.array_equal(a[1], b[1]) for a, b in zip(rest, batches[8:], strict=True))
-    assert len(read) < len(data.group_rows), "what was seen is not read again"
+    assert len(read) < len(data.files.group_rows), "what was seen is not read again"
 
 
 def loader(hub: Path, **changes: Any) -> StreamedBatches:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from speciesmap.datasets.paired import PairedDataset, read_images
+from speciesmap.datasets.paired import PairedDataset
 from speciesmap.errors import DatasetError
 
 
@@ -44,8 +44,9 @@ class Stream:
     ) -> None:
         self.dataset = dataset
         self.batch_size, self.buffer_rows, self.seed = batch_size, buffer_rows, seed
-        ends = np.cumsum(dataset.group_rows)
-        self._starts = ends - dataset.group_rows
+        group_rows = dataset.files.group_rows
+        ends = np.cumsum(group_rows)
+        self._starts = ends - group_rows
         self._rows = np.split(rows, np.searchsorted(rows, ends))[:-1]
 
     def batches(self, consumers: int) -> int:
@@ -125,7 +126,7 @@ class Stream:
         first = int(self._starts[group])
         chosen = [k for k in self._rows[group].tolist() if k in awaited]
         awaited.difference_update(chosen)
-        windows, photos = read_images(self.dataset, group, np.array(chosen) - first)
+        windows, photos = self.dataset.files.read(group, np.array(chosen) - first)
         encoded: list[bytes | None] = photos.to_pylist()
         for k, window, photo in zip(chosen, windows, encoded, strict=True):
             yield k, (window.copy(), photo)
