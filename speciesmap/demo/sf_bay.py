@@ -144,7 +144,7 @@ def run(out: Path, seed: int = 0) -> SceneResult:
             files={
                 "evaluation": evaluation.html,
                 "observations": out / "observations.parquet",
-                "map": maps[TAXON],
+                "map as GeoTIFF": maps[TAXON],
             },
         ),
     )

@@ -277,7 +277,8 @@ def _scene(scene: Scene, folder: Path) -> str:
     ]
     if scene.figures:
         figures = "".join(
-            f"<div><dt>{html.escape(words)}</dt><dd>{html.escape(value)}</dd></div>"
+            f"<div><dt>{html.escape(words)}</dt>"
+            f"<dd>{html.escape(value).replace('-', '&minus;')}</dd></div>"
             for value, words in scene.figures
         )
         parts.append(f"<dl class='figures'>{figures}</dl>")
