@@ -4,6 +4,10 @@ Scenes that overlap are made on the spot, as Cloud-Optimized GeoTIFFs in blocks 
 served on loopback, with a pause before every answer as networks have one, beside a STAC catalog
 whose items tell what a header would. Observations lie anywhere in them. The server counts.
 
+In `results/chips.csv`, taken on a busy machine with two cores, eight threads open each of 25 files
+once, read 1.03 times their bytes and take 0.43 of one thread's time. Before each scene had a thread
+of its own, they opened a file up to eight times and read 1.72 times the bytes.
+
     python benchmarks/chips.py [--scenes 25] [--observations 10000] [--delay-ms 20] [--csv FILE]
 """
 
