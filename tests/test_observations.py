@@ -563,3 +563,23 @@ def test_nothing_left_or_a_wrong_name_leaves_no_output(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"call it .*clean\.parquet"):
         clean_files([gbif], tmp_path / "clean.csv")
     assert [p.name for p in tmp_path.iterdir()] == ["gbif.csv"]
+
+
+@pytest.mark.parametrize("written", ["points.gpkg", "points.fgb", "points.geojson", "p.parquet"])
+@pytest.mark.parametrize("name", ["records.csv", "records.txt", "records"])
+def test_vector_files_are_read_under_any_name(tmp_path: Path, written: str, name: str) -> None:
+    points = gpd.points_from_xy([-122.5, -122.25], [37.0, 37.25], crs="EPSG:4326")
+    table = gpd.GeoDataFrame({"species": ["Acer rubrum", "Acer negundo"]}, geometry=points)
+    path = tmp_path / written
+    (table.to_parquet if written.endswith("parquet") else table.to_file)(path)
+    got = read_observations(path.rename(tmp_path / name)).sort_values("latitude")
+    assert got["taxon"].tolist() == ["Acer rubrum", "Acer negundo"]
+    assert got["latitude"].tolist() == pytest.approx([37.0, 37.25])
+
+
+def test_bytes_that_are_nothing_are_refused_by_their_own_name(tmp_path: Path) -> None:
+    path = tmp_path / "noise.csv"
+    path.write_bytes(bytes(range(256)) * 20)
+    with pytest.raises(ObservationsError, match=r"noise\.csv is no table and no vector file") as e:
+        read_observations(path)
+    assert "/tmp/tmp" not in str(e.value).replace(str(path), "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ from speciesmap.observations.delimited import CHUNK_ROWS, Opener, delimited
 IMAGES = ("gl_image", "rs_image")
 OLE = bytes.fromhex("d0cf11e0a1b11ae1")
 """First bytes of Excel's old workbooks."""
+BINARY = {b"SQLite format 3\0": ".gpkg", b"fgb": ".fgb"}
+"""First bytes of vector files, and the names that GDAL asks of them."""
+MISNAMED = (".csv", ".tsv", ".txt")
+"""Names by which GDAL takes anything for a table of text."""
 PLACES = ("longitude", "latitude", "lon", "lat", "lng", "decimallongitude", "decimallatitude")
 """Columns that a geometry stands in for."""
 
@@ -62,7 +67,7 @@ def frames(path: Path) -> Iterator[pd.DataFrame]:
     ):
         yield from delimited(_opener(path), str(path))
     else:
-        yield _vector(path)
+        yield _binary(path, head)
 
 
 def _workbook(path: Path) -> ObservationsError:
@@ -140,14 +145,26 @@ def _parquet(path: Path) -> Iterator[pd.DataFrame]:
         ) from error
 
 
-def _vector(path: Path) -> pd.DataFrame:
+def _binary(path: Path, head: bytes) -> pd.DataFrame:
+    """Read a vector file of one of GDAL's binary forms, under a name that GDAL takes for it."""
+    suffix = next((s for magic, s in BINARY.items() if head.startswith(magic)), "")
+    if path.suffix.lower() not in MISNAMED and (not suffix or path.suffix):
+        return _vector(path)
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / f"{path.stem}{suffix}"
+        link.symlink_to(path.resolve())
+        return _vector(path, link)
+
+
+def _vector(path: Path, name: Path | None = None) -> pd.DataFrame:
     import geopandas as gpd
 
     try:
-        rows = gpd.read_file(path)
+        rows = gpd.read_file(name or path)
     except Exception as error:  # GDAL's drivers raise classes of their own
+        reason = str(error).replace(str(name or path), path.name)
         raise ObservationsError(
-            f"{path} is no table and no vector file that GDAL reads ({error}); give an export of "
+            f"{path} is no table and no vector file that GDAL reads ({reason}); give an export of "
             "GBIF or iNaturalist, a CSV, a GeoPackage or GeoParquet"
         ) from error
     return _located(rows, path, 0)
