@@ -12,7 +12,7 @@ from typing import Any
 from speciesmap import __version__, outputs
 from speciesmap.config import FinetuneConfig, ValidationConfig, load_config
 from speciesmap.errors import ConfigError, ModelError
-from speciesmap.learning.ladder import HEAD, climb
+from speciesmap.learning.ladder import climb
 from speciesmap.models import SpeciesModel, load_model, read_facts
 from speciesmap.present.odmap import protocol, write_protocol
 from speciesmap.present.report import write_report
@@ -80,7 +80,6 @@ def evaluate(
         "configuration": config.model_dump(mode="json"),
         "covariates": [str(path) for path in covariates or config.data.covariates],
         "folding": _folding(config.validation),
-        "head": HEAD,
         "notes": warning,
         **climb(loaded, encoder, config, covariates=covariates, surveys=asked),
     }
@@ -167,7 +166,7 @@ def _encoder(
 
 def _known(result: dict[str, Any], model: SpeciesModel) -> dict[tuple[str, str, str], str]:
     """What a run can say of the ODMAP protocol's elements."""
-    config, own = result["configuration"], result["rungs"][HEAD]["mean"]
+    config, own = result["configuration"], result["rungs"][result["head"]]["mean"]
     data, a = config["data"], model.architecture
     taxa = ", ".join(result["taxa"])
     sizes = "; ".join(f"{name}: {f['presences']}" for name, f in result["taxa"].items())

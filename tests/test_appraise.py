@@ -87,6 +87,10 @@ def test_every_rung_is_judged_by_every_measure_on_the_same_rows(appraisal: Appra
     shares = rungs["prevalence only"]["taxa"][TAXA[0].name]["auc_folds"]
     assert shares == [0.5, 0.5]
     assert abs(rungs["prevalence only"]["mean"]["brier_skill"]) < 0.1
+    assert rungs["prevalence only"]["mean"]["boyce"] is None, "it ranks nothing"
+    for rival in ("MaxEnt on covariates", "heads on covariates"):
+        assert {f"{rival}, random background", f"{rival}, target-group background"} <= set(rungs)
+    assert appraisal.result["head"] == HEAD, "covariates were given, but the model reads none"
     assert set(appraisal.result["differences"]) == set(rungs) - {HEAD}
     assert appraisal.result["shuffle"]["pairs"] == 6
 
@@ -95,6 +99,13 @@ def test_random_imagery_teaches_nothing(appraisal: Appraisal) -> None:
     """Windows of this scene are noise: no rung may be good on held-out blocks."""
     for name, rung in appraisal.result["rungs"].items():
         assert 0.3 < rung["mean"]["auc"] < 0.7, name
+
+
+def test_maps_of_noise_do_no_better_than_null_maps(appraisal: Appraisal) -> None:
+    judged = appraisal.result["rungs"][HEAD]["taxa"].values()
+    assert all(0.5 < found["auc_null"] < 0.8 for found in judged)
+    assert sum(found["informative"] for found in judged) <= 1
+    assert "uninformative" in appraisal.html.read_text()
 
 
 def test_surveyed_places_that_share_ground_with_presences_are_left_out(

@@ -18,10 +18,12 @@ from odc.geo.geobox import GeoBox
 from scipy.spatial import cKDTree
 from tiny import BANDS, SIDE, TAXA, TinyScene, tiny_model, tiny_scene
 
+from speciesmap.appraise import evaluate
 from speciesmap.atlas import predict
 from speciesmap.config import load_config
 from speciesmap.datasets.birds import open_dataset
 from speciesmap.errors import ConfigError, ImageryError, ModelError
+from speciesmap.learning.ladder import WITH_COVARIATES
 from speciesmap.learning.train import train
 from speciesmap.mapping.applicability import applicable, learn_applicability
 from speciesmap.models import load_model, read_facts, save_model
@@ -261,6 +263,18 @@ def test_a_damaged_environment_is_a_damaged_checkpoint(trained: Path, tmp_path: 
         (copy / "config.json").write_text(json.dumps({**facts, "environment": damage or None}))
         with pytest.raises(ModelError, match="is damaged"):
             load_model(copy)
+
+
+def test_a_model_that_reads_covariates_stands_on_their_rung(
+    scene: TinyScene, trained: Path, tmp_path: Path
+) -> None:
+    made = evaluate(trained, data=scene.chips, out=tmp_path / "evaluation")
+    assert made.result["head"] == WITH_COVARIATES
+    assert WITH_COVARIATES not in made.result["differences"]
+    found = made.result["rungs"][WITH_COVARIATES]["taxa"][TAXA[0].name]
+    assert found["informative"] and found["auc_mean"] > found["auc_null"], "it follows moisture"
+    page = made.html.read_text()
+    assert "Covariates: moisture" in page and "Embedding + covariates + head minus each" in page
 
 
 @pytest.mark.parametrize("loss", ["assume_negative", "poisson", "weighted_logistic"])

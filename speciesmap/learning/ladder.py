@@ -131,8 +131,8 @@ def climb(
         surveys: Table of presence and absence, `lon, lat, taxon, present`.
 
     Returns:
-        What `report.json` holds: `rungs`, `differences`, `shuffle`, `surveys` and what was left
-        out and why.
+        What `report.json` holds: `rungs`, `head`, the rung that the model itself stands on,
+        `differences`, `shuffle`, `surveys` and what was left out and why.
 
     Raises:
         ConfigError: The configuration has no folds, or its data is incomplete.
@@ -155,11 +155,14 @@ def climb(
     }
     for name, make in track(list(rungs.items()), "Climbing"):
         result["rungs"][name] = _judge(rows, make())
-    bounds = _null_bounds(rows, config.seed)
+    reads = model.environment is not None and WITH_COVARIATES in result["rungs"]
+    head = WITH_COVARIATES if reads else HEAD
+    bounds = _null_bounds(rows, config.seed, rows.covariates if reads else None)
     for k, name in enumerate(rows.names):
-        found = result["rungs"][HEAD]["taxa"][name]
+        found = result["rungs"][head]["taxa"][name]
         found |= _informative(found["auc_folds"], bound_for(bounds, int((rows.taxon == k).sum())))
-    result["differences"] = _differences(result["rungs"])
+    result["head"] = head
+    result["differences"] = _differences(result["rungs"], head)
     with_, without = result["rungs"][WITH_LOCATION], result["rungs"][SHUFFLED]
     result["shuffle"] = {
         "auc": with_["mean"]["auc"],
@@ -451,6 +454,8 @@ def _judge(rows: Rows, scores: NDArray[np.float64]) -> dict[str, Any]:
             threshold[held] = np.quantile(value[other][present[other]], 0.05, method="lower")
         known = np.isfinite(odds)
         found = measure(present[known], odds[known], 0.5, probability=True)
+        if all(np.ptp(value[fold == j]) == 0 for j in np.unique(fold)):
+            found["boyce"] = None  # it ranks nothing
         chosen = value[known] >= threshold[known]
         here = present[known]
         found["omission"] = float((~chosen[here]).mean()) if here.any() else None
@@ -478,13 +483,13 @@ def _judge(rows: Rows, scores: NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
-def _null_bounds(rows: Rows, seed: int) -> dict[int, float]:
-    """AUC that heads on embeddings reach with records drawn from the group's places."""
+def _null_bounds(rows: Rows, seed: int, beside: NDArray[np.float64] | None) -> dict[int, float]:
+    """AUC that heads reach with records drawn from the group's places."""
     counts = [int((rows.taxon == k).sum()) for k in range(len(rows.names))]
     drawn = draw_null_maps(rows.group, counts, np.random.default_rng(seed))
     if not drawn.shape[1]:
         return {}
-    scores = _headed(rows, rows.embedding, seed, drawn=drawn)
+    scores = _headed(rows, rows.embedding, seed, beside, drawn)
     return null_bounds(drawn, scores, rows.taxon == RANDOM, rows.fold)
 
 
@@ -492,7 +497,7 @@ def _informative(by_fold: Sequence[float | None], bound: float | None) -> dict[s
     """Whether a taxon's map says more than null maps do, or than chance where there are none."""
     mean = _mean(by_fold)
     above = better_than_chance(by_fold) if bound is None or mean is None else mean > bound
-    return {"auc_null": bound, "informative": above}
+    return {"auc_mean": mean, "auc_null": bound, "informative": above}
 
 
 def _scaled(value: NDArray[np.float64], reference: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -515,12 +520,12 @@ def _aucs(rung: Mapping[str, Any]) -> list[float]:
     ]
 
 
-def _differences(rungs: Mapping[str, Any]) -> dict[str, Any]:
-    """The head minus every other rung, paired by taxon and fold."""
+def _differences(rungs: Mapping[str, Any], head: str) -> dict[str, Any]:
+    """The model's own rung minus every other, paired by taxon and fold."""
     return {
-        name: paired_difference(_aucs(rungs[HEAD]), _aucs(rung))
+        name: paired_difference(_aucs(rungs[head]), _aucs(rung))
         for name, rung in rungs.items()
-        if name != HEAD
+        if name != head
     }
 
 

@@ -97,9 +97,12 @@ def write_report(result: Mapping[str, Any], protocol: pd.DataFrame, path: Path) 
         "trained and judged on the same rows; no training window overlaps a held-out one. "
         f"Embeddings are those of {result['encoder']['note']}."
     )
+    if result["covariates"]:
+        lead += f" Covariates: {', '.join(Path(str(c)).name for c in result['covariates'])}."
+    own_rung = head[0].upper() + head[1:]
     own = rungs[head]["mean"]
     figures = [
-        (own["auc"], "AUC of embedding and head, on held-out blocks"),
+        (own["auc"], f"AUC of {head}, on held-out blocks"),
         (own["auc_target_group"], "AUC against records of the other taxa"),
         (own["boyce"], "continuous Boyce index"),
         (own["calibration_error"], "expected calibration error, record against background"),
@@ -114,8 +117,8 @@ def write_report(result: Mapping[str, Any], protocol: pd.DataFrame, path: Path) 
         ),
         _section(
             "Differences",
-            "Embedding and head minus each method, paired by taxon and fold. Folds share training "
-            "rows, so the standard error is a lower bound.",
+            f"{own_rung} minus each method, paired by taxon and fold. Folds share training rows, "
+            "so the standard error is a lower bound.",
             _differences(result["differences"]),
         ),
         _section("Does it look, or does it know the place?", "", f"<p>{_shuffle_text(result)}</p>"),
@@ -131,10 +134,10 @@ def write_report(result: Mapping[str, Any], protocol: pd.DataFrame, path: Path) 
         ),
         _section(
             "By taxon",
-            "Embedding and head, on held-out blocks. A map is called uninformative where its mean "
-            "AUC over folds is not above what 95 of 100 null maps stay below, whose records were "
-            "drawn from the places of all taxa (Raes & ter Steege 2007); or, where there is no "
-            "group to draw from, not above one half.",
+            f"{own_rung}, on held-out blocks. A map is called uninformative where the mean AUC "
+            "of its folds is not above that which 95 of 100 null maps stay below, whose records "
+            "were drawn from the places of the whole group (Raes & ter Steege 2007); or, where "
+            "there is no group to draw from, where its folds cannot be told from chance.",
             _taxa(rungs[head]["taxa"], result["taxa"]),
         ),
     ]
@@ -316,6 +319,7 @@ def _reliability(name: str, table: Sequence[Mapping[str, float]]) -> str:
 
 def _taxa(found: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     rows = []
+    nulls = any(measures["auc_null"] is not None for measures in found.values())
     for name, measures in found.items():
         few = facts[name]["few"]
         warning = ' <span class="warn">too few presences</span>' if few else ""
@@ -324,10 +328,12 @@ def _taxa(found: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         cells = [
             f"{escape(name)}{warning}",
             str(facts[name]["presences"]),
+            *([_number(measures["auc_mean"]), _number(measures["auc_null"])] if nulls else []),
             *(_number(measures[key]) for key in MEASURES),
         ]
         rows.append(("", cells))
-    return _table(["taxon", "presences", *_headings()], rows)
+    compared = ["mean AUC of folds", "of null maps"] if nulls else []
+    return _table(["taxon", "presences", *compared, *_headings()], rows)
 
 
 def _surveys(found: Mapping[str, Any]) -> str:
