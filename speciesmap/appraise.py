@@ -201,7 +201,8 @@ def _known(result: dict[str, Any], model: SpeciesModel) -> dict[tuple[str, str, 
         ("Data", "Biodiversity data", "Data sources"): str(data["dataset"]),
         ("Data", "Biodiversity data", "Sample size"): sizes,
         ("Data", "Biodiversity data", "Background data"): f"{result['background']} places, "
-        "random over the imagery; records of the other taxa as target group",
+        "random over the imagery; target group: "
+        + str(data["target_group"] or "records of the other taxa"),
         ("Data", "Data partitioning", "Training data"): folds,
         ("Data", "Data partitioning", "Validation data"): "penalties chosen on the folds that are "
         "trained on; thresholds on the other folds' held-out scores",

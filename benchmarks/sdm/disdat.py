@@ -20,6 +20,7 @@ import pandas as pd
 import rdata
 import torch
 
+from speciesmap.learning.baselines import fit_maxent
 from speciesmap.learning.distribution import Records, fit_covariates
 from speciesmap.learning.metrics import auc, paired_difference
 from speciesmap.observations.folds import spatial_blocks
@@ -124,26 +125,16 @@ def heads(region: Region, background: np.ndarray) -> list[np.ndarray]:
 
 
 def maxent(region: Region, background: np.ndarray) -> list[np.ndarray]:
-    """Scores of elapid's MaxEnt with linear, quadratic and hinge features, species by species."""
-    import elapid
-
+    """Scores of elapid's MaxEnt, species by species."""
+    values = region.sites[region.covariates].to_numpy()
     scores = []
     for where, found in region.surveys:
-        values = np.empty(found.shape)
-        for j, code in enumerate(found):
+        columns = []
+        for code in found:
             k = region.species.index(code)
-            here = region.sites.loc[region.presences[:, k], region.covariates]
-            away = region.sites.loc[background[:, k], region.covariates]
-            model = elapid.MaxentModel(feature_types=["linear", "quadratic", "hinge"], n_cpus=1)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model.fit(
-                    pd.concat([here, away], ignore_index=True),
-                    np.r_[np.ones(len(here)), np.zeros(len(away))],
-                    categorical=region.categorical or None,
-                )
-                values[:, j] = model.predict(where)
-        scores.append(values)
+            here, away = values[region.presences[:, k]], values[background[:, k]]
+            columns.append(fit_maxent(here, away, region.categorical)(where.to_numpy()))
+        scores.append(np.column_stack(columns))
     return scores
 
 

@@ -6,6 +6,7 @@ and textures say?
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -60,6 +61,41 @@ def trend_surface() -> Pipeline:
         PolynomialFeatures(2, include_bias=False),
         LogisticRegression(C=1.0, class_weight="balanced", max_iter=2000),
     )
+
+
+def fit_maxent(
+    here: NDArray[np.float64], away: NDArray[np.float64], categorical: Sequence[int] = ()
+) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+    """Fit elapid's MaxEnt with linear, quadratic and hinge features.
+
+    Args:
+        here: Covariates at presences, shape (N, C).
+        away: Of the background, shape (M, C).
+        categorical: Columns that name categories; one that was not seen in training adds nothing.
+
+    Returns:
+        Suitability (cloglog) of other places, shape (P,) from (P, C).
+    """
+    import elapid
+
+    model = elapid.MaxentModel(feature_types=["linear", "quadratic", "hinge"], n_cpus=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.fit(  # an array: of a data frame it tells categories by the columns' types alone
+            np.concatenate([here, away]),
+            np.r_[np.ones(len(here)), np.zeros(len(away))],
+            categorical=list(categorical) or None,
+        )
+    if categorical:
+        for encoder in model.transformer.estimators_["categorical"].estimators_:
+            encoder.handle_unknown = "ignore"
+
+    def suitability(places: NDArray[np.float64]) -> NDArray[np.float64]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.asarray(model.predict(places), np.float64)
+
+    return suitability
 
 
 def held_out_scores(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,13 @@ from sklearn.linear_model import LogisticRegression
 
 from speciesmap.config import FinetuneConfig
 from speciesmap.errors import ConfigError
-from speciesmap.learning.baselines import logistic, positions, trend_surface, window_statistics
+from speciesmap.learning.baselines import (
+    fit_maxent,
+    logistic,
+    positions,
+    trend_surface,
+    window_statistics,
+)
 from speciesmap.learning.chance import (
     better_than_chance,
     bound_for,
@@ -341,24 +346,17 @@ def _classified(rows: Rows, features: NDArray[Any], make: Callable[[], Any]) -> 
 
 
 def _maxent(rows: Rows, features: NDArray[Any], group: bool) -> NDArray[np.float64]:
-    """Elapid's MaxEnt with linear, quadratic and hinge features."""
-    import elapid
-
+    """Elapid's MaxEnt, taxon by taxon."""
     categorical = rows.categorical if features is rows.covariates else []
 
     def scored(use: NDArray[np.bool_], held: NDArray[np.bool_]) -> NDArray[Any]:
         found = np.zeros((held.sum(), len(rows.names)))
+        away = features[use & (rows.group if group else rows.taxon == RANDOM)]
         for k in range(len(rows.names)):
-            here = np.flatnonzero(use & (rows.taxon == k))
-            away = np.flatnonzero(use & (rows.group if group else rows.taxon == RANDOM))
-            if not len(here) or not len(away):
-                continue
-            model = elapid.MaxentModel(feature_types=["linear", "quadratic", "hinge"], n_cpus=1)
-            label = np.r_[np.ones(len(here)), np.zeros(len(away))]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model.fit(features[np.r_[here, away]], label, categorical=categorical or None)
-                found[:, k] = np.log(np.clip(model.predict(features[held]), 1e-9, 1))
+            here = features[use & (rows.taxon == k)]
+            if len(here) and len(away):
+                suitability = fit_maxent(here, away, categorical)
+                found[:, k] = np.log(np.clip(suitability(features[held]), 1e-9, 1))
         return found
 
     return rows.by_fold(scored)

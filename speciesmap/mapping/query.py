@@ -311,7 +311,7 @@ def spread(
 
 def _in_blocks(rows: NDArray[Any]) -> Tensor:
     """Rows of the last axis in float32, with zeros up to a whole number of blocks."""
-    flat = torch.from_numpy(np.ascontiguousarray(rows)).reshape(-1, rows.shape[-1]).float()
+    flat = torch.from_numpy(np.ascontiguousarray(rows)).flatten(0, -2).float()  # D may be 0
     return F.pad(flat, (0, 0, 0, -len(flat) % PLACES))  # (N, D)
 
 
