@@ -20,6 +20,7 @@ from speciesmap.errors import ConfigError
 from speciesmap.learning.baselines import (
     fit_maxent,
     logistic,
+    one_hot,
     positions,
     trend_surface,
     window_statistics,
@@ -283,6 +284,7 @@ def _rungs(
     shown = "covariates"
     if not features.shape[1]:
         features, shown = window_statistics(rows.places), "band means and textures"
+    plain = one_hot(features, rows.categorical if features is rows.covariates else [])
     location = positions(rows.places)
     rng = np.random.default_rng(seed)
     mixed = rng.permutation(len(rows.taxon))
@@ -293,7 +295,7 @@ def _rungs(
             ).repeat(held.sum(), 0)
         ),
         "location only": lambda: _classified(rows, location, trend_surface),
-        f"logistic regression on {shown}": lambda: _classified(rows, features, logistic),
+        f"logistic regression on {shown}": lambda: _classified(rows, plain, logistic),
     }
     skipped: dict[str, str] = {}
     if importlib.util.find_spec("elapid") is None:
