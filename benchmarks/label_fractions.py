@@ -6,8 +6,8 @@ A seed is another landscape with other niches. Its observations are dealt by blo
 training, validation and testing, and those of training whose windows share ground with the others
 are left out. CRISP, CVE-MAE and CVM-MAE learn from the pairs of training without labels or names,
 with the same two small transformers, batches, rate and epochs. Then photo and window together name
-the taxon, fine-tuned with 1, 5, 20 and 100 percent of the labels of training and stopped on
-validation; so does a copy that never saw anything ("supervised only").
+the taxon, fine-tuned with 1, 5, 20 and 100 percent of the labels of training; the epoch that is
+best on validation is tested, once. So does a copy that never saw anything ("supervised only").
 
 What is done is not done again, so that a run can be taken in pieces.
 """
@@ -54,7 +54,13 @@ COLOURS = {  # Okabe & Ito 2008
     "CVM-MAE": "#009e73",
     "supervised only": "#555555",
 }
-PERCENT = [1.0, 5.0, 20.0, 100.0]
+EPOCHS = {1.0: 60, 5.0: 60, 20.0: 16, 100.0: 16}  # at most, by percent of labels
+PATIENCE = {
+    1.0: 60,
+    5.0: 60,
+    20.0: 5,
+    100.0: 5,
+}  # few labels make one batch, and one step, an epoch
 CPU = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
 
 
@@ -116,27 +122,30 @@ def start(folder: Path, name: str, seed: int, epochs: int) -> Path:
     return save_model(build(config.model, sources, rows), out, {"metrics": {}})
 
 
-def compare(folder: Path, name: str, model: Path, seed: int, epochs: int) -> pd.DataFrame:
-    """Fine-tune one start with every share of the labels."""
-    config = load_config(
-        {
-            "stage": "classify",
-            "init": {name: str(model)},
-            "seed": seed,
-            "data": {"dataset": str(folder / "chips"), "window_px": SEEN_PX},
-            "views": ["both"],
-            "modes": ["finetune"],
-            "percent": PERCENT,
-            "patience": 5,
-            "optim": {"epochs": epochs, "batch_size": 64, "lr": 0.001},
-            "trainer": CPU,
-        }
-    )
-    assert isinstance(config, ClassifyConfig)
-    out = folder / f"{model.name}_named"
-    if not out.exists():
-        classify(config, out)
-    table = pd.DataFrame(read_results(out)["table"])
+def compare(folder: Path, name: str, model: Path, seed: int) -> pd.DataFrame:
+    """Fine-tune one start with every share of the labels, and keep its best epoch."""
+    tables = []
+    for percent, epochs in EPOCHS.items():
+        config = load_config(
+            {
+                "stage": "classify",
+                "init": {name: str(model)},
+                "seed": seed,
+                "data": {"dataset": str(folder / "chips"), "window_px": SEEN_PX},
+                "views": ["both"],
+                "modes": ["finetune"],
+                "percent": [percent],
+                "patience": PATIENCE[percent],
+                "optim": {"epochs": epochs, "batch_size": 64, "lr": 0.001},
+                "trainer": CPU,
+            }
+        )
+        assert isinstance(config, ClassifyConfig)
+        out = folder / f"{model.name}_{percent:g}"
+        if not out.exists():
+            classify(config, out)
+        tables.append(pd.DataFrame(read_results(out)["table"]))
+    table = pd.concat(tables)
     return table[["init", "percent", "labels", "top1", "species_top1"]].assign(seed=seed)
 
 
@@ -148,26 +157,30 @@ def plot(rows: pd.DataFrame, file: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    places = np.arange(len(PERCENT))
+    places = np.arange(len(EPOCHS))
     ends = {}
-    for k, (name, colour) in enumerate(COLOURS.items()):
+    for k, ((name, colour), marker) in enumerate(zip(COLOURS.items(), "os^D", strict=True)):
         x = places + 0.07 * (k - 1.5)
         by_share = rows[rows["init"] == name].pivot(
             index="percent", columns="seed", values="species_top1"
         )
         mean = by_share.mean(axis=1)
         axes.plot(x, by_share, "o", color=colour, alpha=0.3, markersize=3)
-        axes.errorbar(x, mean, by_share.std(axis=1), color=colour, marker="s", capsize=3)
+        axes.errorbar(x, mean, by_share.std(axis=1), color=colour, marker=marker, capsize=3)
         ends[name] = float(mean.iloc[-1])
     axes.axhline(1 / TAXA, color="#999999", linewidth=0.8, linestyle=":")
-    axes.text(-0.25, 1 / TAXA, "chance", color="#777777", fontsize=9, va="bottom")
+    axes.text(places[-1] + 0.2, 1 / TAXA, "chance", color="#777777", fontsize=9, va="bottom")
     low, high = axes.get_ylim()
-    at = -np.inf
-    for name, end in sorted(ends.items(), key=lambda item: item[1]):
-        at = max(end, at + 0.05 * (high - low))
-        axes.text(places[-1] + 0.2, at, name, color=COLOURS[name], va="center")
+    names = sorted(ends, key=ends.__getitem__)
+    heights: list[float] = []
+    for name in names:
+        above = heights[-1] + 0.05 * (high - low) if heights else low
+        heights.append(max(ends[name], above))
+    shift = np.mean([*ends.values()]) - np.mean(heights)
+    for name, height in zip(names, np.add(heights, shift), strict=True):
+        axes.text(places[-1] + 0.2, height, name, color=COLOURS[name], va="center")
     labels = rows.groupby("percent")["labels"].mean()
-    axes.set_xticks(places, [f"{p:g}%\n{labels[p]:.0f} labels" for p in PERCENT])
+    axes.set_xticks(places, [f"{p:g}%\n{labels[p]:.0f} labels" for p in EPOCHS])
     axes.set_xlim(-0.3, places[-1] + 1.0)
     axes.set_ylabel("species-averaged top-1, held-out blocks")
     seeds = rows["seed"].nunique()
@@ -187,7 +200,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--pretrain-epochs", type=int, default=40)
-    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--only", choices=COLOURS, help="do no more than this one's part")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where table and plot go")
     arguments = parser.parse_args()
@@ -198,7 +210,7 @@ def main() -> None:
             prepare(folder, seed)
         for name in [arguments.only] if arguments.only else COLOURS:
             model = start(folder, name, seed, arguments.pretrain_epochs)
-            tables.append(compare(folder, name, model, seed, arguments.epochs))
+            tables.append(compare(folder, name, model, seed))
     if arguments.only:
         return
     rows = pd.concat(tables, ignore_index=True).round(4)

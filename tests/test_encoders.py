@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from speciesmap.errors import ModelError
+from speciesmap.models import encoders
 from speciesmap.models.encoders import ImageTower, computes_bfloat16
 
 
@@ -63,6 +68,24 @@ def test_a_misspelt_backbone_names_the_nearest() -> None:
 def test_arguments_that_the_backbone_does_not_take_are_refused() -> None:
     with pytest.raises(ModelError, match=r"timm cannot build 'test_resnet' with .*patch_sze"):
         tower(kwargs={"patch_sze": 8})
+
+
+@pytest.mark.parametrize("bands", [1, 4, 13])
+def test_weights_learned_on_rgb_are_spread_over_any_bands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bands: int
+) -> None:
+    learned = tower(bands=3).backbone.state_dict()
+    save_file(learned, tmp_path / "rgb.safetensors")
+    file = {"file": str(tmp_path / "rgb.safetensors")}  # in place of the hub
+    create = partial(encoders.timm.create_model, pretrained_cfg_overlay=file)
+    monkeypatch.setattr(encoders.timm, "create_model", create)
+    taken = tower(bands=bands, pretrained=True).backbone.state_dict()
+    rgb = learned["conv1.0.weight"]
+    spread = taken["conv1.0.weight"]
+    assert spread.shape[1] == bands
+    if bands == 4:  # red again, and less of each, so that a grey image excites as much
+        torch.testing.assert_close(spread, rgb[:, [0, 1, 2, 0]] * 3 / 4)
+    torch.testing.assert_close(taken["layer1.0.conv1.weight"], learned["layer1.0.conv1.weight"])
 
 
 def test_a_patch_larger_than_the_image_is_refused() -> None:
