@@ -28,7 +28,13 @@ from speciesmap.datasets.columns import FACTS, FRACTIONS
 from speciesmap.datasets.paired import open_paired
 from speciesmap.datasets.writer import PairedWriter
 from speciesmap.errors import ConfigError, ModelError, OutputError
-from speciesmap.learning.classify import classification_figures, read_results, split_rows
+from speciesmap.learning.classify import (
+    classification_figures,
+    observations_of,
+    read_results,
+    split_rows,
+)
+from speciesmap.learning.data import PairedRows
 from speciesmap.learning.train import train
 from speciesmap.models import SpeciesModel, save_model
 
@@ -256,6 +262,22 @@ def test_splits_share_no_observation_and_no_ground(chips: Path, init: Path) -> N
     assert left > 0
     assert sum(map(len, rows.values())) + left == 120
     assert notes["taxa"] == 3
+
+
+def test_rows_without_the_number_of_an_observation_are_each_their_own(
+    chips: Path, init: Path
+) -> None:
+    dataset = open_paired(chips)
+    checked = load_config(config(chips, init))
+    assert isinstance(checked, ClassifyConfig)
+    numbered, _ = split_rows(dataset, checked)
+    dataset.facts = dataset.facts.assign(observation_uuid=[None, ""] * 60)
+    rows, _ = split_rows(dataset, checked)
+    assert {name: part.tolist() for name, part in rows.items()} == {
+        name: part.tolist() for name, part in numbered.items()
+    }
+    windows = PairedRows(dataset, rows["train"], TAXA)
+    assert observations_of(dataset.facts, windows).sum() == len(rows["train"])
 
 
 def test_a_withheld_taxon_is_neither_trained_nor_tested(chips: Path, init: Path) -> None:

@@ -231,9 +231,7 @@ def _leaks(
     leaks = np.zeros(len(rows), dtype=bool)
     if not len(others) or not len(rows):
         return leaks
-    if "observation_uuid" in facts:
-        identity = facts["observation_uuid"].to_numpy()
-        leaks |= np.isin(identity[rows].astype(str), identity[others].astype(str))
+    leaks |= np.isin(_identity(facts, rows), _identity(facts, others))
     latitude = facts["latitude"].to_numpy(np.float64)
     longitude = facts["longitude"].to_numpy(np.float64)
     east = longitude * DEGREE_M * np.cos(np.radians(latitude.mean()))
@@ -300,10 +298,12 @@ def observations_of(facts: pd.DataFrame, rows: PairedRows) -> NDArray[np.int64]:
 
 
 def _identity(facts: pd.DataFrame, rows: NDArray[np.int64]) -> NDArray[Any]:
-    """What tells the rows of one observation, shape (N,)."""
-    if "observation_uuid" in facts:
-        return np.asarray(facts["observation_uuid"].to_numpy()[rows].astype(str))
-    return rows.astype(str)
+    """What tells the rows of one observation, shape (N,); a row without it is one by itself."""
+    alone = np.char.add("row ", rows.astype(str))
+    if "observation_uuid" not in facts:
+        return alone
+    told = facts["observation_uuid"].fillna("").astype(str).to_numpy()[rows].astype(str)
+    return np.where(told == "", alone, told)
 
 
 @torch.no_grad()
