@@ -14,7 +14,7 @@ from speciesmap.present.odmap import TO_BE_FILLED
 
 MEASURES = {
     "auc": ("AUC", "against random background"),
-    "auc_target_group": ("AUC, target group", "against records of the other taxa"),
+    "auc_target_group": ("AUC, target group", "against places of the target group"),
     "average_precision": ("AP", "average precision against random background"),
     "boyce": ("Boyce", "continuous Boyce index"),
     "tss": ("TSS", "true skill statistic at the threshold"),
@@ -103,7 +103,7 @@ def write_report(result: Mapping[str, Any], protocol: pd.DataFrame, path: Path) 
     own = rungs[head]["mean"]
     figures = [
         (own["auc"], f"AUC of {head}, on held-out blocks"),
-        (own["auc_target_group"], "AUC against records of the other taxa"),
+        (own["auc_target_group"], "AUC against the target group"),
         (own["boyce"], "continuous Boyce index"),
         (own["calibration_error"], "expected calibration error, record against background"),
     ]
