@@ -322,6 +322,38 @@ def test_lists_that_contradict_each_other_are_refused(
         open_birds(path)
 
 
+@pytest.mark.parametrize(
+    ("layout", "outside"),
+    [
+        ("inat", "train/../../private.jpg"),
+        ("inat", "{}/private.jpg"),
+        ("cub", "../../private.jpg"),
+        ("nabirds", "../../cub/../private.jpg"),
+    ],
+)
+def test_an_image_outside_the_folder_is_refused(tmp_path: Path, layout: str, outside: str) -> None:
+    write_image(tmp_path / "private.jpg", 0)
+    path, name = tmp_path / layout, outside.format(tmp_path)
+    if layout == "inat":
+        content = read_json(inat_birds(path) / "train_birds.json")
+        content["images"][3]["file_name"] = name
+        write_json(path / "train_birds.json", content)
+    else:
+        file = {"cub": cub, "nabirds": nabirds}[layout](path) / "images.txt"
+        rows = file.read_text().splitlines()
+        file.write_text("\n".join([*rows[:3], f"{rows[3].split()[0]} {name}", *rows[4:]]))
+    with pytest.raises(DatasetError, match=r"private\.jpg'.* outside the folder") as refused:
+        open_birds(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_names_with_dots_inside_the_folder_are_read(tmp_path: Path) -> None:
+    path = cub(tmp_path / "cub")
+    text = (path / "images.txt").read_text()
+    (path / "images.txt").write_text(text.replace(" 001.", " 002.Laysan_Albatross/../001.", 1))
+    assert not open_birds(path).left_out
+
+
 def test_a_list_that_is_missing_and_json_that_is_broken_are_one_line(tmp_path: Path) -> None:
     path = cub(tmp_path / "cub")
     (path / "classes.txt").unlink()

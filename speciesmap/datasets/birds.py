@@ -169,8 +169,8 @@ def open_birds(path: str | Path) -> BirdDataset:
             `val_overhead/`; or the `images.txt` of CUB-200-2011 or NABirds.
 
     Raises:
-        DatasetError: The layout is none of these, a file or column is missing, ids come twice, or
-            nothing is left.
+        DatasetError: The layout is none of these, a file or column is missing, ids come twice, an
+            image lies outside the folder, or nothing is left.
     """
     path = Path(path)
     reader = reader_of(path)
@@ -463,7 +463,14 @@ def _distinct(names: Mapping[Any, str]) -> dict[Any, str]:
 
 
 def _present(path: Path, files: pd.Series[str]) -> pd.Series[bool]:
-    """Which files exist; each folder is listed once."""
+    """Which files exist; each folder is listed once. None may lie outside the data set."""
+    for name in files:
+        if Path(os.path.normpath(path / name)).is_relative_to(os.path.normpath(path)):
+            continue
+        raise DatasetError(
+            f"{path} lists the image {str(name)!r}, which lies outside the folder; unpack the data "
+            "set again, from a source you trust"
+        )
     listed: dict[Path, set[str]] = {}
     found = []
     for file in (path / name for name in files):
