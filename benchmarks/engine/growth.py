@@ -1,9 +1,10 @@
 """Windows per second and peak memory against the raster's side and the number of workers.
 
-`growth.py [SIDE ...]` measures each side in a process of its own, writes growth.json and draws
-growth.svg. The encoder is a small factored one, so that reading, cutting and writing are what is
-seen. To start takes as long for any raster and is left out: the rate is counted from the making of
-the store, with workers from the first tile written. Each worker has one core.
+`growth.py [SIDE ...]` measures each side in a process of its own, writes growth.json, draws
+growth.svg and puts a table into README.md. The encoder is a small factored one, so that reading,
+cutting and writing are what is seen. To start takes as long for any raster and is left out: the
+rate is counted from the making of the store, with workers from the first tile written. Each worker
+has one core.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from page import put
 from run import make_model, make_scene
 
 HERE = Path(__file__).parent
@@ -85,6 +87,20 @@ def main() -> None:
             print(kind, key, found[kind][key], flush=True)
     (HERE / "growth.json").write_text(json.dumps(found, indent=2) + "\n")
     draw(found["sides"], found["workers"])
+    put("growth", table(found))
+
+
+def table(found: dict[str, dict[int, dict[str, float]]]) -> str:
+    """The runs in Markdown, and what the largest raster took more than the smallest."""
+    lines = ["| | windows/s | peak MB |", "|---|---|---|"]
+    for kind, words in (("sides", "{:,} px a side"), ("workers", "{} workers")):
+        for key, one in found[kind].items():
+            rate, memory = one["windows_per_s"], one["memory_mb"]
+            lines.append(f"| {words.format(key)} | {rate:,.0f} | {memory:.0f} |")
+    sides = found["sides"]
+    more = sides[max(sides)]["memory_mb"] - sides[min(sides)]["memory_mb"]
+    lines += ["", f"{max(sides):,} px took {more:.0f} MB more than {min(sides):,} px."]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
