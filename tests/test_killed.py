@@ -69,7 +69,10 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tiny_model(bands=3), tmp_path_factory.mktemp("model") / "m", {})
+    """A factored one: what neighbouring tiles share is encoded by whichever comes first."""
+    cells = {"cell_px": 8, "width": 16, "layers": 2, "heads": 2}
+    made = tiny_model(bands=3, aerial={"backbone": "test_resnet", "factored": cells})
+    return save_model(made, tmp_path_factory.mktemp("model") / "m", {})
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +107,10 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bytes(
     for by in [signal.SIGKILL] * KILLS + [signal.SIGTERM] * 4:
         before = chunks(out)
         process = runs.start(out)
-        time.sleep(rng.uniform(0, 0.6))
+        more, deadline = int(rng.integers(TILES // 2)), time.monotonic() + 30
+        while len(chunks(out)) < len(before) + more and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
         os.kill(process, by)
         runs.status(process)
         after = chunks(out)
