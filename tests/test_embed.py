@@ -44,7 +44,7 @@ def vectors(store: engine.EmbeddingStore) -> np.ndarray:
 def naive(model: FakeModel, imagery: Imagery, stride: int, min_valid: float) -> np.ndarray:
     """Every window sliced, filled and encoded by itself."""
     side = model.window_px
-    grid = WindowGrid(imagery.shape, side, stride)
+    grid = WindowGrid(imagery.geobox, side, stride)
     out = np.full((*grid.cells, model.dim), np.nan, np.float16)
     for i in range(grid.cells[0]):
         for j in range(grid.cells[1]):
@@ -179,12 +179,15 @@ def test_windows_of_nodata_cost_nothing_and_come_out_as_nodata(tmp_path: Path) -
             precision="float32",
         )
         made = vectors(store)
-        windows = WindowGrid((96, 96), 16, 4)
         imagery = open_imagery(path)
+        windows = WindowGrid(imagery.geobox, 16, 4)
         share = np.array(
             [
-                [imagery.read(*windows.start(i, j), 16, 16)[1].mean() for j in range(24)]
-                for i in range(24)
+                [
+                    imagery.read(*windows.start(i, j), 16, 16)[1].mean()
+                    for j in range(windows.cells[1])
+                ]
+                for i in range(windows.cells[0])
             ]
         )
         expected = (share >= min_valid) & (share > 0)

@@ -50,7 +50,7 @@ def predict(model: SpeciesModel, scene: TinyScene, out: Path, **options: Any) ->
 def encoded_with_month(model: SpeciesModel, scene: TinyScene, month: int) -> NDArray[np.float32]:
     """Every window of the scene, encoded again with the month, shape (rows, columns, D)."""
     imagery = open_imagery(scene.imagery)
-    grid = WindowGrid(imagery.shape, WINDOW_PX, STRIDE_PX)
+    grid = WindowGrid(imagery.geobox, WINDOW_PX, STRIDE_PX)
     rows, cols = grid.cells
     fields = torch.tensor([[torch.nan, torch.nan, month, torch.nan]])
     vectors = np.empty((rows, cols, model.dim), np.float32)

@@ -52,7 +52,7 @@ def make_scene(path: Path, side: int) -> Path:
         "count": 3,
         "dtype": "uint8",
         "crs": "EPSG:32610",
-        "transform": Affine(1, 0, 550_000, 0, -1, 4_180_000),
+        "transform": Affine(1, 0, 549_888, 0, -1, 4_180_480),  # so that windows start at pixel 0
         "tiled": True,
         "blockxsize": 512,
         "blockysize": 512,

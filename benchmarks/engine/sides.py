@@ -173,6 +173,7 @@ def peer(name: str, scene: Path, folder: Path, query: torch.Tensor) -> dict[str,
 def ours(name: str, scene: Path, folder: Path, query: torch.Tensor) -> dict[str, object]:
     import speciesmap
     from speciesmap.mapping import embed as engine
+    from speciesmap.rasters.imagery import open_imagery
     from speciesmap.rasters.windows import WindowGrid
 
     model = speciesmap.load_model(folder)
@@ -213,7 +214,7 @@ def ours(name: str, scene: Path, folder: Path, query: torch.Tensor) -> dict[str,
         gap = 0.0
         rng = np.random.default_rng(0)
         with rasterio.open(scene) as raster:
-            grid = WindowGrid(raster.shape, WINDOW, store.identity.stride_px)
+            grid = WindowGrid(open_imagery(scene).geobox, WINDOW, store.identity.stride_px)
             for k in rng.choice(len(made), COMPARED):
                 tile, slots, vectors = made[k]
                 rows, cols = store.cells(tile)

@@ -162,7 +162,7 @@ def _empty_store(
         imagery.fingerprint,
         MIN_VALID,
     )
-    cells = WindowGrid(imagery.shape, model.window_px, stride).geobox(imagery.geobox)
+    cells = WindowGrid(imagery.geobox, model.window_px, stride).geobox
     return EmbeddingStore.create(path, identity, cells, model.dim, source=imagery.source)
 
 

@@ -124,7 +124,7 @@ def _cut_tile(
 ) -> Iterator[Batch]:
     identity = store.identity
     side, stride = identity.window_px, identity.stride_px
-    grid = WindowGrid(imagery.shape, side, stride)
+    grid = WindowGrid(imagery.geobox, side, stride)
     rows, cols = store.cells(tile)
     wide = (cols.stop - cols.start - 1) * stride + side
     # strips of all tiles are alike, so that neighbours cut the pieces they share alike

@@ -143,7 +143,7 @@ def embed(
         min_valid = existing.identity.min_valid if min_valid is None else min_valid
     stride_px = max(1, model.window_px // 4) if stride_px is None else stride_px
     imagery, cells, area = lay_out(imagery, model.window_px, stride_px, bbox, bbox_crs)
-    grid = WindowGrid(imagery.shape, model.window_px, stride_px)
+    grid = WindowGrid(imagery.geobox, model.window_px, stride_px)
     imagery = fit_values(model, imagery, grid.pixels(*area))
     identity = Identity(
         model=model.fingerprint,

@@ -57,7 +57,6 @@ def fit_imagery(
             around_m=model.window_px * model.resolution_m,
             **opening,
         )
-        log.info("grid: %s", imagery.in_words)
     elif any(value not in (None, (), "newest") for value in opening.values()):
         raise ConfigError(
             f"{imagery.source} is open already; give {', '.join(opening)} to open_imagery"
@@ -170,8 +169,9 @@ def lay_out(
         AreaError: The area is malformed or misses the imagery.
         ImageryError: The raster is too small for a cell.
     """
-    grid = WindowGrid(imagery.shape, window_px, stride_px)
-    cells = grid.geobox(imagery.geobox)
+    grid, words = WindowGrid(imagery.geobox, window_px, stride_px), imagery.in_words
+    cells = grid.geobox
+    rows, cols = (slice(0, count) for count in cells.shape)
     if bbox is not None:
         rows, cols = cells_in(bbox, cells, bbox_crs)
         share = coverage(bbox, imagery.geobox, bbox_crs)
@@ -181,8 +181,9 @@ def lay_out(
                 imagery.source,
                 100 * share,
             )
-        if not imagery.remote:
-            return imagery, cells, (rows, cols)
-        imagery = imagery.crop(*grid.pixels(rows, cols))
-        cells = cells[rows, cols]
-    return imagery, cells, (slice(0, cells.shape[0]), slice(0, cells.shape[1]))
+        if imagery.remote:
+            imagery = imagery.crop(*grid.pixels(rows, cols))
+            cells = cells[rows, cols]
+            rows, cols = (slice(0, count) for count in cells.shape)
+    log.info("grid: %s", words)
+    return imagery, cells, (rows, cols)

@@ -15,6 +15,7 @@ from speciesmap.mapping.fit import fit_imagery, fit_values, lay_out
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.rasters.imagery import Imagery, Opening
 from speciesmap.rasters.store import TILE
+from speciesmap.rasters.windows import WindowGrid
 
 MEASURED_S = 3.0
 
@@ -100,10 +101,8 @@ def plan(
         for r, count in zip((rows, cols), cells.shape, strict=True)
     )
     shape = (rows.stop - rows.start, cols.stop - cols.start)
-    first = -(side // (2 * stride))
     rectangle = (
-        (rows.start + first) * stride,
-        (cols.start + first) * stride,
+        *WindowGrid(imagery.geobox, side, stride).start(rows.start, cols.start),
         (shape[0] - 1) * stride + side,
         (shape[1] - 1) * stride + side,
     )

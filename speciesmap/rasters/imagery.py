@@ -55,9 +55,7 @@ def open_imagery(
     A raster has its own grid, and so have scenes whose pixels coincide; nothing is warped and
     pixels are those of the files. Other scenes are warped as they are read, bilinearly, onto the
     grid that `speciesmap.rasters.grid.choose_grid` chooses. Where scenes overlap, the first valid
-    pixel counts: of the newest scene, or the least cloudy, then by name. The first pixel of scenes
-    that coincide is the first that any of them has; as of STAC only those that touch the area are
-    known, `like` is needed where maps of several areas must share their cells.
+    pixel counts: of the newest scene, or the least cloudy, then by name.
 
     Args:
         src: A GeoTIFF, VRT or other raster; a folder of them; a pattern such as `naip/*.tif`; a

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,18 +23,19 @@ EDGE_POINTS = 33  # along each side of an area's outline when it is projected
 class WindowGrid:
     """Windows at a constant stride over a raster, and the cells that they describe.
 
-    Window k along an axis starts at pixel `k * stride_px`, where k may be negative. Its cell is the
-    square of `stride_px` at the window's centre. The grid holds every cell whose centre lies in the
-    raster, so that windows at the raster's edge reach beyond it. All of it follows from the
-    raster's pixels: an area of interest chooses cells and never moves them.
+    Windows start at pixels whose number, counted from the origin of the raster's CRS, is a multiple
+    of the stride. A window's cell is the square of `stride_px` at its centre. The grid holds every
+    cell whose centre lies in the raster, so that windows at the raster's edge reach beyond it. So
+    rasters that share pixels share cells, whatever part of them is at hand: an area of interest or
+    the scenes that were found choose cells and never move them.
 
     Attributes:
-        shape: Height and width of the raster in pixels.
+        imagery: Grid of the raster.
         window_px: Side of a window.
         stride_px: Distance between windows and side of a cell.
     """
 
-    shape: tuple[int, int]
+    imagery: GeoBox
     window_px: int
     stride_px: int
 
@@ -49,30 +51,36 @@ class WindowGrid:
                 "be at least 1"
             )
         if min(self.cells) < 1:
+            height, width = self.imagery.shape
             raise ImageryError(
-                f"a raster of {self.shape[0]} x {self.shape[1]} px is too small for cells of "
-                f"{self.stride_px} px; choose a smaller --stride-px"
+                f"a raster of {height} x {width} px is too small for cells of {self.stride_px} px; "
+                "choose a smaller --stride-px"
             )
 
-    @property
-    def first(self) -> int:
-        """Number k of the first window along both axes."""
-        return -(self.window_px // (2 * self.stride_px))
+    @cached_property
+    def first(self) -> tuple[int, int]:
+        """Row and column of the first pixel of the first cell's window; may be negative."""
+        t = self.imagery.transform
+        across, down = ~Affine(t.a, t.b, 0, t.d, t.e, 0) * (t.c, t.f)
+        half, starts = self.window_px / 2, []
+        for pixels in (down, across):
+            # pixels begin or are centred at whole numbers; neither is where rounding turns
+            phase = -math.floor(pixels + 0.25) % self.stride_px
+            starts.append(phase - self.stride_px * math.floor((phase + half) / self.stride_px))
+        return starts[0], starts[1]
 
     @property
     def cells(self) -> tuple[int, int]:
         """Rows and columns of cells."""
-        rows, cols = (self._count(side) for side in self.shape)
+        rows, cols = (
+            math.ceil((side - first - self.window_px / 2) / self.stride_px)
+            for side, first in zip(self.imagery.shape, self.first, strict=True)
+        )
         return rows, cols
-
-    def _count(self, side_px: int) -> int:
-        # the last k with k * stride + window / 2 < side
-        last = -((self.window_px - 2 * side_px) // (2 * self.stride_px)) - 1
-        return last - self.first + 1
 
     def start(self, row: int, col: int) -> tuple[int, int]:
         """Row and column of the first pixel of a cell's window."""
-        return (row + self.first) * self.stride_px, (col + self.first) * self.stride_px
+        return self.first[0] + row * self.stride_px, self.first[1] + col * self.stride_px
 
     def pixels(self, rows: slice, cols: slice) -> tuple[int, int, int, int]:
         """The smallest raster within this one whose cells are the given ones.
@@ -80,23 +88,17 @@ class WindowGrid:
         Returns:
             Its first row and column, height and width, in pixels.
         """
-        sides = [
-            (r.stop - r.start - 1 + self.first) * self.stride_px + self.window_px // 2 + 1
-            for r in (rows, cols)
-        ]
-        return rows.start * self.stride_px, cols.start * self.stride_px, sides[0], sides[1]
+        row, col = self.start(rows.start, cols.start)
+        height, width = ((r.stop - r.start - 1) * self.stride_px + 1 for r in (rows, cols))
+        return row + self.window_px // 2, col + self.window_px // 2, height, width
 
-    def geobox(self, imagery: GeoBox) -> GeoBox:
-        """Grid of the cells on Earth.
-
-        Args:
-            imagery: Grid of the raster, of this shape.
-        """
-        offset = self.first * self.stride_px + (self.window_px - self.stride_px) / 2
-        transform = (
-            imagery.transform * Affine.translation(offset, offset) * Affine.scale(self.stride_px)
-        )
-        return GeoBox(self.cells, transform, imagery.crs)
+    @property
+    def geobox(self) -> GeoBox:
+        """Grid of the cells on Earth."""
+        beside = (self.window_px - self.stride_px) / 2
+        corner = Affine.translation(self.first[1] + beside, self.first[0] + beside)
+        transform = self.imagery.transform * corner * Affine.scale(self.stride_px)
+        return GeoBox(self.cells, transform, self.imagery.crs)
 
 
 def cells_in(bbox: Sequence[float], cells: GeoBox, crs: Any = "EPSG:4326") -> tuple[slice, slice]:
