@@ -20,8 +20,8 @@ Species-averaged top-1 on five landscapes, seeds 0 to 4 (mean and standard devia
     | CVM-MAE         | 0.198 ± 0.039 | 0.390 ± 0.090 | 0.601 ± 0.063 | 0.656 ± 0.064 |
     | supervised only | 0.161 ± 0.034 | 0.285 ± 0.073 | 0.560 ± 0.032 | 0.668 ± 0.059 |
 
-The epochs were chosen on four of these: with 16 and a patience of 5 at every share, few labels made too few
-steps, and 20 percent taught supervised learning alone no more than 0.32.
+The epochs were chosen on four of these: with 16 and a patience of 5 at every share, few labels made
+too few steps, and 20 percent taught supervised learning alone no more than 0.32.
 
 What is done is not done again, so that a run can be taken in pieces.
 """
