@@ -413,7 +413,7 @@ def load_config(source: Path | str | Mapping[str, Any], changes: Sequence[str] =
         if not equals or not key:
             raise ConfigError(f"--set {change!r} is no assignment; write --set optim.lr=0.001")
         try:
-            read = yaml.load(value, _Plain)
+            read = _plain(value)
         except (yaml.YAMLError, RecursionError) as error:
             raise ConfigError(
                 f"--set {change[:200]!r} has a value that is not readable YAML; quote it, or write "
@@ -455,6 +455,14 @@ class _Plain(yaml.SafeLoader):
         return node
 
 
+def _plain(text: str) -> Any:
+    loader = _Plain(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def _values(node: yaml.Node, counted: dict[int, float]) -> float:
     """How many values a node stands for with its aliases written out; infinite in a circle."""
     if id(node) not in counted:
@@ -470,7 +478,7 @@ def _values(node: yaml.Node, counted: dict[int, float]) -> float:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Plain)
+        return _plain(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist; configs/ holds examples") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:

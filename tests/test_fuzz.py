@@ -193,6 +193,27 @@ def test_figures_of_trust_that_do_not_fit_the_model_are_refused(
         load_model(folder)
 
 
+@pytest.mark.parametrize(
+    "curve",
+    [
+        [[0.1, 0.9], [0.2]],
+        [[], []],
+        [[0.9, 0.1], [0.2, 0.3]],
+        [[0.1, float("nan")], [0.2, 0.3]],
+        [[0.1, 0.9], [0.2, float("inf")]],
+    ],
+)
+def test_a_calibration_that_is_no_curve_is_refused(
+    tmp_path: Path, curve: list[list[float]]
+) -> None:
+    folder = save_model(trusted(16), tmp_path / "model", {})
+    config = json.loads((folder / "config.json").read_text())
+    config["trust"]["curves"] = {"Quercus agrifolia": curve}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="the curve of Quercus agrifolia"):
+        load_model(folder)
+
+
 def test_heads_that_do_not_share_a_width_are_refused(tmp_path: Path) -> None:
     folder = save_model(trusted(16), tmp_path / "model", {})
     config = json.loads((folder / "config.json").read_text())

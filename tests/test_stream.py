@@ -6,6 +6,8 @@ import io
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -425,12 +427,13 @@ def test_rows_without_a_choice_left_and_places_that_cannot_be_kept_together_are_
         train(load_config(together), tmp_path / "run")
 
 
-def test_the_configuration_of_nature_multi_view_trains_on_rows_in_its_schema(
-    hub: Path, tmp_path: Path
-) -> None:
-    path = Path(__file__).parent.parent / "configs" / "crisp_nmv.yaml"
+NATURE_MULTI_VIEW = Path(__file__).parent.parent / "configs" / "crisp_nmv.yaml"
+
+
+def small(hub: Path) -> list[str]:
+    """Changes that make its configuration fit the tests' rows."""
     tiny = "{backbone: test_vit, kwargs: {patch_size: 4}"
-    changes = [
+    return [
         f"data.dataset={hub}",
         "data.window_px=12",
         "data.stream.buffer_rows=16",
@@ -438,11 +441,37 @@ def test_the_configuration_of_nature_multi_view_trains_on_rows_in_its_schema(
         f"model.aerial={tiny}, mean: [123.9, 127.0, 113.1, 131.4], std: [41.7, 36.4, 28.6, 39.3]}}",
         f"model.ground={tiny}, image_px: 16}}",
         "model.text={width: 16, layers: 1, heads: 2}",
+    ]
+
+
+def test_the_configuration_of_nature_multi_view_trains_on_rows_in_its_schema(
+    hub: Path, tmp_path: Path
+) -> None:
+    changes = [
+        *small(hub),
         "optim={epochs: 1, batch_size: 24, chunk_size: 10}",
         "trainer={accelerator: cpu, devices: 1, workers: 0}",
     ]
-    run = train(load_config(path, changes), tmp_path / "run")
+    run = train(load_config(NATURE_MULTI_VIEW, changes), tmp_path / "run")
     assert read_facts(run)["metrics"]["steps"] == 2
     model = load_model(run)
     assert model.architecture.mean == (123.9, 127.0, 113.1, 131.4)
     assert len(model.reference) == 48, "as many windows as the batches of an epoch hold"
+
+
+def test_two_processes_that_start_together_train_one_model(hub: Path, tmp_path: Path) -> None:
+    changes = [
+        *small(hub),
+        "optim={epochs: 1, batch_size: 12, chunk_size: 10}",
+        "trainer={accelerator: cpu, devices: 2, workers: 0, precision: 32-true}",
+    ]
+    program = str(Path(sys.executable).with_name("speciesmap"))
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += ["--no-python", program, "train", str(NATURE_MULTI_VIEW), "--resume"]
+    words += ["--out", str(tmp_path / "run"), *(w for c in changes for w in ("--set", c))]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count(str(tmp_path / "run")) == 1
+    assert read_facts(tmp_path / "run")["metrics"]["steps"] == 2
+    assert load_model(tmp_path / "run").architecture.dim == 16
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]

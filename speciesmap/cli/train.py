@@ -53,11 +53,14 @@ def command(
       speciesmap train configs/demo_crisp.yaml --set data.dataset=chips --out runs/pretrained
     """
     from speciesmap.config import ClassifyConfig, load_config
+    from speciesmap.learning.fit import process_rank
     from speciesmap.learning.train import train
     from speciesmap.models import read_facts
 
     stage = load_config(config, changes)
     path = train(stage, out, resume=resume, overwrite=overwrite)
+    if process_rank():
+        return  # the first process writes the checkpoint, and tells
     if isinstance(stage, ClassifyConfig):
         from speciesmap.learning.classify import read_results
 

@@ -99,6 +99,8 @@ class Crisp(Stage):
         contrastive: ContrastiveConfig | None = None,
         views: ViewsConfig | None = None,
     ) -> None:
+        # data-parallel training stops at parameters that no loss reaches
+        model.head.requires_grad_(False)
         super().__init__(model, optim, steps)
         self.prompts = Prompts(taxa)
         self.contrastive = contrastive or ContrastiveConfig()

@@ -91,8 +91,8 @@ def train(
             f"the interrupted run in {work} had another configuration; pass --overwrite to start "
             "anew, or the configuration in its config.yaml"
         )
-    work.mkdir(parents=True, exist_ok=True)
     if first:
+        work.mkdir(parents=True, exist_ok=True)
         (work / "config.yaml").write_text(described)
 
     L.seed_everything(config.seed, verbose=False)

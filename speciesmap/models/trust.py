@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel
+import numpy as np
+from pydantic import BaseModel, field_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speciesmap.models.environment import Environment
 
 TRUST = "trust.safetensors"
+
+Curve = tuple[list[float], list[float]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Trust:
     offset: Tensor
     applicability: Applicability | None = None
     thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
-    curves: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
     presences: dict[str, int] = field(default_factory=dict)
     uninformative: list[str] = field(default_factory=list)
 
@@ -134,6 +137,17 @@ class _Facts(BaseModel):
 
     applicability: dict[Literal["mean_distance", "threshold", "beside"], float] | None
     thresholds: dict[str, dict[str, float]]
-    curves: dict[str, tuple[list[float], list[float]]]
+    curves: dict[str, Curve]
     presences: dict[str, int]
     uninformative: list[str] = []
+
+    @field_validator("curves")
+    @classmethod
+    def _curves_rise(cls, curves: dict[str, Curve]) -> dict[str, Curve]:
+        for name, (suitability, probability) in curves.items():
+            finite = np.isfinite([*suitability, *probability]).all()
+            if not suitability or len(suitability) != len(probability) or not finite:
+                raise ValueError(f"the curve of {name} is no row of pairs of numbers")
+            if (np.diff(suitability) < 0).any():
+                raise ValueError(f"the curve of {name} does not rise")
+        return curves
