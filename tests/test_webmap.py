@@ -642,6 +642,8 @@ def test_two_maps_stand_beside_a_divider(browser: Any, scene: Path) -> None:
 def test_everything_can_be_done_by_keyboard(browser: Any, scene: Path) -> None:
     with visit(browser, scene) as seen:
         page = seen.page
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.closest('#sm-panel') !== null")
         page.focus("#sm-list input[value='0']")
         page.keyboard.press("ArrowDown")
         assert page.inner_text("#sm-name") == "Betula nana"

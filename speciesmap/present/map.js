@@ -8,6 +8,7 @@ function speciesmapPage(map, parts) {
     return { ...facts, overlay, pictures: [overlay._url, ...facts.months] };
   });
   const panel = byId("panel");
+  document.body.prepend(panel); // Tab reaches the settings before hundreds of markers
   const narrow = window.matchMedia("(max-width: 680px)");
   const state = { shown: 0, beside: -1, share: 0.5, tiles: null, month: 0 };
 
