@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 SHARES = np.linspace(0.005, 0.995, 100)
 """Shares of pixels at whose values a histogram is cut, each part holding as many as any other."""
 
-FAR = 1.0
+FAR = 1.25
 """Distance of histograms, in standard deviations, beyond which imagery is called unlike.
 
 Of NAIP, other cities and years were at most 0.73 apart, and a twelfth of a city at most 0.48 from
-the whole; values halved were at least 1.03 away, a forgotten factor of 255 at least 2.05.
+the whole. Of one Landsat scene, land and all with the sea were 1.1 apart, and so were land and
+the places of a forest species. Values halved were at least 1.03 away, which may pass unseen; a
+forgotten factor of 255 at least 2.05.
 """
 
 FULL = {"uint8": (255.0,), "uint16": (65535.0, 10000.0), "int16": (10000.0,)}
