@@ -183,11 +183,14 @@ def test_pixels_that_would_change_are_refused(tmp_path: Path) -> None:
 def test_a_truncated_photo_is_named_by_its_row(tmp_path: Path) -> None:
     photos = [{"bytes": jpeg(k), "path": "x"} for k in range(5)]
     photos[3]["bytes"] = photos[3]["bytes"][:-200]
+    photos[4]["bytes"] = b"no photo"
     file = write(tmp_path / "a.parquet", pixels(5).tolist(), gl_image=pa.array(photos))
     data = open_paired(file)
     assert data.ground([2])[0] is not None
     with pytest.raises(DatasetError, match="photo of row 3"):
         data.ground()
+    with pytest.raises(DatasetError, match=r"photo of row 4 .* \(cannot identify image file\);"):
+        data.ground([4])
 
 
 def test_absent_photos_are_none(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -223,6 +224,26 @@ def test_a_split_that_is_not_there_is_refused(
 ) -> None:
     with pytest.raises(DatasetError, match="no named rows of split 'dev'"):
         evaluate_retrieval(saved["cve"], birds, tmp_path / "out", split="dev")
+
+
+@pytest.mark.parametrize(("names", "rows"), [(("train", "test"), 12), (("train", "train"), 24)])
+def test_files_named_by_split_are_retrieved_apart(
+    tmp_path: Path, names: tuple[str, str], rows: int
+) -> None:
+    """Rows of training are no queries; chips, whose files are all named so, have no splits."""
+    bands = tuple(f"band_{k}" for k in range(4))
+    chips = tiny_scene(tmp_path / "scene", rows=24, bands=bands).chips
+    (file,) = chips.rglob("*.parquet")
+    table = pq.read_table(file)
+    file.unlink()
+    for k, name in enumerate(names):
+        part = file.with_name(f"{name}-{k:05d}-of-00002.parquet")
+        pq.write_table(table.slice(12 * k, 12), part)
+    model = save_model(tiny_model(), tmp_path / "model", {})
+    out = evaluate_retrieval(model, chips, tmp_path / "out")
+    assert (pd.read_csv(out / "retrieval.csv")["queries"] == rows).all()
+    split = "test" if rows == 12 else None
+    assert json.loads((out / "retrieval.json").read_text())["split"] == split
 
 
 @pytest.mark.parametrize("reranked", [False, True])

@@ -451,9 +451,9 @@ def _table(
 
 
 def _refuse_repeats(ids: pd.Series[Any], where: str) -> None:
-    repeated = ids[ids.duplicated()]
-    if len(repeated):
-        raise DatasetError(f"{where} {repeated.iloc[0]!r} comes twice; each must be unique")
+    repeated = ids[ids.duplicated()].tolist()
+    if repeated:
+        raise DatasetError(f"{where} {repeated[0]!r} comes twice; each must be unique")
 
 
 def _distinct(names: Mapping[Any, str]) -> dict[Any, str]:

@@ -115,11 +115,12 @@ class ImageFiles:
         """Write the windows and photos of all rows as record batches of raw bytes."""
         size = int(np.prod(self.shape)) * self.dtype.itemsize
         layout = pa.schema([("window", pa.binary(size)), ("photo", pa.large_binary())])
+        rows_of_file = np.bincount([number for number, _, _ in self.groups], self.group_rows)
         with pa.ipc.new_file(sink, layout) as out:
             for windows, photos in track(
                 self._batches(),
                 f"Decoding {self.where}",
-                total=-(-int(self.group_rows.sum()) // BATCH_ROWS),
+                total=int(np.ceil(rows_of_file / BATCH_ROWS).sum()),
             ):
                 pixels = pa.FixedSizeBinaryArray.from_buffers(
                     pa.binary(size), len(windows), [None, pa.py_buffer(windows)]

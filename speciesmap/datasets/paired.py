@@ -151,11 +151,13 @@ class PairedDataset:
         """
         if encoded is None:
             return None
+        photo = io.BytesIO(encoded)
         try:
-            return open_photo(io.BytesIO(encoded))
+            return open_photo(photo)
         except ValueError as error:
+            reason = str(error).replace(f" {photo!r}", "")
             raise DatasetError(
-                f"{self.path}: the photo of row {row} does not decode ({error}); "
+                f"{self.path}: the photo of row {row} does not decode ({reason}); "
                 "make the data set again with `speciesmap chips`"
             ) from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from speciesmap.datasets.birds import open_dataset
+from speciesmap.datasets.birds import BirdDataset, open_dataset
+from speciesmap.datasets.nature_multi_view import of_split
+from speciesmap.datasets.paired import PairedDataset
+from speciesmap.datasets.splits import SPLITS
 from speciesmap.errors import ConfigError, DatasetError, ModelError
 from speciesmap.learning.data import PairedRows
 from speciesmap.models import SpeciesModel, load_model
@@ -44,7 +48,7 @@ def evaluate_retrieval(
         model: Folder of a model with a ground tower, such as CRISP's or CVE-MAE's.
         data: Data set with photos and windows.
         out: Folder for `retrieval.csv` and `retrieval.json`.
-        split: Which rows, where the data set has a column `split`; else all rows are taken.
+        split: Which rows, where the data set has several splits; else all rows are taken.
         reranker: Folder of a CVM-MAE, which scores the 50 best of each query again.
         overwrite: Replace an existing output.
 
@@ -57,9 +61,10 @@ def evaluate_retrieval(
     out = Path(out)
     refuse_existing(out, overwrite, model, data, reranker)
     dataset = open_dataset(data)
-    wanted = dataset.facts["name"].fillna("") != ""
-    if "split" in dataset.facts:
-        wanted &= dataset.facts["split"] == split
+    chosen = rows_of_split(dataset, split)
+    wanted = (dataset.facts["name"].fillna("") != "").to_numpy()
+    if chosen is not None:
+        wanted = wanted & chosen
     if not wanted.any():
         raise DatasetError(f"{data} has no named rows of split {split!r}; name another")
     loaded = [load_model(folder) for folder in (model, reranker) if folder is not None]
@@ -87,11 +92,25 @@ def evaluate_retrieval(
             "model": str(model),
             "reranker": None if reranker is None else str(reranker),
             "data": str(data),
-            "split": split if "split" in dataset.facts else None,
+            "split": None if chosen is None else split,
             "table": json.loads(table.to_json(orient="records")),
         }
         (folder / f"{RESULTS}.json").write_text(json.dumps(content, indent=1))
     return out
+
+
+def rows_of_split(dataset: PairedDataset | BirdDataset, split: str) -> NDArray[np.bool_] | None:
+    """Tell which rows are of a split, shape (N,), or None where the data set is not split.
+
+    Birds have the column `split`; other files are named by split. Those of chips are all named
+    `train`, as the hub wants of a data set without splits.
+    """
+    if isinstance(dataset, BirdDataset):
+        return np.asarray(dataset.facts["split"] == split)
+    rows = {name: dataset.rows_of(partial(of_split, split=name)) for name in {split, *SPLITS}}
+    if sum(len(found) > 0 for found in rows.values()) < 2:
+        return None
+    return np.isin(np.arange(len(dataset)), rows[split])
 
 
 def read_retrieval(folder: Path | str) -> dict[str, Any]:
