@@ -136,7 +136,7 @@ def main() -> None:
     put(
         "queries",
         f"100 species over 1,048,576 cells of 512 dimensions, one pass, {torch.get_num_threads()} "
-        f"threads, median of {ROUNDS} rounds: {stored:.1f} s to read, decode and score, against "
+        f"thread(s), median of {ROUNDS} rounds: {stored:.1f} s to read, decode and score, against "
         f"{product:.1f} s of a plain float32 matrix product over the same vectors in memory, so "
         f"{rate:.2f} of its rate (the aim was 0.5); with 100 maps written {written:.0f} s.\n\n"
         f"Peak of memory while two species are mapped, by cells a side: {peaks}.",

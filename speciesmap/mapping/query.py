@@ -312,7 +312,8 @@ def spread(
 def _in_blocks(rows: NDArray[Any]) -> Tensor:
     """Rows of the last axis in float32, with zeros up to a whole number of blocks."""
     flat = torch.from_numpy(np.ascontiguousarray(rows)).flatten(0, -2).float()  # D may be 0
-    return F.pad(flat, (0, 0, 0, -len(flat) % PLACES))  # (N, D)
+    missing = -len(flat) % PLACES
+    return F.pad(flat, (0, 0, 0, missing)) if missing else flat  # (N, D)
 
 
 def _array(vector: Tensor) -> NDArray[np.float32]:
