@@ -249,7 +249,7 @@ function speciesmapPage(map, parts) {
     month(Number(event.target.value));
   });
 
-  /* ---- hatching outside the area of applicability: lines as wide at every zoom ---- */
+  /* ---- masked and hatched outside the area of applicability: lines as wide at every zoom ---- */
 
   const canvas = make("canvas");
   map.createPane("sm-hatch").style.zIndex = 353;
@@ -261,6 +261,8 @@ function speciesmapPage(map, parts) {
     const tile = make("canvas");
     tile.width = tile.height = side;
     const ink = tile.getContext("2d");
+    ink.fillStyle = "rgba(125, 134, 131, 0.78)";  // mutes the colours between the lines
+    ink.fillRect(0, 0, side, side);
     for (const [colour, shift] of [["#101613", 0], ["#ffffff", 0.2]]) {
       ink.strokeStyle = colour;
       ink.lineWidth = 0.13 * side;
@@ -687,7 +689,7 @@ function speciesmapPage(map, parts) {
   }
   byId("about").append(make("p", "", "Each colour is the value of one cell of the map's GeoTIFF, "
     + "reduced where that has more cells than fit in this page, to the nearest 1/"
-    + `${data.steps} of the range. Transparent means no value. Hatching means that the imagery `
+    + `${data.steps} of the range. Transparent means no value. Grey and hatched means that the imagery `
     + "there is unlike what the model was trained on, so that the value is extrapolated."), about);
 
   /* ---- the panel, and fitting the view beside it ---- */
