@@ -168,7 +168,6 @@ def test_a_true_alpha_band_masks_and_a_mislabelled_one_is_near_infrared(tmp_path
     assert masked.read(0, 0, 120, 150)[1].any(axis=1).tolist() == [False] * 40 + [True] * 80
 
 
-@pytest.mark.skipif(not NAIP.exists(), reason="real NAIP chips (shared/data/naip_pairs) are absent")
 @pytest.mark.parametrize("internal", ["YES", "NO"])
 def test_a_mask_of_the_data_set_counts_where_near_infrared_is_called_alpha(
     tmp_path: Path, internal: str
@@ -221,6 +220,7 @@ def test_an_alpha_band_beside_near_infrared_masks(tmp_path: Path) -> None:
     assert pixels[:, valid].min() > 0
 
 
+@pytest.mark.skipif(not NAIP.exists(), reason="real NAIP chips (shared/data/naip_pairs) are absent")
 def test_real_naip_has_four_bands_and_no_mask() -> None:
     path = sorted(NAIP.glob("*.tif"))[0]
     imagery = open_imagery(path)
