@@ -209,6 +209,8 @@ def start(words: Sequence[Any], patched: Callable[[], Any]) -> int:
     child = os.fork()
     if child:
         return child
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(60)  # a fork of threads can wait for a lock that nobody holds; it is killed then
     status = 70
     try:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
