@@ -138,10 +138,10 @@ def open_raster(path: Path | str, signer: str | None = None) -> DatasetReader:
 
 
 def _open(path: str) -> DatasetReader:
-    if path.startswith(tuple(f"/{cloud}/" for cloud in CLOUDS.values())):
-        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # no sidecars are looked for
-            return rasterio.open(path)
-    return rasterio.open(path)
+    """Open what GDAL calls by this name, with files beside it (masks) unless it is in a cloud."""
+    remote = path.startswith(tuple(f"/{cloud}/" for cloud in CLOUDS.values()))
+    with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR" if remote else "FALSE"):
+        return rasterio.open(path)
 
 
 def _virtual(path: str) -> str:
