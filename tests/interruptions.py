@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import multiprocessing
 import os
 import random
 import re
@@ -22,12 +23,13 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -68,13 +70,13 @@ class Case:
     Attributes:
         calls: Words of two calls with different results, without `--out`.
         out: Name of its output, in a folder of its own.
-        patched: What stands in for slow parts meanwhile.
+        patched: Which of `PATCHES` stands in for slow parts meanwhile.
         partial: Whether an output that was not there may hold a part of the whole.
     """
 
     calls: tuple[Sequence[Any], Sequence[Any]]
     out: str
-    patched: Callable[[], Any] = nullcontext
+    patched: str = ""
     partial: bool = False
 
 
@@ -153,7 +155,7 @@ def cases(folder: Path) -> dict[str, Case]:
         "umap": Case(
             (["umap", folder / "small.zarr"], ["umap", folder / "store.zarr"]),
             "colours.tif",
-            patched=lambda: patch.object(umap, "fit_umap", principal_axes),  # UMAP compiles itself
+            patched="umap",
         ),
         "simulate": Case(
             tuple(
@@ -164,13 +166,7 @@ def cases(folder: Path) -> dict[str, Case]:
         "demo": Case(
             tuple(["demo", "--scene", "simulated", "--seed", seed] for seed in "01"),  # type: ignore[arg-type]
             "demo",
-            patched=lambda: patch.multiple(
-                simulated,
-                simulate=partial(simulate, size_px=512, species=3),
-                load_config=lambda source, changes=(): load_config(
-                    source, [*changes, "optim.epochs=1"]
-                ),
-            ),
+            patched="demo",
         ),
     }
 
@@ -204,22 +200,44 @@ def run(words: Sequence[Any]) -> int:
     return 0
 
 
-def start(words: Sequence[Any], patched: Callable[[], Any]) -> int:
-    """Run the command line in a fork, which need import nothing, and give its number."""
-    child = os.fork()
-    if child:
-        return child
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(60)  # a fork of threads can wait for a lock that nobody holds; it is killed then
-    status = 70
-    try:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
-        with patched():
-            status = run(words)
-    except BaseException:
-        print(traceback.format_exc(), file=sys.__stderr__, flush=True)
-    finally:
-        os._exit(status)
+PATCHES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "": nullcontext,
+    "umap": lambda: patch.object(umap, "fit_umap", principal_axes),  # UMAP compiles itself
+    "demo": lambda: patch.multiple(
+        simulated,
+        simulate=partial(simulate, size_px=512, species=3),
+        load_config=lambda source, changes=(): load_config(source, [*changes, "optim.epochs=1"]),
+    ),
+}
+
+SERVER = multiprocessing.get_context("forkserver")
+"""Forks a process that has imported everything and started no thread: no lock can be lost."""
+
+SERVER.set_forkserver_preload(["interruptions"])
+
+
+def work(words: Sequence[str], patched: str) -> None:
+    """Run the command line, in a process of its own."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    with PATCHES[patched]():
+        sys.exit(run(words))
+
+
+def start(words: Sequence[Any], patched: str) -> BaseProcess:
+    """Run the command line in a process of its own."""
+    from interruptions import work  # as the server knows it, also where this is `__main__`
+
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
+    process = SERVER.Process(target=work, args=([str(word) for word in words], patched))
+    process.start()
+    return process
+
+
+def ended(process: BaseProcess) -> int | None:
+    """Wait for a process and give its exit status, negative where a signal ended it."""
+    process.join()
+    return process.exitcode
 
 
 def state(out: Path) -> State:
@@ -262,8 +280,9 @@ def whole(words: Sequence[Any], case: Case, place: Path, folder: Path) -> Whole:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         began = time.perf_counter()
-        child = start([*words, "--out", place / case.out, "--overwrite", "-q"], case.patched)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        status = ended(
+            start([*words, "--out", place / case.out, "--overwrite", "-q"], case.patched)
+        )
         assert status == 0, (words, status)
         seconds = time.perf_counter() - began
         states.append(state(place / case.out))
@@ -315,8 +334,9 @@ def stop_at_random(
         after_s = rng.uniform(0, 1.1 * new.seconds)
         child = start(words, case.patched)
         time.sleep(after_s)
-        os.kill(child, by)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if child.is_alive():
+            os.kill(child.pid or 0, by)
+        status = ended(child)
         found = state(out)
         what = f"{by.name} after {after_s:.3f} s, {'an' if present else 'no'} old result"
         beside = {p.name for p in place.iterdir() if p.name.startswith(".")}
@@ -338,8 +358,7 @@ def stop_at_random(
             left = [name for name in beside if not name.endswith(RESUMED)]
             broken += [f"{what}: left {left}"] if left else []
         if by is signal.SIGKILL and moment % 5 == 0:  # what lies about is in no one's way
-            child = start(words, case.patched)
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            status = ended(start(words, case.patched))
             if status or not is_new(state(out), new):
                 broken.append(f"{what}: run again it ended with {status}")
     return outcome, broken

@@ -157,7 +157,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     return cases(tmp_path_factory.mktemp("inputs"))
 
 
-QUICK = ("observations", "map")  # forks of those that start threads may wait for lost locks
+QUICK = ("observations", "predict", "map")
 """The others take minutes: `python tests/interruptions.py`."""
 
 
