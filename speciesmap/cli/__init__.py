@@ -69,8 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Words after the program's name; those of the process by default.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # rasterio's handler of GDAL's messages cannot raise, and prints a traceback instead
-    sys.unraisablehook = lambda raised: logging.getLogger("speciesmap").debug("%r", raised)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, as Ctrl-C
     try:
         group.main(args=split_bbox(words), prog_name="speciesmap")
