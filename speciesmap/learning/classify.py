@@ -34,10 +34,10 @@ from speciesmap.models.encoders import computes_bfloat16
 from speciesmap.observations.folds import spatial_blocks
 from speciesmap.outputs import refuse_existing, replacing
 from speciesmap.progress import track
+from speciesmap.rasters.grid import METRES_PER_DEGREE
 
 log = logging.getLogger("speciesmap")
 
-DEGREE_M = 111_320.0  # of latitude
 RESULTS = "classification"
 
 
@@ -220,8 +220,8 @@ def _member(
 def _metres(facts: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Eastings and northings, true to scale along every parallel (sinusoidal projection)."""
     latitude = facts["latitude"].to_numpy(np.float64)
-    x = facts["longitude"].to_numpy(np.float64) * DEGREE_M * np.cos(np.radians(latitude))
-    return x, latitude * DEGREE_M
+    x = facts["longitude"].to_numpy(np.float64) * METRES_PER_DEGREE * np.cos(np.radians(latitude))
+    return x, latitude * METRES_PER_DEGREE
 
 
 def _leaks(
@@ -234,9 +234,9 @@ def _leaks(
     leaks |= np.isin(_identity(facts, rows), _identity(facts, others))
     latitude = facts["latitude"].to_numpy(np.float64)
     longitude = facts["longitude"].to_numpy(np.float64)
-    east = longitude * DEGREE_M * np.cos(np.radians(latitude.mean()))
+    east = longitude * METRES_PER_DEGREE * np.cos(np.radians(latitude.mean()))
     stretch = np.cos(np.radians(latitude.mean())) / np.cos(np.radians(np.abs(latitude).max()))
-    there = np.column_stack([east, latitude * DEGREE_M])
+    there = np.column_stack([east, latitude * METRES_PER_DEGREE])
     tree = cKDTree(there[others])
     distance, _ = tree.query(there[rows], p=np.inf, distance_upper_bound=side_m * stretch)
     leaks |= np.isfinite(distance)

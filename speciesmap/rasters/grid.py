@@ -19,6 +19,7 @@ from speciesmap.rasters.windows import bounds_of, outline, transformed
 TOLERANCE_PX = 0.01  # of scenes against a grid, over their whole width
 SNAP_PX = 64  # origins are multiples, so that areas share cells of 1, 2, 4, ... 64 pixels
 UTM_LATITUDES = (-80.0, 84.0)
+METRES_PER_DEGREE = 111_320.0  # of latitude, and of longitude at the equator
 WIDEST_UTM_DEG = 12.0  # twice a zone; scale is wrong by 1% at its edges
 
 

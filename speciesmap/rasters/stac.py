@@ -31,6 +31,7 @@ from speciesmap.errors import (
 )
 from speciesmap.rasters.bands import canonical
 from speciesmap.rasters.files import AT_ONCE, CLOUDS, SIGNED_HOST
+from speciesmap.rasters.grid import METRES_PER_DEGREE
 from speciesmap.rasters.messages import public, reason
 from speciesmap.rasters.scenes import RasterFile, Scene, describe_file
 from speciesmap.rasters.windows import bounds_of
@@ -38,7 +39,6 @@ from speciesmap.rasters.windows import bounds_of
 PREFIX = "stac+"
 RASTERS = ("tiff", "jp2", "geotiff", "cog")  # of media types and suffixes
 NOT_DATA = {"thumbnail", "overview", "visual", "metadata"}  # roles, and keys of assets
-METRES_PER_DEGREE = 111_320  # of latitude, and of longitude at the equator
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
     ">=": operator.ge,
