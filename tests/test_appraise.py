@@ -20,7 +20,8 @@ from speciesmap.appraise import Appraisal, evaluate
 from speciesmap.cli import main
 from speciesmap.config import load_config
 from speciesmap.errors import ConfigError, ImageryError, ObservationsError, OutputError
-from speciesmap.learning.ladder import HEAD, SHUFFLED, WITH_COVARIATES, gather, on_surveys
+from speciesmap.learning.ladder import on_surveys
+from speciesmap.learning.rungs import HEAD, SHUFFLED, WITH_COVARIATES, gather
 from speciesmap.models import load_model, save_model
 from speciesmap.present.odmap import protocol
 from speciesmap.present.report import write_report

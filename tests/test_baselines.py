@@ -14,7 +14,6 @@ from speciesmap.learning.baselines import (
     fit_maxent,
     held_out_scores,
     logistic,
-    one_hot,
     positions,
     trained_scores,
     trend_surface,
@@ -112,13 +111,3 @@ def test_maxent_reads_classes_as_classes_and_takes_one_that_it_never_saw() -> No
     said = fit_maxent(table[here], table, [1])(np.array([[0.0, k] for k in (1, 2, 3, 4, 9)]))
     assert min(said[0], said[3]) > max(said[1], said[2]) + 0.2
     assert np.isfinite(said).all()
-
-
-def test_classes_become_a_column_each() -> None:
-    table = np.array([[0.5, 3.0, 7.0], [1.5, 3.0, 2.0], [2.5, 8.0, 7.0]])
-    assert one_hot(table, [1, 2]).tolist() == [
-        [0.5, 1, 0, 0, 1],
-        [1.5, 1, 0, 1, 0],
-        [2.5, 0, 1, 0, 1],
-    ]
-    assert np.array_equal(one_hot(table, []), table)

@@ -15,6 +15,7 @@ from speciesmap.learning.chance import (
     bound_for,
     draw_null_maps,
     fold_auc,
+    informative,
     null_bounds,
     null_scores,
 )
@@ -47,6 +48,19 @@ def test_numbers_of_records_that_nobody_drew_have_no_bound() -> None:
     assert [bound_for(bounds, n) for n in (0, 1, 8, 9, 50, 100, 400)] == [
         None, None, 0.7, 0.7, None, 0.6, None,
     ]  # fmt: skip
+
+
+def test_a_map_says_something_above_its_bound_or_else_above_chance_everywhere() -> None:
+    good, poor = [0.8, 0.7, 0.75], [0.5, 0.45, 0.55]
+    assert informative({"random": good, "target-group": poor}, 0.7) is True
+    assert informative({"random": good, "target-group": poor}, 0.76) is False
+    assert informative({"random": good, "target-group": poor}, None) is False
+    assert informative({"random": good, "target-group": good}, None) is True
+    assert informative({"random": good}, None) is True
+    assert informative({"random": [None, 0.9], "target-group": good}, None) is None
+    assert informative({"random": [None, 0.9]}, 0.7) is True
+    assert informative({"random": [None, None]}, 0.7) is None
+    assert informative({}, 0.7) is None
 
 
 def test_few_maps_of_noise_are_above_the_bound() -> None:

@@ -23,7 +23,7 @@ from speciesmap.atlas import predict
 from speciesmap.config import load_config
 from speciesmap.datasets.birds import open_dataset
 from speciesmap.errors import ConfigError, ImageryError, ModelError
-from speciesmap.learning.ladder import WITH_COVARIATES
+from speciesmap.learning.rungs import WITH_COVARIATES
 from speciesmap.learning.train import train
 from speciesmap.mapping.applicability import applicable, learn_applicability
 from speciesmap.models import load_model, read_facts, save_model

@@ -9,8 +9,9 @@ from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 from tiny import TAXA
 
+from speciesmap.learning.calibration import calibrate
 from speciesmap.learning.chance import better_than_chance, fold_auc
-from speciesmap.learning.evaluate import calibrate, summarise
+from speciesmap.learning.validation import summarise
 
 NAMES = [taxon.name for taxon in TAXA]
 

@@ -24,14 +24,10 @@ from tiny import TAXA, tiny_model, tiny_scene
 from speciesmap.atlas import predict
 from speciesmap.config import load_config
 from speciesmap.errors import ObservationsError
+from speciesmap.learning.calibration import calibrate_on_surveys
+from speciesmap.learning.surveys import clear_of, read_surveys
 from speciesmap.learning.train import train
-from speciesmap.learning.trust import (
-    calibrate_on_surveys,
-    clear_of,
-    measure_trust,
-    read_surveys,
-    thresholds,
-)
+from speciesmap.learning.trust import measure_trust, thresholds
 from speciesmap.mapping.applicability import applicable, dissimilarity, learn_applicability
 from speciesmap.mapping.query import score, spread, taxon_query
 from speciesmap.mapping.ranges import draw_range

@@ -47,12 +47,6 @@ def positions(places: Places) -> NDArray[np.float64]:
     return np.column_stack([places.rows, places.cols])
 
 
-def one_hot(table: NDArray[np.float64], categorical: Sequence[int]) -> NDArray[np.float64]:
-    """Put a column for each category in the place of columns that name categories."""
-    names = (table[:, [k]] == np.unique(table[:, k]) for k in categorical)
-    return np.concatenate([np.delete(table, categorical, axis=1), *names], axis=1)  # (N, F)
-
-
 def logistic() -> Pipeline:
     """Logistic regression with both classes weighing the same, on standardised features."""
     return make_pipeline(

@@ -22,7 +22,6 @@ from speciesmap.learning.metrics import auc
 
 MAPS = 40  # null maps of each number of records
 LEVEL = 0.95
-CHOOSING = 4_000  # places that a penalty is chosen on, at most
 NEAR = 1.25  # a number of records is as good as another within this factor
 
 
@@ -36,6 +35,24 @@ def better_than_chance(by_fold: Sequence[float | None]) -> bool | None:
         return None
     bound = known.mean() - t.ppf(0.95, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known))
     return bool(bound > 0.5)
+
+
+def informative(by_fold: Mapping[str, Sequence[float | None]], bound: float | None) -> bool | None:
+    """Whether a taxon's map says more than null maps do, or than chance where there are none.
+
+    Args:
+        by_fold: AUC of each fold against each kind of background, `random` and `target-group`.
+        bound: What null maps of as many records stay below, if any, against random background.
+
+    Returns:
+        Whether the mean over folds is above the bound. Without one, whether the folds tell the map
+        from chance against every kind of background; None where they cannot say.
+    """
+    known = [value for value in by_fold.get("random", []) if value is not None]
+    if bound is not None and known:
+        return bool(np.mean(known) > bound)
+    verdicts = [better_than_chance(values) for values in by_fold.values()]
+    return None if not verdicts or None in verdicts else all(verdicts)
 
 
 def fold_auc(present: ArrayLike, score: ArrayLike, fold: ArrayLike) -> dict[str, Any]:
@@ -105,8 +122,7 @@ def null_scores(
         Logits, shape (n, M).
     """
     if penalty is None:
-        some = np.random.default_rng(0).permutation(len(fold)) < CHOOSING
-        penalty = choose_penalty(trained.subset(some), fold[some], loss=loss)
+        penalty = choose_penalty(trained, fold, rng=np.random.default_rng(0), loss=loss)
     return fit_linear(trained, penalty, loss=loss).logits(held_out)  # (n, M)
 
 

@@ -1,19 +1,25 @@
-"""Heads of a model fitted to their optimum, on embeddings and on covariates beside them."""
+"""A model fitted to taxa: fine-tuned, and its heads brought to their optimum."""
 
 from __future__ import annotations
 
+import copy
 import logging
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities import CombinedLoader
 from numpy.typing import NDArray
 from torch import Tensor
 
-from speciesmap.config import DataConfig, HeadConfig
+from speciesmap.config import DataConfig, FinetuneConfig, HeadConfig
 from speciesmap.errors import ConfigError, DatasetError
 from speciesmap.learning.data import PairedRows, Places
 from speciesmap.learning.distribution import HINGES, Loss, Records, choose_penalty, fit_linear
-from speciesmap.learning.fit import embeddings
+from speciesmap.learning.fit import REFERENCES, batches, embeddings, fit
+from speciesmap.learning.modules import Finetune
 from speciesmap.models import SpeciesModel
 from speciesmap.models.environment import Environment, Expansion
 from speciesmap.models.heads import TaxonHead
@@ -21,7 +27,6 @@ from speciesmap.observations.folds import kmeans_folds
 from speciesmap.rasters.covariates import Covariates, open_covariates
 from speciesmap.rasters.imagery import Imagery
 
-CHOOSING = 4_000  # places that a penalty is chosen on, at most
 INNER_FOLDS = 4  # where none are given
 
 log = logging.getLogger("speciesmap")
@@ -155,16 +160,92 @@ def fit_heads(
     records = np.asarray(taxon[:, None] == np.arange(len(model.taxa)), np.float32)  # (N + M, T)
     loss: Loss = config.loss
     everything = Records(features, records, 1 - records)
-    rng = np.random.default_rng(seed)
-    some = np.zeros(len(taxon), bool)
-    some[rng.permutation(len(taxon))[:CHOOSING]] = True
     if fold is None or len(np.unique(fold)) < 2:
         row, col = background.imagery.rowcol(x, y)
         side_m = background.imagery.resolution_m
         fold = kmeans_folds(col * side_m, row * side_m, folds=INNER_FOLDS, seed=seed)
-    penalty = choose_penalty(everything.subset(some), fold[some], loss=loss)
+    penalty = choose_penalty(everything, fold, rng=np.random.default_rng(seed), loss=loss)
     weight, offset = fit_linear(everything, penalty, loss=loss).linear()  # (T, D + F), (T,)
     if loss == "poisson":  # which knows no level: the mean place of the background gets 0
         offset = -(parts[1] @ weight.T).mean(0)
     model.head = TaxonHead.of_weights(weight, offset, model.dim)
     return penalty
+
+
+def fit_taxa(
+    base: SpeciesModel,
+    presences: PairedRows,
+    background: Places,
+    config: FinetuneConfig,
+    work: Path | None = None,
+    covariates: Covariates | None = None,
+    fold: NDArray[np.int64] | None = None,
+) -> tuple[SpeciesModel, dict[str, Any]]:
+    """Fine-tune a copy of a model on presences against background.
+
+    A taxon's vector starts where its windows differ from the background on average. With
+    `config.head` or covariates, heads are fitted anew at the end.
+
+    Args:
+        base: The model to start from, left as it is.
+        presences: Rows of taxa.
+        background: Places of the study area.
+        config: The stage.
+        work: Folder for logs and for resuming, if any.
+        covariates: To read beside the embedding, if any; all places have them.
+        fold: Of presences, then background, that a penalty is chosen on, shape (N + M,).
+
+    Returns:
+        The fine-tuned model, in evaluation mode, and metrics of the fit.
+    """
+    torch.manual_seed(config.seed)
+    model = copy.deepcopy(base)
+    model.taxa = presences.taxa
+    model.head = TaxonHead(len(model.taxa), model.dim)
+    model.trust, model.environment = None, None
+    accelerator = config.trainer.accelerator
+    refits = config.head is not None or covariates is not None
+    metrics: dict[str, Any] = {}
+    if not (refits and config.freeze_encoder):
+        metrics = _fine_tune(model, presences, background, config, work)
+    if refits:
+        metrics["penalty"] = fit_heads(
+            model,
+            presences,
+            background,
+            covariates,
+            fold,
+            config.data,
+            config.head or HeadConfig(),
+            config.seed,
+            accelerator,
+        )
+    return model.requires_grad_(True).eval(), metrics
+
+
+def _fine_tune(
+    model: SpeciesModel,
+    presences: PairedRows,
+    background: Places,
+    config: FinetuneConfig,
+    work: Path | None,
+) -> dict[str, Any]:
+    """Train a model in place, and give the metrics of the fit."""
+    accelerator = config.trainer.accelerator
+    here = embeddings(model, presences, accelerator=accelerator)  # (N, D)
+    labels = torch.from_numpy(presences.labels[presences.rows])  # (N,)
+    away = embeddings(model, background, REFERENCES, accelerator).mean(0)  # (D,)
+    with torch.no_grad():
+        for k in torch.unique(labels).tolist():
+            model.head.weight[k] = F.normalize(here[labels == k].mean(0) - away, dim=0)
+    model.train()
+    if config.freeze_encoder:
+        for tower in (model.aerial, model.ground, model.text):
+            if tower is not None:
+                tower.requires_grad_(False).eval()
+    loader = batches(presences, config.optim, config.trainer)
+    other = batches(background, config.optim, config.trainer, count=len(loader))
+    both = CombinedLoader({"presences": loader, "background": other}, mode="min_size")
+    steps = config.optim.epochs * len(loader)
+    stage = Finetune(model, config.optim, steps, config.positive_weight, config.align, config.views)
+    return fit(stage, both, config.optim, config.trainer, work)

@@ -2,116 +2,45 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from speciesmap.config import FinetuneConfig
-from speciesmap.errors import ConfigError
-from speciesmap.learning.baselines import (
-    fit_maxent,
-    logistic,
-    one_hot,
-    positions,
-    trend_surface,
-    window_statistics,
-)
 from speciesmap.learning.chance import (
-    better_than_chance,
     bound_for,
     draw_null_maps,
+    fold_auc,
+    informative,
     null_bounds,
 )
 from speciesmap.learning.data import (
     PairedRows,
-    Places,
-    draw_background,
     open_sources,
-    target_group_places,
 )
-from speciesmap.learning.distribution import (
-    Records,
-    choose_penalty,
-    fit_covariates,
-    fit_linear,
+from speciesmap.learning.heads import read_places
+from speciesmap.learning.metrics import measure, paired_difference, reliability
+from speciesmap.learning.rungs import (
+    HEAD,
+    RANDOM,
+    SHUFFLED,
+    WITH_COVARIATES,
+    WITH_LOCATION,
+    Rows,
+    gather,
+    headed,
+    rungs,
 )
-from speciesmap.learning.finetune import make_folds, surveyed_places
-from speciesmap.learning.fit import embeddings
-from speciesmap.learning.heads import CHOOSING, expand, find_covariates, read_places
-from speciesmap.learning.metrics import auc, measure, paired_difference, reliability
-from speciesmap.learning.trust import read_surveys
+from speciesmap.learning.surveys import read_surveys, surveyed_places
 from speciesmap.mapping.query import FEW, score, taxon_query
 from speciesmap.models import SpeciesModel
-from speciesmap.observations.folds import separated
 from speciesmap.progress import track
 from speciesmap.rasters.covariates import open_covariates
-from speciesmap.taxa import Taxon
-
-RANDOM, GROUP = -1, -2  # in the place of a taxon: random background, target-group places
-ASKING = 5  # photos of a query
-HEAD = "embedding + head"
-WITH_COVARIATES = "embedding + covariates + head"
-WITH_LOCATION = "embedding + location + head"
-SHUFFLED = "the same, imagery shuffled between places"
-
-log = logging.getLogger("speciesmap")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Presences of all taxa, then background, with all that a rung may look at.
-
-    Attributes:
-        taxa: All.
-        taxon: Position in `taxa`, `RANDOM` or `GROUP` for background, shape (N,).
-        fold: Shape (N,).
-        uses: Rows to train on for each fold, none of whose windows overlaps a held-out one.
-        places: Where the windows are.
-        embedding: Of the encoder, shape (N, D).
-        covariates: Shape (N, C); C may be 0.
-        categorical: Those of them that hold classes.
-        photos: Embeddings of a few ground photos by taxon and fold, each (n, D).
-    """
-
-    taxa: tuple[Taxon, ...]
-    taxon: NDArray[np.int64]
-    fold: NDArray[np.int64]
-    uses: Mapping[int, NDArray[np.bool_]]
-    places: Places
-    embedding: NDArray[np.float32]
-    covariates: NDArray[np.float64]
-    categorical: list[int]
-    photos: Mapping[tuple[int, int], NDArray[np.float32]]
-
-    @property
-    def group(self) -> NDArray[np.bool_]:
-        """Places of the target group: those given, or else the records of all taxa, shape (N,)."""
-        given = self.taxon == GROUP
-        return given if given.any() else self.taxon >= 0
-
-    @property
-    def names(self) -> list[str]:
-        """Of the taxa."""
-        return [taxon.name for taxon in self.taxa]
-
-    def by_fold(
-        self, scored: Callable[[NDArray[np.bool_], NDArray[np.bool_]], NDArray[Any]]
-    ) -> NDArray[np.float64]:
-        """Scores of every row by what `scored` learns from the rows it may use, shape (N, ...)."""
-        parts = {k: scored(use, self.fold == k) for k, use in self.uses.items()}
-        found = np.full((len(self.taxon), next(iter(parts.values())).shape[1]), np.nan)
-        for k, part in parts.items():
-            found[self.fold == k] = part
-        return found
 
 
 def climb(
@@ -145,11 +74,11 @@ def climb(
         SpeciesmapError: Data cannot be read.
     """
     rows = gather(encoder, config, covariates)
-    rungs, skipped = _rungs(encoder, rows, config.seed)
+    ways, skipped = rungs(encoder, rows, config.seed)
     result: dict[str, Any] = {
         "taxa": {
-            name: {"presences": int((rows.taxon == k).sum()), "few": _few(rows, k)}
-            for k, name in enumerate(rows.names)
+            name: {"presences": count, "few": count < FEW}
+            for name, count in zip(rows.names, rows.presences, strict=True)
         },
         "background": int((rows.taxon == RANDOM).sum()),
         "folds": {
@@ -159,14 +88,16 @@ def climb(
         "rungs": {},
         "skipped": skipped,
     }
-    for name, make in track(list(rungs.items()), "Climbing"):
+    for name, make in track(list(ways.items()), "Climbing"):
         result["rungs"][name] = _judge(rows, make())
     reads = model.environment is not None and WITH_COVARIATES in result["rungs"]
     head = WITH_COVARIATES if reads else HEAD
     bounds = _null_bounds(rows, config.seed, rows.covariates if reads else None)
-    for k, name in enumerate(rows.names):
+    for name, count in zip(rows.names, rows.presences, strict=True):
         found = result["rungs"][head]["taxa"][name]
-        found |= _informative(found["auc_folds"], bound_for(bounds, int((rows.taxon == k).sum())))
+        bound = bound_for(bounds, count)
+        by_fold = {"random": found["auc_folds"], "target-group": found["auc_folds_target_group"]}
+        found |= {"auc_null": bound, "informative": informative(by_fold, bound)}
     result["head"] = head
     result["differences"] = _differences(result["rungs"], head)
     with_, without = result["rungs"][WITH_LOCATION], result["rungs"][SHUFFLED]
@@ -178,261 +109,6 @@ def climb(
     if surveys is not None:
         result["surveys"] = on_surveys(model, config, surveys)
     return result
-
-
-def gather(encoder: SpeciesModel, config: FinetuneConfig, covariates: Sequence[Path | str]) -> Rows:
-    """Open the data of a configuration and draw its background and folds, as training does."""
-    if config.validation is None:
-        raise ConfigError(
-            "evaluation needs spatial folds; add validation: {folds: 5, block_m: ...} to the "
-            "configuration"
-        )
-    sources = open_sources(config.data)
-    if sources.dataset is None or sources.imagery is None:
-        raise ConfigError(
-            "evaluation needs data.dataset for presences and data.imagery for background, and "
-            f"data.{'dataset' if sources.dataset is None else 'imagery'} is not said; add it to "
-            "the configuration: the imagery is what the chips were cut from"
-        )
-    data = config.data
-    if covariates:
-        data = data.model_copy(update={"covariates": [str(path) for path in covariates]})
-    beside = find_covariates(data, sources.imagery)
-    rng = np.random.default_rng(config.seed)
-    image_px = encoder.ground.image_px if encoder.ground and sources.dataset.has_ground else None
-    presences = PairedRows(sources.dataset, sources.rows, sources.taxa, image_px, sources.window_px)
-    background = draw_background(
-        sources.imagery, sources.window_px, config.data.background, rng, encoder.fill
-    )
-    photos: dict[tuple[int, int], NDArray[np.float32]] = {}
-    imagery = sources.imagery
-    facts = presences.dataset.facts.iloc[presences.rows]
-    rows, cols = imagery.rowcol(facts["longitude"].to_numpy(), facts["latitude"].to_numpy())
-    count = len(presences)
-    drawn = [background]
-    if config.data.target_group is not None:
-        drawn.append(target_group_places(sources, config.data.target_group, encoder.fill))
-    rows = np.concatenate([rows, *(places.rows for places in drawn)])
-    cols = np.concatenate([cols, *(places.cols for places in drawn)])
-    fold = make_folds(rows, cols, count, background, config)
-    places = Places(imagery, rows, cols, sources.window_px, encoder.fill)
-    accelerator = config.trainer.accelerator
-    vectors = torch.cat(
-        [
-            embeddings(encoder, presences, accelerator=accelerator),
-            *(embeddings(encoder, places, accelerator=accelerator) for places in drawn),
-        ]
-    )
-    values, categorical = np.empty((len(rows), 0)), []
-    if beside is not None:
-        values = beside.at(*imagery.xy(rows, cols))
-        categorical = [beside.names.index(name) for name in data.categorical]
-    known = np.asarray(np.isfinite(values).all(axis=1))
-    if not known.all():
-        log.warning("%d places lack a covariate and are left out", int((~known).sum()))
-    everything = {
-        int(k): separated(cols, rows, fold, int(k), sources.window_px + 1) & known
-        for k in np.unique(fold)
-    }
-    chosen = np.flatnonzero(known)
-    kinds = [np.full(len(d), kind) for d, kind in zip(drawn, (RANDOM, GROUP), strict=False)]
-    taxon = np.concatenate([presences.labels[presences.rows], *kinds])
-    if encoder.ground is not None and sources.dataset.has_ground:
-        photos = _photos(encoder, presences, fold[:count], rng)
-    return Rows(
-        sources.taxa,
-        taxon[chosen],
-        fold[chosen],
-        {k: use[chosen] for k, use in everything.items()},
-        places.subset(known),
-        vectors.numpy()[chosen],
-        values[chosen],
-        categorical,
-        photos,
-    )
-
-
-def _photos(
-    encoder: SpeciesModel,
-    presences: PairedRows,
-    fold: NDArray[np.int64],
-    rng: np.random.Generator,
-) -> dict[tuple[int, int], NDArray[np.float32]]:
-    """Embed up to five photos of each taxon in each fold."""
-    labels = presences.labels[presences.rows]
-    found = {}
-    with torch.inference_mode():
-        for k in range(len(presences.taxa)):
-            for j in np.unique(fold):
-                own = np.flatnonzero((labels == k) & (fold == j))
-                if own.size:
-                    own = rng.permutation(own)[:ASKING]
-                    batch = presences.__getitems__(own.tolist())
-                    found[k, int(j)] = np.asarray(encoder.encode_ground(batch["ground"]).numpy())
-    return found
-
-
-def _few(rows: Rows, k: int) -> bool:
-    return int((rows.taxon == k).sum()) < FEW
-
-
-def _rungs(
-    encoder: SpeciesModel, rows: Rows, seed: int
-) -> tuple[dict[str, Callable[[], NDArray[np.float64]]], dict[str, str]]:
-    """What can be climbed, lowest first, and why the rest cannot."""
-    features = rows.covariates
-    shown = "covariates"
-    if not features.shape[1]:
-        features, shown = window_statistics(rows.places), "band means and textures"
-    plain = one_hot(features, rows.categorical if features is rows.covariates else [])
-    location = positions(rows.places)
-    rng = np.random.default_rng(seed)
-    mixed = rng.permutation(len(rows.taxon))
-    rungs: dict[str, Callable[[], NDArray[np.float64]]] = {
-        "prevalence only": lambda: rows.by_fold(
-            lambda use, held: np.log(
-                [[(rows.taxon[use] == k).mean() + 1e-9 for k in range(len(rows.names))]]
-            ).repeat(held.sum(), 0)
-        ),
-        "location only": lambda: _classified(rows, location, trend_surface),
-        f"logistic regression on {shown}": lambda: _classified(rows, plain, logistic),
-    }
-    skipped: dict[str, str] = {}
-    if importlib.util.find_spec("elapid") is None:
-        skipped["MaxEnt"] = "elapid is not installed; pip install elapid"
-    else:
-        rungs[f"MaxEnt on {shown}, random background"] = lambda: _maxent(rows, features, False)
-        if len(rows.names) > 1 or (rows.taxon == GROUP).any():
-            rungs[f"MaxEnt on {shown}, target-group background"] = lambda: _maxent(
-                rows, features, True
-            )
-        else:
-            skipped["MaxEnt, target-group background"] = (
-                "the data set has a single taxon; give data.target_group in the configuration"
-            )
-    rungs[f"heads on {shown}, random background"] = lambda: _tabular(rows, features, seed, False)
-    if len(rows.names) > 1 or (rows.taxon == GROUP).any():
-        rungs[f"heads on {shown}, target-group background"] = lambda: _tabular(
-            rows, features, seed, True
-        )
-    if encoder.text is not None:
-        rungs["query by text"] = lambda: _by_text(encoder, rows)
-    else:
-        skipped["query by text"] = "the model has no text tower"
-    if rows.photos:
-        rungs["query by photo"] = lambda: _by_photo(rows)
-    else:
-        skipped["query by photo"] = "the model has no ground tower, or the data set no photos"
-    if not rows.covariates.shape[1]:
-        skipped[WITH_COVARIATES] = "no covariates were given; pass --covariates RASTER"
-    looks = rows.embedding
-    rungs[HEAD] = lambda: _headed(rows, looks, seed)
-    if rows.covariates.shape[1]:
-        rungs[WITH_COVARIATES] = lambda: _headed(rows, looks, seed, rows.covariates)
-    rungs[WITH_LOCATION] = lambda: _headed(rows, looks, seed, location)
-    rungs[SHUFFLED] = lambda: _headed(rows, looks[mixed], seed, location)
-    return rungs, skipped
-
-
-def _classified(rows: Rows, features: NDArray[Any], make: Callable[[], Any]) -> NDArray[np.float64]:
-    def scored(use: NDArray[np.bool_], held: NDArray[np.bool_]) -> NDArray[Any]:
-        found = np.zeros((held.sum(), len(rows.names)))
-        for k in range(len(rows.names)):
-            part = use & ((rows.taxon == k) | (rows.taxon == RANDOM))
-            present = rows.taxon[part] == k
-            if present.any() and not present.all():
-                found[:, k] = make().fit(features[part], present).decision_function(features[held])
-        return found
-
-    return rows.by_fold(scored)
-
-
-def _maxent(rows: Rows, features: NDArray[Any], group: bool) -> NDArray[np.float64]:
-    """Elapid's MaxEnt, taxon by taxon."""
-    categorical = rows.categorical if features is rows.covariates else []
-
-    def scored(use: NDArray[np.bool_], held: NDArray[np.bool_]) -> NDArray[Any]:
-        found = np.zeros((held.sum(), len(rows.names)))
-        away = features[use & (rows.group if group else rows.taxon == RANDOM)]
-        for k in range(len(rows.names)):
-            here = features[use & (rows.taxon == k)]
-            if len(here) and len(away):
-                suitability = fit_maxent(here, away, categorical)
-                found[:, k] = np.log(np.clip(suitability(features[held]), 1e-9, 1))
-        return found
-
-    return rows.by_fold(scored)
-
-
-def _tabular(rows: Rows, features: NDArray[Any], seed: int, group: bool) -> NDArray[np.float64]:
-    """Heads on covariates alone, with MaxEnt's loss and background."""
-    categorical = rows.categorical if features is rows.covariates else []
-    truth = rows.taxon[:, None] == np.arange(len(rows.names))  # (N, T)
-    away = rows.group if group else rows.taxon == RANDOM
-
-    def scored(use: NDArray[np.bool_], held: NDArray[np.bool_]) -> NDArray[Any]:
-        use = use & (truth.any(1) | away)
-        there = np.broadcast_to(away[use, None], (int(use.sum()), len(rows.names)))
-        records = Records(features[use], truth[use].astype(np.float32), there, categorical)
-        model = fit_covariates(records, rows.fold[use], seed=seed)
-        return model.standardised(features[held])
-
-    return rows.by_fold(scored)
-
-
-def _headed(
-    rows: Rows,
-    embedding: NDArray[np.float32],
-    seed: int,
-    beside: NDArray[np.float64] | None = None,
-    drawn: NDArray[np.bool_] | None = None,
-) -> NDArray[np.float64]:
-    """Linear heads on embeddings, and on covariates or location, as `fit_heads` makes them.
-
-    Of the taxa, or of null maps with the records `drawn`.
-    """
-    truth = rows.taxon[:, None] == np.arange(len(rows.names)) if drawn is None else drawn  # (N, K)
-    negative = (rows.taxon != GROUP)[:, None] & ~truth  # (N, K)
-
-    def scored(use: NDArray[np.bool_], held: NDArray[np.bool_]) -> NDArray[Any]:
-        use = use & (negative | truth).any(1)
-        features = embedding
-        if beside is not None:
-            categorical = rows.categorical if beside is rows.covariates else []
-            there = expand(beside[use], categorical)(beside).numpy()  # (N, F)
-            features = np.concatenate([embedding, there], axis=1)
-        records = Records(
-            features[use], truth[use].astype(np.float32), negative[use].astype(np.float32)
-        )
-        some = np.random.default_rng(seed).permutation(int(use.sum())) < CHOOSING
-        inner = rows.fold[use][some]
-        penalty = choose_penalty(records.subset(some), inner, loss="assume_negative")
-        return fit_linear(records, penalty, loss="assume_negative").logits(features[held])
-
-    return rows.by_fold(scored)
-
-
-def _by_text(encoder: SpeciesModel, rows: Rows) -> NDArray[np.float64]:
-    """Cosines with the taxa's lineages, shape (N, T)."""
-    with torch.inference_mode():
-        named = encoder.encode_text([taxon.prompt() for taxon in rows.taxa]).numpy()  # (T, D)
-    return np.asarray(rows.embedding @ named.T, np.float64)
-
-
-def _by_photo(rows: Rows) -> NDArray[np.float64]:
-    """Cosines with the mean of a few photos of the folds that are trained on, shape (N, T)."""
-
-    def scored(use: NDArray[np.bool_], held: NDArray[np.bool_]) -> NDArray[Any]:
-        out = int(rows.fold[held][0])
-        found = np.zeros((held.sum(), len(rows.taxa)))
-        for k in range(len(rows.taxa)):
-            parts = [photo for (t, j), photo in rows.photos.items() if t == k and j != out]
-            if parts:
-                mean = np.concatenate(parts)[:ASKING].mean(0)
-                found[:, k] = rows.embedding[held] @ (mean / np.linalg.norm(mean))
-        return found
-
-    return rows.by_fold(scored)
 
 
 def _judge(rows: Rows, scores: NDArray[np.float64]) -> dict[str, Any]:
@@ -464,10 +140,10 @@ def _judge(rows: Rows, scores: NDArray[np.float64]) -> dict[str, Any]:
             if here.any() and not here.all()
             else None
         )
-        found["auc"] = auc(present, value)
-        found["auc_folds"] = [auc(present[fold == j], value[fold == j]) for j in np.unique(fold)]
+        found |= fold_auc(present, value, fold)
         group = rows.group | (rows.taxon == k)
-        found["auc_target_group"] = auc(rows.taxon[group] == k, scores[group, k])
+        among = fold_auc(rows.taxon[group] == k, scores[group, k], rows.fold[group])
+        found |= {f"{key}_target_group": among[key] for key in ("auc", "auc_folds")}
         by_taxon[name] = found
         said.append(odds[known])
         truth.append(present[known])
@@ -485,19 +161,11 @@ def _judge(rows: Rows, scores: NDArray[np.float64]) -> dict[str, Any]:
 
 def _null_bounds(rows: Rows, seed: int, beside: NDArray[np.float64] | None) -> dict[int, float]:
     """AUC that heads reach with records drawn from the group's places."""
-    counts = [int((rows.taxon == k).sum()) for k in range(len(rows.names))]
-    drawn = draw_null_maps(rows.group, counts, np.random.default_rng(seed))
+    drawn = draw_null_maps(rows.group, rows.presences, np.random.default_rng(seed))
     if not drawn.shape[1]:
         return {}
-    scores = _headed(rows, rows.embedding, seed, beside, drawn)
+    scores = headed(rows, rows.embedding, seed, beside, drawn)
     return null_bounds(drawn, scores, rows.taxon == RANDOM, rows.fold)
-
-
-def _informative(by_fold: Sequence[float | None], bound: float | None) -> dict[str, Any]:
-    """Whether a taxon's map says more than null maps do, or than chance where there are none."""
-    mean = _mean(by_fold)
-    above = better_than_chance(by_fold) if bound is None or mean is None else mean > bound
-    return {"auc_mean": mean, "auc_null": bound, "informative": above}
 
 
 def _scaled(value: NDArray[np.float64], reference: NDArray[np.float64]) -> NDArray[np.float64]:

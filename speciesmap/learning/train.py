@@ -26,7 +26,7 @@ from speciesmap.learning.data import (
     draw_background,
     open_sources,
 )
-from speciesmap.learning.finetune import FOLDS, finetune
+from speciesmap.learning.finetune import finetune
 from speciesmap.learning.fit import (
     REFERENCES,
     STATE,
@@ -38,6 +38,7 @@ from speciesmap.learning.fit import (
 )
 from speciesmap.learning.modules import Crisp, Masked, Stage
 from speciesmap.learning.streaming import StreamedBatches
+from speciesmap.learning.validation import FOLDS
 from speciesmap.models import Architecture, SpeciesModel, save_model
 from speciesmap.models.encoders import ImageTower
 from speciesmap.models.masked import MaskedAutoencoder

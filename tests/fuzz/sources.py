@@ -22,7 +22,7 @@ from tiny import tiny_scene
 from speciesmap.datasets import paired
 from speciesmap.datasets.birds import open_birds
 from speciesmap.errors import ImageryError
-from speciesmap.learning.trust import read_surveys
+from speciesmap.learning.surveys import read_surveys
 from speciesmap.observations.background import biased_background
 from speciesmap.rasters import stac
 from speciesmap.rasters.covariates import open_covariates

@@ -1,19 +1,20 @@
-"""How good a model is on places it never saw, and what its logits mean."""
+"""What logits mean: probabilities, where a prevalence or surveys say how common a taxon is."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.optimize import brentq, minimize
 from scipy.special import expit, log_expit
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
 
-from speciesmap.learning.chance import better_than_chance, bound_for, fold_auc
 from speciesmap.taxa import Taxon
 
 FEWEST = 10  # presences, and surveyed absences, that a calibration needs
@@ -34,69 +35,6 @@ class Calibration:
     slope: float
     intercept: float
     prevalence: float
-
-
-def summarise(
-    folds: pd.DataFrame,
-    taxa: Sequence[Taxon],
-    background: str = "random",
-    bounds: Mapping[int, float] | None = None,
-) -> dict[str, Any]:
-    """Area under the ROC curve of held-out presences against held-out background.
-
-    Args:
-        folds: What `cross_validate` gives.
-        taxa: Its taxa.
-        background: The kind that the model was trained on.
-        bounds: Of null maps of the same folds, by number of records, where there are any.
-
-    Returns:
-        For each taxon by name: `auc` over all folds' scores pooled, `auc_folds` one by one (None
-        where a fold has no presence), `presences`, less those of folds whose training had none
-        (a NaN score); and the pooled AUC against either kind of
-        background, `auc_random` and `auc_target_group`. Without target-group places the records of
-        the other taxa are these, one per place; of a single taxon it is None. `auc_null` is what
-        null maps of as many records stay below against random background, and `informative` says
-        whether the mean over folds is above it. Where there are no null maps to compare with, it
-        says whether the folds tell the map from chance against both kinds of background; None
-        where they cannot say.
-    """
-    kind = folds["background"].to_numpy()
-    place = ~folds.duplicated(["longitude", "latitude"]).to_numpy()
-    fold = folds["fold"].to_numpy()
-    summary: dict[str, Any] = {}
-    for taxon in taxa:
-        score = folds[taxon.name].to_numpy()
-        scored = np.isfinite(score)
-        own = (folds["taxon"] == taxon.name).to_numpy()
-        here = own & scored
-        group = kind == "target-group"
-        if not group.any():
-            group = (kind == "") & ~own & place
-        against = {"random": (kind == "random") & scored, "target-group": group & scored}
-        judged = {
-            name: fold_auc(here[here | away], score[here | away], fold[here | away])
-            for name, away in against.items()
-        }
-        bound = bound_for(bounds or {}, int(own.sum()))
-        mean = judged["random"]["auc_mean"]
-        informative: bool | None
-        if bound is not None and mean is not None:
-            informative = bool(mean > bound)
-        else:
-            verdicts = [
-                better_than_chance(judged[name]["auc_folds"])
-                for name, away in against.items()
-                if away.any()
-            ]
-            informative = None if not verdicts or None in verdicts else all(verdicts)
-        summary[taxon.name] = {
-            **judged[background],
-            **{f"auc_{name.replace('-', '_')}": found["auc"] for name, found in judged.items()},
-            "auc_null": bound,
-            "informative": informative,
-        }
-    return summary
 
 
 def calibrate(
@@ -165,3 +103,48 @@ def _calibrate(
         50.0 - scaled.min(),
     )
     return Calibration(float(np.exp(fitted[0])), intercept, prevalence)
+
+
+def calibrate_on_surveys(
+    logits: NDArray[np.float64],
+    surveys: pd.DataFrame,
+    taxa: Sequence[Taxon],
+    method: Literal["platt", "isotonic"],
+) -> tuple[dict[str, Calibration], dict[str, tuple[list[float], list[float]]]]:
+    """Calibrate against surveyed presence and absence.
+
+    Platt's logistic curve (1999) needs few sites; isotonic regression (Zadrozny & Elkan 2002)
+    follows any rising curve and wants some hundred.
+
+    Args:
+        logits: Of each taxon at each row's place, shape (rows, T).
+        surveys: What `read_surveys` gives, of places that training did not see.
+        taxa: What the columns of `logits` are.
+        method: Which.
+
+    Returns:
+        By name of taxon, logistic recalibrations and, for isotonic regression, curves from
+        `sigmoid(logit)` to probability. Taxa with fewer than 10 surveyed presences or absences,
+        or whose map falls where presence rises, are left out, and said to be.
+    """
+    found, curves = {}, {}
+    for k, taxon in enumerate(taxa):
+        own = (surveys["taxon"] == taxon.name).to_numpy()
+        present = surveys["present"].to_numpy()[own]
+        if min(present.sum(), (~present).sum()) < FEWEST:
+            log.warning("%s has too few surveyed sites to be calibrated on", taxon.name)
+            continue
+        score = logits[own, k]
+        fitted = LogisticRegression(C=1e6).fit(score[:, None], present)
+        slope, intercept = float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
+        if slope <= 0:
+            log.warning("%s is not calibrated: surveys contradict its map", taxon.name)
+            continue
+        share = float(present.mean())
+        if method == "platt":
+            found[taxon.name] = Calibration(slope, intercept, share)
+        else:
+            steps = IsotonicRegression(y_min=0, y_max=1).fit(expit(score), present)
+            found[taxon.name] = Calibration(1.0, 0.0, share)
+            curves[taxon.name] = (steps.X_thresholds_.tolist(), steps.y_thresholds_.tolist())
+    return found, curves

@@ -1,0 +1,261 @@
+"""Spatial folds: held out in turn, scored by models that did not see them, and summed up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from speciesmap.config import FinetuneConfig, HeadConfig
+from speciesmap.errors import ConfigError
+from speciesmap.learning.chance import (
+    bound_for,
+    draw_null_maps,
+    fold_auc,
+    informative,
+    null_bounds,
+    null_scores,
+)
+from speciesmap.learning.data import PairedRows, Places, draw_background
+from speciesmap.learning.distribution import Records
+from speciesmap.learning.fit import process_rank
+from speciesmap.learning.heads import fit_taxa, read_places
+from speciesmap.models import SpeciesModel
+from speciesmap.observations.folds import (
+    kmeans_folds,
+    knndm,
+    nearest_fold,
+    separated,
+    spatial_blocks,
+)
+from speciesmap.outputs import replacing
+from speciesmap.progress import track
+from speciesmap.rasters.covariates import Covariates
+from speciesmap.taxa import Taxon
+
+FOLDS = "folds"  # scores of the folds of a validation that are done
+AREA = 1000  # places of the imagery that folds by `knndm` are matched to
+
+
+def cross_validate(
+    base: SpeciesModel,
+    presences: PairedRows,
+    background: Places,
+    config: FinetuneConfig,
+    work: Path | None = None,
+    other: Places | None = None,
+    covariates: Covariates | None = None,
+) -> tuple[pd.DataFrame, dict[int, float]]:
+    """Fine-tune with whole folds held out in turn, and score what was held out.
+
+    Training windows that overlap a held-out window are left out.
+
+    Args:
+        base: The model to start from, left as it is.
+        presences: Rows of taxa.
+        background: Places of the study area; its imagery gives the grid.
+        config: The stage, with `validation`.
+        work: Folder where each fold's scores are kept, so that a run that goes on repeats none.
+        other: Places of the other kind of background, scored and never trained on.
+        covariates: To read beside the embedding, if any; all places have them.
+
+    Returns:
+        One row per presence and background place: observation_id and taxon (empty for
+        background), longitude, latitude, background (its kind, empty for presences), fold, trained
+        (windows trained on in that fold), and a logit per taxon, by its name, NaN where the fold's
+        training had no presence of it. And the bounds of null maps of linear heads on the folds'
+        encoders, as `null_bounds` gives them; none of models trained on target-group background.
+
+    Raises:
+        ConfigError: A fold leaves nothing to train on.
+    """
+    assert config.validation is not None
+    imagery = background.imagery
+    facts = presences.dataset.facts.iloc[presences.rows]
+    rows, cols = imagery.rowcol(facts["longitude"].to_numpy(), facts["latitude"].to_numpy())
+    others = [background] if other is None else [background, other]
+    rows = np.concatenate([rows, *(places.rows for places in others)])
+    cols = np.concatenate([cols, *(places.cols for places in others)])
+    count, end = len(presences), len(presences) + len(background)
+    folds = make_folds(rows, cols, count, background, config)
+    taxa = len(presences.taxa)
+    labels = presences.labels[presences.rows]
+    drawn = np.zeros((len(rows), 0), bool)
+    if config.data.background_kind == "random":
+        group = np.arange(len(rows)) >= end
+        if not group.any():
+            group[:count] = ~facts.duplicated(["longitude", "latitude"]).to_numpy()
+        counts = np.bincount(labels, minlength=taxa).tolist()
+        drawn = draw_null_maps(group, counts, np.random.default_rng(config.seed))  # (N, M)
+    negative = (np.arange(len(rows)) < end)[:, None] & ~drawn  # (N, M)
+    logits = np.empty((len(rows), taxa + drawn.shape[1]))
+    trained = np.empty(len(rows), dtype=np.int64)
+    uses = [
+        separated(cols, rows, folds, k, presences.dataset.window_px + 1)
+        for k in range(config.validation.folds)
+    ]
+    for k, use in enumerate(uses):
+        if min(use[:count].sum(), use[count:end].sum()) < 2:
+            raise ConfigError(
+                f"fold {k} leaves {use[:count].sum()} presences and {use[count:end].sum()} "
+                "background places to train on, since windows that overlap a held-out one are left "
+                "out; give larger blocks in validation.block_m, fewer folds, or more places"
+            )
+    for k, use in enumerate(track(uses, "Cross-validating")):
+        held = folds == k
+        trained[held] = use[:end].sum()
+        kept = None if work is None else work / FOLDS / f"{k}.npy"
+        if kept is not None and kept.exists():
+            logits[held] = np.load(kept)
+            continue
+        model, fitted = fit_taxa(
+            base,
+            presences.subset(use[:count]),
+            background.subset(use[count:end]),
+            config,
+            covariates=covariates,
+            fold=folds[:end][use[:end]],
+        )
+        accelerator = config.trainer.accelerator
+        wanted = held | use if drawn.shape[1] else held
+        parts = [read_places(model, presences.subset(wanted[:count]), covariates, accelerator)]
+        for places, part in zip(others, np.split(wanted[count:], [end - count]), strict=False):
+            parts.append(read_places(model, places.subset(part), covariates, accelerator))
+        features = torch.cat(parts)  # (n, D + F)
+        with torch.inference_mode():
+            logits[held, :taxa] = model.head(features[torch.from_numpy(held[wanted])]).numpy()
+        untrained = np.setdiff1d(np.arange(taxa), labels[use[:count]])
+        logits[np.ix_(held, untrained)] = np.nan
+        if drawn.shape[1]:
+            usable = (use & (drawn.any(1) | (np.arange(len(rows)) < end)))[wanted]
+            table = features.numpy()
+            logits[held, taxa:] = null_scores(
+                Records(
+                    table[usable],
+                    drawn[wanted][usable].astype(np.float32),
+                    negative[wanted][usable].astype(np.float32),
+                ),
+                table[held[wanted]],
+                fitted.get("penalty"),
+                folds[wanted][usable],
+                (config.head or HeadConfig()).loss,
+            )
+        if kept is not None and process_rank() == 0:
+            with replacing(kept, overwrite=True) as beside:
+                np.save(beside, logits[held])
+    x, y = imagery.xy(rows, cols)
+    nothing = np.full(len(rows) - count, "", object)
+    names = np.r_[facts["name"].to_numpy(dtype=object), nothing]
+    kinds = ["random", "target-group"]
+    if config.data.background_kind != "random":
+        kinds.reverse()
+    table = pd.DataFrame(
+        {
+            "observation_id": np.r_[facts["observation_uuid"].to_numpy(dtype=object), nothing],
+            "longitude": x,
+            "latitude": y,
+            "taxon": names,
+            "background": np.repeat(["", *kinds], [count, end - count, len(rows) - end]),
+            "fold": folds,
+            "trained": trained,
+        }
+    )
+    columns = [taxon.name for taxon in presences.taxa]
+    random = (table["background"] == "random").to_numpy()
+    return (
+        table.join(pd.DataFrame(logits[:, :taxa], columns=columns)),
+        null_bounds(drawn, logits[:, taxa:], random, folds),
+    )
+
+
+def make_folds(
+    rows: NDArray[np.float64],
+    cols: NDArray[np.float64],
+    count: int,
+    background: Places,
+    config: FinetuneConfig,
+) -> NDArray[np.int64]:
+    """Make the folds of the presences, the first `count` places, and of the rest, shape (N,)."""
+    chosen = config.validation
+    assert chosen is not None
+    imagery = background.imagery
+    x, y = cols * imagery.resolution_m, rows * imagery.resolution_m
+    if chosen.block_m is not None and chosen.method == "blocks":
+        return spatial_blocks(
+            x,
+            y,
+            block_m=chosen.block_m,
+            folds=chosen.folds,
+            seed=config.seed,
+            weight=np.arange(len(rows)) < count,
+        )
+    if chosen.method == "kmeans":
+        fold = kmeans_folds(x[:count], y[:count], folds=chosen.folds, seed=config.seed)
+    else:
+        area = draw_background(imagery, 1, AREA, np.random.default_rng(config.seed))
+        fold = knndm(
+            x[:count],
+            y[:count],
+            area.cols * imagery.resolution_m,
+            area.rows * imagery.resolution_m,
+            folds=chosen.folds,
+            seed=config.seed,
+        )
+    rest = nearest_fold(x[:count], y[:count], fold, x[count:], y[count:])
+    return np.concatenate([fold, rest])
+
+
+def summarise(
+    folds: pd.DataFrame,
+    taxa: Sequence[Taxon],
+    background: str = "random",
+    bounds: Mapping[int, float] | None = None,
+) -> dict[str, Any]:
+    """Area under the ROC curve of held-out presences against held-out background.
+
+    Args:
+        folds: What `cross_validate` gives.
+        taxa: Its taxa.
+        background: The kind that the model was trained on.
+        bounds: Of null maps of the same folds, by number of records, where there are any.
+
+    Returns:
+        For each taxon by name: `auc` over all folds' scores pooled, `auc_folds` one by one (None
+        where a fold has no presence), `presences`, less those of folds whose training had none
+        (a NaN score); and the pooled AUC against either kind of
+        background, `auc_random` and `auc_target_group`. Without target-group places the records of
+        the other taxa are these, one per place; of a single taxon it is None. `auc_null` is what
+        null maps of as many records stay below against random background, and `informative` is
+        the verdict of `speciesmap.learning.chance.informative`.
+    """
+    kind = folds["background"].to_numpy()
+    place = ~folds.duplicated(["longitude", "latitude"]).to_numpy()
+    fold = folds["fold"].to_numpy()
+    summary: dict[str, Any] = {}
+    for taxon in taxa:
+        score = folds[taxon.name].to_numpy()
+        scored = np.isfinite(score)
+        own = (folds["taxon"] == taxon.name).to_numpy()
+        here = own & scored
+        group = kind == "target-group"
+        if not group.any():
+            group = (kind == "") & ~own & place
+        against = {"random": (kind == "random") & scored, "target-group": group & scored}
+        judged = {
+            name: fold_auc(here[here | away], score[here | away], fold[here | away])
+            for name, away in against.items()
+        }
+        bound = bound_for(bounds or {}, int(own.sum()))
+        by_fold = {k: judged[k]["auc_folds"] for k, away in against.items() if away.any()}
+        summary[taxon.name] = {
+            **judged[background],
+            **{f"auc_{name.replace('-', '_')}": found["auc"] for name, found in judged.items()},
+            "auc_null": bound,
+            "informative": informative(by_fold, bound),
+        }
+    return summary
