@@ -19,10 +19,12 @@ import numpy as np
 import pandas as pd
 import rasterio
 from numpy.typing import NDArray
+from odc.geo.geobox import GeoBox
 
 from speciesmap import __version__, outputs
 from speciesmap.errors import AreaError, ConfigError, ModelError, StoreError
 from speciesmap.mapping.embed import Precision, embed
+from speciesmap.mapping.fit import fit_imagery
 from speciesmap.mapping.predict import Map, write_maps
 from speciesmap.mapping.query import Query, make_queries, without_calibration
 from speciesmap.mapping.ranges import draw_range, write_ranges
@@ -36,7 +38,7 @@ from speciesmap.present.webmap import make_map
 from speciesmap.rasters.files import is_remote
 from speciesmap.rasters.imagery import Imagery, Opening
 from speciesmap.rasters.store import EmbeddingStore, open_store
-from speciesmap.rasters.windows import bounds_of
+from speciesmap.rasters.windows import bounds_in, bounds_of
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -193,6 +195,16 @@ def predict(
         asked = [without_calibration(query) for query in asked]
     around = find_surroundings(model, covariates)
     if imagery is not None:
+        imagery = fit_imagery(
+            model,
+            imagery,
+            bands=bands,
+            bbox=bbox,
+            bbox_crs=bbox_crs,
+            any_resolution=any_resolution,
+            **opening,
+        )
+        _refuse_unseen(imagery.source, imagery.geobox)
         encode = partial(
             embed,
             model,
@@ -208,7 +220,6 @@ def predict(
             compiled=compiled,
             skip_unreadable=skip_unreadable,
             any_resolution=any_resolution,
-            **opening,
         )
         if store is None:
             own = out.with_name(out.name + STORE_SUFFIX)
@@ -225,6 +236,7 @@ def predict(
     else:
         filled = store if isinstance(store, EmbeddingStore) else open_store(store)
         _refuse_other_model(filled, model.fingerprint)
+        _refuse_unseen(filled.path, filled.geobox)
     encoded = time.perf_counter()
     with outputs.replacing(out, overwrite=overwrite) as folder:
         folder.mkdir()
@@ -344,6 +356,18 @@ def _refuse_poles(bbox: Sequence[float], crs: Any) -> None:
             f"the area reaches latitude {reached:.6g}, the page's Web Mercator ends at "
             f"{MAX_LATITUDE}; choose an area farther from the pole, or make a store of it with "
             "`speciesmap embed --crs`"
+        )
+
+
+def _refuse_unseen(name: Path | str, grid: GeoBox) -> None:
+    """Stop where a page can show nothing of a raster; of one that reaches there it shows a part."""
+    _, south, _, north = bounds_in(grid)
+    if south >= MAX_LATITUDE or north <= -MAX_LATITUDE:
+        reached = south if south > 0 else north
+        raise AreaError(
+            f"{name} lies beyond latitude {reached:.6g}, the page's Web Mercator ends at "
+            f"{MAX_LATITUDE}; choose imagery farther from the pole, or make a store of it with "
+            "`speciesmap embed`"
         )
 
 

@@ -267,3 +267,23 @@ def test_areas_that_a_web_map_cannot_show_are_refused_before_anything_is_read(
     with pytest.raises(AreaError, match=f"reaches latitude {reached}, .* ends at 85.0511"):
         predict(BlobModel(), imagery=tmp_path / "none.tif", bbox=bbox, out=tmp_path / "maps")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("crs", "corner", "reached"),
+    [("EPSG:3413", (-150, 150), "89.99"), ("EPSG:3031", (300_000, 300_000), "-86.1")],
+)
+def test_imagery_that_a_web_map_cannot_show_is_refused_before_it_is_encoded(
+    tmp_path: Path, crs: str, corner: tuple[float, float], reached: str
+) -> None:
+    grid = GeoBox((300, 300), Affine(1, 0, corner[0], 0, -1, corner[1]), crs)
+    scene = write_geotiff(
+        tmp_path / "pole.tif", np.ones((3, 300, 300), np.uint8), grid, bands=BANDS
+    )
+    model = BlobModel(bands=BANDS, resolution_m=1.0)
+    with pytest.raises(AreaError, match=f"pole.tif lies beyond latitude {reached}.* ends at 85.05"):
+        predict(model, imagery=scene, queries=[OAK], out=tmp_path / "maps")
+    assert [path.name for path in tmp_path.iterdir()] == ["pole.tif"]
+    store = embed(model, scene, tmp_path / "s.zarr", stride_px=32)
+    with pytest.raises(AreaError, match=f"s.zarr lies beyond latitude {reached}"):
+        predict(model, store=store, queries=[OAK], out=tmp_path / "maps")
