@@ -350,3 +350,21 @@ def test_facts_kept_of_a_remote_data_set_are_made_again_once_damaged(
         kept.write_bytes(damage)
         assert len(paired._read_facts(address)[0]) == 6
     assert len(kept.read_bytes()) > 1000
+
+
+@pytest.mark.parametrize(
+    ("crs", "pixel"),
+    [("EPSG:32610", 1e-300), ("EPSG:32610", float("nan")), ('LOCAL_CS["s",UNIT["m",1]]', 2)],
+)
+def test_a_grid_that_imagery_cannot_be_put_on_is_refused(
+    tmp_path: Path, crs: str, pixel: float
+) -> None:
+    paths = [tmp_path / "a.tif", tmp_path / "like.tif"]
+    for path, name, side in zip(paths, ("EPSG:32610", crs), (10, pixel), strict=True):
+        with rasterio.open(
+            path, "w", driver="GTiff", width=8, height=8, count=1, dtype="uint8",
+            crs=rasterio.CRS.from_user_input(name), transform=from_origin(5e5, 4e6, side, side),
+        ) as raster:  # fmt: skip
+            raster.write(np.ones((1, 8, 8), np.uint8))
+    with pytest.raises(SpeciesmapError):
+        open_imagery(paths[0], like=paths[1])

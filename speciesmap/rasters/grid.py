@@ -28,6 +28,8 @@ def offset(grid: GeoBox, geobox: GeoBox) -> tuple[int, int] | None:
     if grid.crs != geobox.crs:
         return None
     to_grid = ~grid.transform * geobox.transform
+    if not np.isfinite(to_grid).all():
+        return None
     height, width = geobox.shape
     row, col = round(to_grid.f), round(to_grid.c)
     across, down = np.array([0, width, 0]), np.array([0, 0, height])
@@ -39,9 +41,19 @@ def offset(grid: GeoBox, geobox: GeoBox) -> tuple[int, int] | None:
 def to_pixels(
     source: GeoBox, grid: GeoBox, rows: NDArray[np.float64], cols: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Convert continuous pixel coordinates of a raster to those of a grid: rows and columns."""
+    """Convert continuous pixel coordinates of a raster to those of a grid: rows and columns.
+
+    Raises:
+        ImageryError: No way is known from one CRS to the other.
+    """
     x, y = transformed(source.transform, cols, rows)
-    transformer = pyproj.Transformer.from_crs(source.crs, grid.crs, always_xy=True)
+    try:
+        transformer = pyproj.Transformer.from_crs(source.crs, grid.crs, always_xy=True)
+    except pyproj.exceptions.ProjError as error:
+        raise ImageryError(
+            f"no way is known from {source.crs} to {grid.crs} ({error}); choose another grid with "
+            "--crs or --like"
+        ) from error
     there = transformed(~grid.transform, *transformer.transform(x, y))
     return there[1], there[0]
 

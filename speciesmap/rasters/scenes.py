@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -166,7 +167,8 @@ def _refuse_placeless(raster: DatasetReader, path: str) -> None:
             f"{name} has no coordinate reference system; if you know it, set it with "
             f"gdal_edit.py -a_srs EPSG:32610 {name}"
         )
-    if raster.transform.is_identity or raster.transform.determinant == 0:
+    t = raster.transform
+    if t.is_identity or not math.isfinite(t.determinant) or t.determinant == 0:
         raise ImageryError(
             f"{name} has no usable transform from pixels to {raster.crs}; set its corners with "
             f"gdal_edit.py -a_ullr WEST NORTH EAST SOUTH {name}, or its control points with "
