@@ -60,7 +60,8 @@ def fit(
         The last losses by name, the number of steps, and the precision.
 
     Raises:
-        ConfigError: Lightning has no such device or precision here, or the losses diverged.
+        ConfigError: Lightning has no such device or precision here, the losses diverged, or the
+            processes have no whole batch each.
     """
     precision: str = config.precision
     if precision == "auto":
@@ -86,24 +87,27 @@ def fit(
         logging.getLogger(name).setLevel(logging.WARNING)
     if process_rank():  # other views than in the first process
         torch.manual_seed(torch.initial_seed() + process_rank())
+    arguments: dict[str, Any] = {
+        "accelerator": config.accelerator,
+        "devices": config.devices,
+        "precision": precision,
+        "max_epochs": optim.epochs,
+        "gradient_clip_val": 1.0,
+        "callbacks": callbacks,
+        "logger": [CSVLogger(work, "logs", ""), TensorBoardLogger(work, "logs", "")]
+        if work is not None
+        else False,
+        "log_every_n_steps": 10,
+        "enable_checkpointing": work is not None,
+        "enable_progress_bar": work is not None and loud,
+        "enable_model_summary": False,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            trainer = L.Trainer(
-                accelerator=config.accelerator,
-                devices=config.devices,
-                precision=precision,  # type: ignore[arg-type]
-                max_epochs=optim.epochs,
-                gradient_clip_val=1.0,
-                callbacks=callbacks,
-                logger=[CSVLogger(work, "logs", ""), TensorBoardLogger(work, "logs", "")]
-                if work is not None
-                else False,
-                log_every_n_steps=10,
-                enable_checkpointing=work is not None,
-                enable_progress_bar=work is not None and loud,
-                enable_model_summary=False,
-            )
+            trainer = L.Trainer(**arguments)
+            if trainer.world_size > 1:  # else it stops at parameters that no loss reaches
+                trainer = L.Trainer(**arguments, strategy="ddp_find_unused_parameters_true")
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ConfigError(
                 f"Lightning cannot train with trainer.accelerator = {config.accelerator!r}, "
@@ -117,6 +121,12 @@ def fit(
             weights_only=True,
         )
     stage.network.eval()
+    if not trainer.global_step:
+        raise ConfigError(
+            f"{trainer.world_size} processes share too few rows to fill a batch of "
+            f"{optim.batch_size} each, so nothing was learned; lower optim.batch_size or "
+            "trainer.devices"
+        )
     losses = {name: round(float(value), 4) for name, value in trainer.callback_metrics.items()}
     if not all(map(math.isfinite, losses.values())):
         raise ConfigError(
@@ -211,6 +221,8 @@ def batches(
 class ByPlace(Sampler[int]):
     """Rows in an order whose places are shuffled, and so are the rows of each place.
 
+    Processes that train together share out one order, which the first of them draws.
+
     Args:
         place: Of each row, shape (N,).
     """
@@ -223,8 +235,12 @@ class ByPlace(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Draw an order."""
-        rows = torch.randperm(len(self.place))
-        rank = torch.randperm(int(self.place.max()) + 1)
+        seed = [int(torch.randint(1 << 62, ()))]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(seed, src=0)
+        generator = torch.Generator().manual_seed(seed[0])
+        rows = torch.randperm(len(self.place), generator=generator)
+        rank = torch.randperm(int(self.place.max()) + 1, generator=generator)
         return iter(rows[rank[self.place[rows]].argsort(stable=True)].tolist())
 
 

@@ -60,8 +60,8 @@ class Stage(L.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def report(self, loss: Tensor, **parts: Tensor) -> Tensor:
-        """Log the loss and its parts, and give the loss back."""
-        self.log_dict({"loss": loss, **parts}, prog_bar=True, batch_size=1)
+        """Log the loss and its parts, their means over processes, and give the loss back."""
+        self.log_dict({"loss": loss, **parts}, prog_bar=True, batch_size=1, sync_dist=True)
         return loss
 
 
@@ -99,8 +99,6 @@ class Crisp(Stage):
         contrastive: ContrastiveConfig | None = None,
         views: ViewsConfig | None = None,
     ) -> None:
-        # data-parallel training stops at parameters that no loss reaches
-        model.head.requires_grad_(False)
         super().__init__(model, optim, steps)
         self.prompts = Prompts(taxa)
         self.contrastive = contrastive or ContrastiveConfig()

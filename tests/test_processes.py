@@ -1,0 +1,123 @@
+"""Every method learns in two processes what one learns from the joined batch.
+
+As a program this file is one process of the two: `test_processes.py FOLDER`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import BANDS, tiny_model, tiny_scene
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+
+from speciesmap.config import load_config
+from speciesmap.errors import ConfigError
+from speciesmap.learning import crossview, fit, modules
+from speciesmap.learning.train import train
+from speciesmap.models import crossview as pairs
+from speciesmap.models import load_model, masked, read_facts, save_model
+
+ROWS = 36
+VIT = {"backbone": "test_vit", "kwargs": {"patch_size": 8}}
+GROUND = {**VIT, "image_px": 16}
+DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+TEXT = {"width": 16, "layers": 1, "heads": 2}
+MODEL: dict[str, Any] = {"dim": 16, "aerial": VIT, "ground": GROUND, "metadata": {"dropout": 0}}
+PRETRAIN = {"stage": "pretrain", "model": {**MODEL, "text": TEXT}, "masked": DECODER}
+METHODS: dict[str, dict[str, Any]] = {
+    "crisp": {**PRETRAIN, "contrastive": {"same_place": "positive"}},
+    "aerial_mae": {**PRETRAIN, "method": "mae"},
+    "ground_mae": {**PRETRAIN, "method": "mae", "masked": {**DECODER, "view": "ground"}},
+    "cve_mae": {**PRETRAIN, "method": "cve_mae", "crossview": {"freeze_aerial": False}},
+    "cvm_mae": {**PRETRAIN, "method": "cvm_mae"},
+    "finetune": {"stage": "finetune"},
+    "finetune_heads_only": {"stage": "finetune", "align": 0},
+}
+
+
+def learn(folder: Path, processes: int) -> None:
+    """Train by every method, all rows in each step, with the same views and masks everywhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (modules, crossview):
+            patch.setattr(module, "ground_view", as_they_are)
+            patch.setattr(module, "Prompts", partial(modules.Prompts, full=1.0))
+        patch.setattr(modules, "aerial_view", as_they_are)
+        for module in (masked, pairs):
+            patch.setattr(module, "draw_mask", hide_the_last)
+        patch.setattr(fit, "RandomSampler", lambda windows, **_: SequentialSampler(windows))
+        for name, method in METHODS.items():
+            train(configured(method, folder, processes), folder / f"{name}_{processes}")
+
+
+def configured(method: dict[str, Any], folder: Path, processes: int) -> Any:
+    data: dict[str, Any] = {"dataset": str(folder / "chips")}
+    if method["stage"] == "finetune":
+        data |= {"imagery": str(folder / "aerial.tif"), "background": ROWS}
+        method = {**method, "init": str(folder / "init")}
+    optim = {"epochs": 2, "batch_size": ROWS // processes, "lr": 1e-4, "warmup": 0}
+    trainer = {"accelerator": "cpu", "devices": processes, "precision": "32-true"}
+    return load_config({**method, "data": data, "optim": optim, "trainer": trainer})
+
+
+def as_they_are(images: Tensor, *_: Any, **__: Any) -> Tensor:
+    return images.float()
+
+
+def hide_the_last(tokens: Tensor, ratio: float, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    keep = max(1, round(tokens.shape[1] * (1 - ratio)))
+    places = torch.arange(tokens.shape[1]).expand(tokens.shape[:2])
+    return tokens[:, :keep], places[:, :keep], places >= keep
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    tiny_scene(folder, rows=ROWS)
+    start = tiny_model(taxa=(), aerial=VIT, ground=GROUND)
+    object.__setattr__(start.architecture, "bands", BANDS)
+    save_model(start, folder / "init", {})
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*words, __file__, str(folder)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    learn(folder, 1)
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_learn_what_one_learns_from_the_joined_batch(method: str, runs: Path) -> None:
+    one, two = (runs / f"{method}_{processes}" for processes in (1, 2))
+    wanted, found = (read_facts(run)["metrics"] for run in (one, two))
+    assert found["steps"] == wanted["steps"] == 2
+    assert set(found["losses"]) == set(wanted["losses"])
+    # negatives of CVM-MAE stand beside a photo in the batch of its own process
+    own = {"loss", "matching"} if method == "cvm_mae" else set()
+    for name in set(found["losses"]) - own:
+        assert found["losses"][name] == pytest.approx(wanted["losses"][name], abs=3e-4), name
+    first, second = (load_model(run).state_dict() for run in (one, two))
+    if not own:
+        for name in first:
+            assert torch.allclose(first[name], second[name], atol=2e-3), name
+
+
+def test_processes_that_cannot_fill_a_batch_each_learn_nothing_and_say_so(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = configured(METHODS["aerial_mae"], runs, 1)
+    monkeypatch.setattr(fit, "batches", lambda *_, **__: [])
+    monkeypatch.setattr("speciesmap.learning.train.batches", lambda *_, **__: [])
+    with pytest.raises(ConfigError, match=r"share too few rows .* lower optim\.batch_size"):
+        train(made, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+if __name__ == "__main__":
+    learn(Path(sys.argv[1]), 2)
