@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 from dataclasses import replace
@@ -10,7 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray
+import zarr
 from affine import Affine
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from odc.geo.geobox import GeoBox
 
 from speciesmap.errors import OutputError, StoreError
@@ -37,6 +41,42 @@ def test_a_tile_is_done_when_it_is_written_even_if_it_is_all_nodata(tmp_path: Pa
     assert again.done() == (slice(0, 70), slice(32, 50))
     assert (again.read(slice(64, 70), slice(32, 50)) == vectors).all()
     assert np.isnan(again.read(slice(0, 64), slice(0, 32))).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_range_reads_as_zarr_reads_it(half_full: EmbeddingStore, data: st.DataObject) -> None:
+    rows, cols = (
+        slice(*sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))))
+        for n in GRID.shape
+    )
+    theirs = zarr.open_array(half_full.path / "vectors", mode="r")[rows, cols]
+    assert np.array_equal(half_full.read(rows, cols), theirs, equal_nan=True)
+
+
+@pytest.fixture(scope="module")
+def half_full(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    store = make(tmp_path_factory.mktemp("stores") / "half.zarr")
+    rng = np.random.default_rng(0)
+    for tile in ((0, 0), (1, 1), (2, 1)):
+        rows, cols = store.cells(tile)
+        shape = (rows.stop - rows.start, cols.stop - cols.start, 8)
+        store.write(tile, rng.normal(size=shape).astype(np.float16))
+    return store
+
+
+def test_chunks_that_are_coded_otherwise_are_refused(tmp_path: Path) -> None:
+    make(tmp_path / "s.zarr")
+    about = tmp_path / "s.zarr/vectors/zarr.json"
+    facts = json.loads(about.read_text())
+    facts["codecs"] = facts["codecs"][:1]
+    about.write_text(json.dumps(facts))
+    whole = tmp_path / "s.zarr/zarr.json"
+    whole.write_text(
+        json.dumps({k: v for k, v in json.loads(whole.read_text()).items() if k[:5] != "conso"})
+    )
+    with pytest.raises(StoreError, match="chunks coded by bytes"):
+        open_store(tmp_path / "s.zarr")
 
 
 def test_tiles_cover_every_cell_once(tmp_path: Path) -> None:
@@ -201,5 +241,8 @@ def test_what_is_no_store_or_is_damaged_is_refused(tmp_path: Path) -> None:
         make(tmp_path / "s.zarr")
     store.write((0, 0), np.ones((32, 32, 8), np.float16))
     (tmp_path / "s.zarr/vectors/c/0/0/0").write_bytes(b"rubbish")
-    with pytest.raises(StoreError, match="cannot be read at rows 0 to 32, columns 0 to 50"):
+    with pytest.raises(
+        StoreError,
+        match=r"c/0/0/0 cannot be read \(it does not hold 16384 bytes\); delete it and run",
+    ):
         store.read(slice(0, 32), slice(0, 50))

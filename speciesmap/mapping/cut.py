@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +18,6 @@ from speciesmap.errors import ImageryError
 from speciesmap.rasters.imagery import Imagery
 from speciesmap.rasters.store import TILE, EmbeddingStore
 from speciesmap.rasters.windows import WindowGrid
-
-Item = TypeVar("Item")
 
 BLOCK_BYTES = 8 << 20  # of pixels read at once; a tile of larger windows is read in strips
 log = logging.getLogger("speciesmap")
@@ -247,17 +243,3 @@ def _filled(pixels: NDArray[Any], valid: NDArray[np.bool_], fill: Sequence[float
             else:
                 band[invalid] = value
     return pixels
-
-
-def ahead(items: Iterator[Item], count: int) -> Iterator[Item]:
-    """Work on the next few items in a thread while the caller uses one."""
-    end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
-        waiting = deque(reader.submit(next, items, end) for _ in range(count))
-        try:
-            while (item := waiting.popleft().result()) is not end:
-                waiting.append(reader.submit(next, items, end))
-                yield item  # type: ignore[misc]
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from speciesmap.errors import ConfigError, StoreError
-from speciesmap.mapping.cut import Batch, Layout, ahead, cut_windows
+from speciesmap.mapping.cut import Batch, Layout, cut_windows
 from speciesmap.mapping.encode import Encoder, Stopwatch
 from speciesmap.mapping.fit import fit_imagery, fit_values, lay_out
+from speciesmap.mapping.threads import ahead
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.outputs import land
 from speciesmap.progress import track

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,16 +14,15 @@ from numpy.typing import NDArray
 
 from speciesmap.errors import QueryError, StoreError
 from speciesmap.mapping.applicability import applicable
-from speciesmap.mapping.cut import ahead
 from speciesmap.mapping.query import Query, score, spread
 from speciesmap.mapping.surroundings import Surroundings
+from speciesmap.mapping.threads import abreast
 from speciesmap.models.trust import Applicability
 from speciesmap.progress import track
 from speciesmap.rasters.geotiff import MapWriter
-from speciesmap.rasters.store import TILE, EmbeddingStore
+from speciesmap.rasters.store import EmbeddingStore, shared
 from speciesmap.rasters.windows import cells_in
 
-READ_TILES = 8  # of one row at once: 8 MB at 512 dimensions
 MOST_OPEN_MAPS = 256  # in one pass; systems let a process open about 1,000 files
 
 log = logging.getLogger("speciesmap")
@@ -156,22 +154,28 @@ def _write_maps(
             )
             for m, spreads in zip(maps, uncertain, strict=True)
         ]
-        for tile in _tiles(store, rows, cols, surroundings):
+
+        def drawn(tile: _Tile) -> tuple[_Tile, list[NDArray[np.float32]]]:
             # tiles are scored whole: a product's last bit depends on the shapes of its factors
-            vectors, inside = tile.vectors, tile.inside
-            shown = [moved(vectors, month) for month in months.values()] or [vectors]
+            vectors, inside = store.read(*tile.cells), tile.inside
+            shown: list[NDArray[Any]] = [moved(vectors, month) for month in months.values()]
+            shown = shown or [vectors]
             values = np.stack([score(v, queries, tile.features) for v in shown], 1)  # (Q, M, ...)
             inner = applicable(vectors, known, tile.scaled) if known else None
-            empty = empty and bool(np.isnan(values[0, 0][inside]).all())
-            for writer, query, value, spreads in zip(
-                writers, queries, values, uncertain, strict=True
-            ):
+            parts = []
+            for query, value, spreads in zip(queries, values, uncertain, strict=True):
                 bands = [month[inside] for month in value]
                 if spreads:
                     bands.append(spread(vectors, query, tile.features)[inside])
                 if inner is not None:
                     bands.append(inner[inside])
-                writer.write(tile.row, tile.col, np.stack(bands))
+                parts.append(np.stack(bands))  # (B, rows, columns)
+            return tile, parts
+
+        for tile, parts in abreast(drawn, _tiles(store, rows, cols, surroundings)):
+            empty = empty and bool(np.isnan(parts[0][0]).all())
+            for writer, part in zip(writers, parts, strict=True):
+                writer.write(tile.row, tile.col, part)
     if empty:
         log.warning(
             "the maps are empty: no window of the area has %.0f%% of valid pixels; choose another "
@@ -203,18 +207,23 @@ def _write_richness(
     """Sum probabilities in a pass of its own, whatever the number of taxa."""
     tags = {"TAXON": "Species richness", "QUERY": "richness", "MODEL": store.identity.model}
     with MapWriter(path, store.geobox[rows, cols], bands=["richness"], tags=tags) as writer:
-        for tile in _tiles(store, rows, cols, surroundings):
-            total = score(tile.vectors, queries, tile.features).sum(0)
+
+        def summed(tile: _Tile) -> tuple[_Tile, NDArray[np.float32]]:
+            vectors = store.read(*tile.cells)
+            total = score(vectors, queries, tile.features).sum(0)
             if known is not None:
-                total[applicable(tile.vectors, known, tile.scaled) == 0] = np.nan
-            writer.write(tile.row, tile.col, total[tile.inside][None])
+                total[applicable(vectors, known, tile.scaled) == 0] = np.nan
+            return tile, total[tile.inside][None]
+
+        for tile, total in abreast(summed, _tiles(store, rows, cols, surroundings)):
+            writer.write(tile.row, tile.col, total)
 
 
 @dataclass(frozen=True)
 class _Tile:
     """Cells of a whole tile, where they come in the wanted range, and what of them is wanted."""
 
-    vectors: NDArray[Any]
+    cells: tuple[slice, slice]
     row: int
     col: int
     inside: tuple[slice, slice]
@@ -225,37 +234,16 @@ class _Tile:
 def _tiles(
     store: EmbeddingStore, rows: slice, cols: slice, surroundings: Surroundings | None
 ) -> Iterator[_Tile]:
-    """Read whole tiles ahead."""
-    blocks = list(_blocks(store, rows, cols))
-    read = ((block, store.read(*block)) for block in blocks)
-    for (block_rows, block_cols), vectors in track(ahead(read, 2), "Scoring", len(blocks)):
-        for left in range(block_cols.start, block_cols.stop, TILE):
-            tile = vectors[:, left - block_cols.start :][:, :TILE]
-            inner_rows, row = _shared(block_rows.start, tile.shape[0], rows)
-            inner_cols, col = _shared(left, tile.shape[1], cols)
-            beside: Sequence[NDArray[np.float32] | None] = (None, None)
-            if surroundings is not None:
-                right = left + tile.shape[1]
-                beside = surroundings.cells(store.geobox[block_rows, left:right])
-            yield _Tile(tile, row, col, (inner_rows, inner_cols), *beside)
-
-
-def _shared(start: int, count: int, wanted: slice) -> tuple[slice, int]:
-    """What of some cells is wanted, and where it comes in the wanted range."""
-    first, last = max(start, wanted.start), min(start + count, wanted.stop)
-    return slice(first - start, last - start), first - wanted.start
-
-
-def _blocks(store: EmbeddingStore, rows: slice, cols: slice) -> Iterator[tuple[slice, slice]]:
-    """Ranges of whole tiles that hold the wanted cells, several tiles wide."""
-    height, width = store.geobox.shape
-    right = min(math.ceil(cols.stop / TILE) * TILE, width)
-    for top in range(rows.start // TILE * TILE, rows.stop, TILE):
-        for left in range(cols.start // TILE * TILE, right, TILE * READ_TILES):
-            yield (
-                slice(top, min(top + TILE, height)),
-                slice(left, min(left + TILE * READ_TILES, right)),
-            )
+    """Give the tiles that hold the wanted cells, with the covariates beside them."""
+    tiles = list(store.tiles_in(rows, cols))
+    for tile in track(tiles, "Scoring"):
+        cells = store.cells(tile)
+        inner_rows, there_rows = shared(cells[0], rows)
+        inner_cols, there_cols = shared(cells[1], cols)
+        beside: Sequence[NDArray[np.float32] | None] = (None, None)
+        if surroundings is not None:
+            beside = surroundings.cells(store.geobox[cells])
+        yield _Tile(cells, there_rows.start, there_cols.start, (inner_rows, inner_cols), *beside)
 
 
 def _unique(stems: Sequence[str]) -> list[str]:
