@@ -352,6 +352,22 @@ def test_files_of_equal_names_do_not_overwrite_each_other(tmp_path: Path) -> Non
     assert [m.path.name for m in maps] == ["a_b.tif", "a_b_2.tif", "a_b_3.tif"]
 
 
+def test_maps_are_the_same_bytes_however_many_threads_there_are(tmp_path: Path) -> None:
+    store = embed(FakeModel(), scene(tmp_path / "a.tif"), tmp_path / "s.zarr", stride_px=2)
+    vectors = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
+    queries = [Query(f"a {k}", "taxon", v, 3, 0, "suitability") for k, v in enumerate(vectors)]
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            (folder := tmp_path / str(count)).mkdir()
+            found.append([m.path.read_bytes() for m in write_maps(store, queries, folder)])
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1]
+
+
 def test_more_maps_than_files_may_be_open_are_written_in_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
