@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import os
+import platform
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -74,8 +77,7 @@ def replacing(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     refuse_existing(path, overwrite)
-    token = uuid.uuid4().hex[:8]
-    beside = path.with_name(f".{path.stem}.{token}.part{path.suffix}")
+    beside = name_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
@@ -88,6 +90,43 @@ def replacing(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
         ) from error
     finally:
         _remove(beside)
+
+
+def name_beside(path: Path) -> Path:
+    """Give a hidden name beside an output, and remove what killed processes left under such names.
+
+    The name tells the process, and the machine it runs on: what belongs to one that may be alive
+    stays.
+    """
+    tail = f".part{path.suffix}"
+    theirs = re.compile(
+        rf"\.{re.escape(path.stem)}\.{_machine()}-([1-9]\d*)-[0-9a-f]+{re.escape(tail)}"
+    )
+    with suppress(OSError):
+        for left in path.parent.iterdir():
+            named = theirs.fullmatch(left.name)
+            if named and not _lives(int(named[1])):
+                _remove(left)
+    own = f"{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    return path.with_name(f".{path.stem}.{own}{tail}")
+
+
+def _machine() -> str:
+    """Tell where numbers of processes mean the same: on one host, in one container."""
+    processes = Path("/proc/self/ns/pid")
+    space = processes.stat().st_ino if processes.exists() else 0
+    told = f"{platform.node()} {space}".encode()
+    return hashlib.blake2b(told, digest_size=3).hexdigest()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def land(beside: Path, path: Path) -> None:

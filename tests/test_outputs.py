@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,3 +160,56 @@ def test_an_error_of_writing_is_told_from_one_of_reading(tmp_path: Path) -> None
         assert everything(tmp_path) == []
     with pytest.raises(PermissionError, match=r"photo\.jpg"), replacing(out):
         raise PermissionError(13, "Permission denied", str(tmp_path / "photo.jpg"))
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from speciesmap.outputs import replacing
+
+with replacing(sys.argv[1]) as beside:
+    if sys.argv[2] == "folder":
+        beside.mkdir()
+        beside = beside / "half"
+    beside.write_text("half")
+    print("written", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_process_left_is_removed_by_the_next_run_to_the_same_output(
+    tmp_path: Path, kind: str
+) -> None:
+    out = tmp_path / "map [1].tif"
+    for name in (".map [1].part.tif", ".other.tif", ".map [1].abcdef-1-00ff.part.tif"):
+        (tmp_path / name).touch()
+    others = everything(tmp_path)
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(out), kind],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for writer in writers:
+        assert writer.stdout is not None and writer.stdout.readline() == "written\n"
+    assert len(everything(tmp_path)) == len(others) + 2, "each leaves the other's alone"
+    killed, alive = writers
+    killed.kill()
+    killed.wait()
+    with replacing(tmp_path / "map.tif") as beside:
+        beside.touch()
+        assert len(everything(tmp_path)) == len(others) + 3, "that of another output stays"
+    (tmp_path / "map.tif").unlink()
+    with replacing(out) as beside:
+        beside.write_text("whole")
+        assert len(everything(tmp_path)) == len(others) + 2, "the living one's, and this one's"
+    assert out.read_text() == "whole"
+    out.unlink()
+    alive.communicate()
+    assert alive.returncode == 0
+    assert out.exists()
+    assert everything(tmp_path) == sorted([*others, out.name])

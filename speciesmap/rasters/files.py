@@ -256,9 +256,9 @@ class Files:
         handle = self._handle(path)
         with handle.lock:
             try:
-                if handle.opened is None:
-                    handle.opened = Opened.of(open_raster(path, signer), alpha_is_data)
                 with no_error_lost():
+                    if handle.opened is None:
+                        handle.opened = Opened.of(open_raster(path, signer), alpha_is_data)
                     yield handle.opened
             except (RasterioError, OSError):
                 handle.close()

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
+from rasterio._err import CPLE_BaseError
 from rasterio.errors import NodataShadowWarning, RasterioIOError
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def no_error_lost() -> Iterator[None]:
     _heard.errors = errors
     try:
         yield
+    except CPLE_BaseError as error:  # some calls of rasterio let GDAL's own errors through
+        raise RasterioIOError(str(error)) from error
     finally:
         _heard.errors = outer
     if errors:

@@ -14,7 +14,6 @@ import json
 import math
 import shutil
 import struct
-import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -139,7 +138,7 @@ class EmbeddingStore:
             StoreError: Another process landed another store first.
         """
         outputs.refuse_existing(path, overwrite=False)
-        beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
+        beside = outputs.name_beside(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             group = zarr.create_group(beside, zarr_format=3)

@@ -441,7 +441,9 @@ def fuzz(name: str, inputs: int, seed: int = 0) -> tuple[Counter[str], dict[str,
                 outcome["refused"] += 1
                 if len(str(error)) > 4000 or NO_MEMORY.search(reasons(error)):
                     outcome["finding"] += 1
-                    findings.setdefault(f"says {error!s:.100}", f"{content!r:.400}")
+                    findings.setdefault(
+                        f"says {error!s:.100}", f"{reasons(error):.600} <- {content!r:.400}"
+                    )
             except (Exception, Breach) as error:
                 outcome["finding"] += 1
                 trace = error.__traceback__
