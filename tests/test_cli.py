@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 
 from speciesmap import cli
@@ -211,3 +212,18 @@ def test_a_terminated_command_leaves_nothing(tmp_path: Path) -> None:
     run.terminate()
     assert run.wait() == 143
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lack_of_memory_is_said_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import speciesmap.mapping.embed as room
+
+    def embed(*words: Any, **options: Any) -> None:
+        np.empty((1 << 30, 1 << 30), np.uint8)
+
+    monkeypatch.setattr(room, "embed", embed)
+    done = call(capfd, "embed", "run", "--imagery", "a.tif", "--out", "s.zarr")
+    assert done.code == 1
+    assert done.err.startswith("error: memory ran out (Unable to allocate 1.00 EiB for an array")
+    assert done.err.count("\n") == 1

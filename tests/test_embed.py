@@ -15,6 +15,7 @@ from fake_model import BlobModel, FakeModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from odc.geo.geobox import GeoBox
+from rasterio.errors import RasterioIOError
 from tiny import tiny_model
 
 from speciesmap.errors import AreaError, ConfigError, ImageryError, ModelError, StoreError
@@ -578,6 +579,53 @@ def test_where_memory_runs_out_the_batch_halves_and_says_so(
     model.most = 0
     with pytest.raises(ModelError, match="not even one window can be encoded"):
         embed(model, path, tmp_path / "t.zarr", precision="float32")
+
+
+def test_where_memory_runs_out_for_batches_they_are_halved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, most = scene(tmp_path / "a.tif"), [8]
+    whole = embed(FakeModel(), path, tmp_path / "whole.zarr", precision="float32")
+    real = torch.empty
+
+    def empty(shape: Any, **kind: Any) -> torch.Tensor:
+        if isinstance(shape, tuple) and len(shape) == 4 and shape[0] > most[0]:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+        return real(shape, **kind)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    store = embed(FakeModel(), path, tmp_path / "s.zarr", precision="float32", batch_size=32)
+    np.testing.assert_allclose(vectors(store), vectors(whole), atol=1e-3)
+    assert [r.getMessage() for r in caplog.records if "no memory" in r.getMessage()][:2] == [
+        "no memory for batches of 32; going on with 16",
+        "no memory for batches of 16; going on with 8",
+    ]
+    most[0] = 0
+    with pytest.raises(ImageryError, match=r"cannot be read in the memory there is .*9 bytes"):
+        embed(FakeModel(), path, tmp_path / "t.zarr", precision="float32")
+
+
+@pytest.mark.parametrize("skip_unreadable", [False, True])
+def test_where_memory_runs_out_for_pixels_it_is_said_and_no_tile_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip_unreadable: bool
+) -> None:
+    path, read, calls = scene(tmp_path / "a.tif", (520, 520)), rasterio.DatasetReader.read, [0]
+
+    def reads(self: Any, *words: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > 100:
+            raise RasterioIOError("GetBlockRef failed: cannot allocate 2147483648 bytes")
+        return read(self, *words, **named)
+
+    with monkeypatch.context() as short:
+        short.setattr("rasterio.DatasetReader.read", reads)
+        with pytest.raises(ImageryError, match=r"tile .* in the memory there is .*cannot allocate"):
+            embed(
+                FakeModel(), path, tmp_path / "s.zarr", stride_px=2, skip_unreadable=skip_unreadable
+            )
+    embed(FakeModel(), path, tmp_path / "s.zarr", stride_px=2)
+    embed(FakeModel(), path, tmp_path / "whole.zarr", stride_px=2)
+    assert contents(tmp_path / "s.zarr") == contents(tmp_path / "whole.zarr")
 
 
 def test_other_errors_of_the_encoder_are_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:

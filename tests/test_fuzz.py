@@ -368,3 +368,15 @@ def test_a_grid_that_imagery_cannot_be_put_on_is_refused(
             raster.write(np.ones((1, 8, 8), np.uint8))
     with pytest.raises(SpeciesmapError):
         open_imagery(paths[0], like=paths[1])
+
+
+def test_blocks_that_take_much_memory_are_refused_before_one_is_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "vast.tif"
+    with rasterio.open(
+        path, "w", driver="GTiff", width=8, height=8, count=1, dtype="float64", tiled=True,
+        blockxsize=16384, blockysize=16384, crs="EPSG:32610", transform=from_origin(5e5, 4e6, 1, 1),
+        sparse_ok=True, compress="deflate",
+    ):  # fmt: skip
+        pass
+    with bounded(tmp_path), pytest.raises(ImageryError, match=r"vast\.tif has blocks of 16384 x"):
+        open_imagery(path)

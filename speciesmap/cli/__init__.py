@@ -77,6 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
+    except MemoryError as error:
+        if logging.getLogger("speciesmap").isEnabledFor(logging.DEBUG):
+            raise
+        told = " ".join(str(error).split()) or "none is left"
+        click.echo(
+            f"error: memory ran out ({told}); ask for less at once, such as a smaller area, or use "
+            "a machine with more memory",
+            err=True,
+        )
+        sys.exit(1)
 
 
 def split_bbox(words: Sequence[str]) -> list[str]:

@@ -22,6 +22,7 @@ from speciesmap.rasters.windows import WindowGrid
 BLOCK_BYTES = 8 << 20  # of pixels read at once; a tile of larger windows is read in strips
 log = logging.getLogger("speciesmap")
 
+NO_MEMORY = ("can't allocate memory", "could not create a primitive")  # torch's, oneDNN's
 EXACT_IN_TORCH = ("uint8", "int8", "int16", "int32", "int64", "float32", "float64")
 
 
@@ -108,6 +109,12 @@ def cut_windows(
                 ) from error
             log.warning("tile %s stays empty: %s", tile, error)
             yield Batch(tile, None, readable=False)
+        except MemoryError as error:
+            raise ImageryError(
+                f"tile {tile} cannot be read in the memory there is ({error or 'none is left'}); "
+                "use a smaller --batch-size, fewer workers or a machine with more memory, and run "
+                "again: tiles that are done are kept"
+            ) from error
 
 
 def _cut_tile(
@@ -194,11 +201,21 @@ def _neighbours(
 def _buffers(
     shape: tuple[int, ...], dtype: np.dtype[Any], pin: bool, reuse: int | None
 ) -> Iterator[Tensor]:
-    """Memory for batches: always other, or so many by turns."""
+    """Memory for batches: always other, or so many by turns; for half of one where it runs out."""
     kind = torch.from_numpy(np.empty(0, _torch_type(dtype))).dtype
     ring: list[Tensor] = []
+    most, *piece = shape
     while reuse is None or len(ring) < reuse:
-        buffer = torch.empty(shape, dtype=kind, pin_memory=pin)
+        try:
+            buffer = torch.empty((most, *piece), dtype=kind, pin_memory=pin)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if most == 1:
+                raise MemoryError(str(error).partition("\n")[0]) from error
+            log.warning("no memory for batches of %d; going on with %d", most, most // 2)
+            most //= 2
+            continue
         if reuse is not None:
             ring.append(buffer)
         yield buffer
@@ -243,3 +260,9 @@ def _filled(pixels: NDArray[Any], valid: NDArray[np.bool_], fill: Sequence[float
             else:
                 band[invalid] = value
     return pixels
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell torch's failures to allocate, which on a CPU are plain RuntimeErrors, from others."""
+    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
+    return isinstance(error, kinds) or any(words in str(error) for words in NO_MEMORY)

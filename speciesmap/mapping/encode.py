@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from speciesmap.errors import ModelError
-from speciesmap.mapping.cut import Layout
+from speciesmap.mapping.cut import Layout, is_out_of_memory
 from speciesmap.models import SpeciesModel
 from speciesmap.models.encoders import computes_bfloat16
 
@@ -230,7 +230,7 @@ class Encoder:
                 ):
                     done.append(work(part))
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if len(part) == 1:
                     reason = str(error).partition("\n")[0] or type(error).__name__
@@ -248,12 +248,6 @@ class Encoder:
                 continue
             start += size
         return done[0] if len(done) == 1 else torch.cat(done)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Tell torch's failures to allocate, which on a CPU are plain RuntimeErrors, from others."""
-    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def compile_encode(function: Encode, size: int, device: torch.device) -> Encode:

@@ -139,6 +139,7 @@ class Reader:
 
         Raises:
             ImageryError: A file cannot be read there.
+            MemoryError: Not even its blocks can be held.
         """
         used = scene.used(self.indexes)
         if len(used) == 1:
@@ -185,6 +186,8 @@ class Reader:
         try:
             part, usable = retrying(attempt, file.path)
         except (RasterioError, OSError) as error:
+            if "cannot allocate" in reason(error):
+                raise MemoryError(f"{public(file.path)}: {reason(error)}") from error
             remedy = "the file is damaged or truncated: copy or download it again"
             if is_remote(file.path):
                 remedy = "its server does not give it whole, or it is damaged there: try later"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from odc.geo.geobox import GeoBox
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
@@ -23,6 +24,7 @@ from speciesmap.rasters.messages import no_error_lost, public, reason
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img")
 TILE_INDEXES = (".gpkg", ".shp", ".geojson", ".fgb")
+BLOCK_BYTES = 512 << 20  # decoded; a window in it takes all of it
 LOCATION = "location"  # column of a tile index that gdaltindex writes
 
 Item = TypeVar("Item")
@@ -145,6 +147,7 @@ def describe_file(path: str, signer: str | None = None, asset: str = "") -> Rast
             warnings.simplefilter("ignore", NotGeoreferencedWarning)  # `_placed` refuses such files
             with open_raster(path, signer) as raster:
                 _refuse_placeless(raster, path)
+                _refuse_vast_blocks(raster, path)
                 if not is_remote(path):
                     _refuse_truncated(raster, path)
                 return RasterFile(
@@ -178,6 +181,18 @@ def _refuse_placeless(raster: DatasetReader, path: str) -> None:
         raise ImageryError(
             f"{name} has bands of types {', '.join(raster.dtypes) or 'none'}; all must have the "
             "same real type: convert it with gdal_translate -ot"
+        )
+
+
+def _refuse_vast_blocks(raster: DatasetReader, path: str) -> None:
+    height, width = raster.block_shapes[0]
+    together = raster.count if raster.tags(ns="IMAGE_STRUCTURE").get("INTERLEAVE") == "PIXEL" else 1
+    size = height * width * together * np.dtype(raster.dtypes[0]).itemsize
+    if size > BLOCK_BYTES:
+        name = public(path)
+        raise ImageryError(
+            f"{name} has blocks of {height} x {width} px, {size / 1e6:,.0f} MB each, and they are "
+            f"read whole, or it is damaged; cut it into tiles with gdal_translate -of COG {name}"
         )
 
 
