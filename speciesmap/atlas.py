@@ -28,7 +28,7 @@ from speciesmap.mapping.fit import fit_imagery
 from speciesmap.mapping.predict import Map, write_maps
 from speciesmap.mapping.query import Query, make_queries, without_calibration
 from speciesmap.mapping.ranges import draw_range, write_ranges
-from speciesmap.mapping.surroundings import find_surroundings
+from speciesmap.mapping.surroundings import Surroundings, find_surroundings
 from speciesmap.models import SpeciesModel, load_model, read_facts
 from speciesmap.present.qgis import write_project
 from speciesmap.present.stac import write_item
@@ -205,10 +205,12 @@ def predict(
             **opening,
         )
         _refuse_unseen(imagery.source, imagery.geobox)
+        kept = kept or out.with_name(out.name + STORE_SUFFIX)
         encode = partial(
             embed,
             model,
             imagery,
+            kept,
             bbox=bbox,
             bbox_crs=bbox_crs,
             stride_px=stride_px,
@@ -221,16 +223,12 @@ def predict(
             skip_unreadable=skip_unreadable,
             any_resolution=any_resolution,
         )
-        if store is None:
-            own = out.with_name(out.name + STORE_SUFFIX)
-            try:
-                filled = encode(own)
-            except StoreError:
-                if not overwrite:
-                    raise
-                filled = encode(own, overwrite=True)
-        else:
-            filled = encode(store.path if isinstance(store, EmbeddingStore) else store)
+        try:
+            filled = encode()
+        except StoreError:
+            if store is not None or not overwrite:
+                raise
+            filled = encode(overwrite=True)
     elif store is None:
         raise ConfigError("there is nothing to map; pass --imagery or --store")
     else:
@@ -276,49 +274,29 @@ def predict(
             base=pixels,
             title=title,
         )
+        spent = {
+            "encode": round(encoded - started, 3),
+            "score": round(scored - encoded, 3),
+            "present": round(time.perf_counter() - scored, 3),
+        }
+        area = None if bbox is None else {"bounds": list(bbox), "crs": str(bbox_crs)}
         record = {
             "speciesmap": __version__,
             "model": {"path": source, "fingerprint": filled.identity.model},
-            "imagery": {
-                "source": filled.source,
-                "fingerprint": filled.identity.imagery,
-                "values": filled.gains
-                and {
-                    band: {"factor": factor, "shift": shift}
-                    for band, (factor, shift) in zip(
-                        filled.identity.bands, filled.gains, strict=True
-                    )
-                },
-            },
-            "store": {"path": str(filled.path), "precision": filled.precision},
-            "bbox": None if bbox is None else {"bounds": list(bbox), "crs": str(bbox_crs)},
-            "window_px": filled.identity.window_px,
-            "stride_px": filled.identity.stride_px,
-            "bands": list(filled.identity.bands),
-            "min_valid": filled.identity.min_valid,
+            **_of_store(filled),
+            "bbox": area,
             "seed": seed,
             "months": list(season),
-            "covariates": None
-            if around is None
-            else {
-                "names": list(around.covariates.names),
-                "sources": list(around.covariates.sources),
-                "fingerprint": around.covariates.fingerprint,
-                "trained_on": around.environment.fingerprint,
-            },
+            "covariates": None if around is None else _of_surroundings(around),
             "photos": {str(photo): _sha256(Path(photo)) for photo in photos},
-            "maps": {m.path.name: _facts(m) for m in maps},
+            "maps": {m.path.name: _of_map(m) for m in maps},
             "versions": {
                 "python": platform.python_version(),
                 "torch": version("torch"),
                 "timm": version("timm"),
                 "gdal": rasterio.__gdal_version__,
             },
-            "seconds": {
-                "encode": round(encoded - started, 3),
-                "score": round(scored - encoded, 3),
-                "present": round(time.perf_counter() - scored, 3),
-            },
+            "seconds": spent,
         }
         text = json.dumps(record, indent=2, ensure_ascii=False)
         (folder / "run.json").write_text(text + "\n", encoding="utf-8")
@@ -397,7 +375,35 @@ def _refuse_other_model(store: EmbeddingStore, fingerprint: str) -> None:
         )
 
 
-def _facts(m: Map) -> dict[str, Any]:
+def _of_store(store: EmbeddingStore) -> dict[str, Any]:
+    values = None
+    if store.gains:
+        gains = zip(store.identity.bands, store.gains, strict=True)
+        values = {band: {"factor": factor, "shift": shift} for band, (factor, shift) in gains}
+    return {
+        "imagery": {
+            "source": store.source,
+            "fingerprint": store.identity.imagery,
+            "values": values,
+        },
+        "store": {"path": str(store.path), "precision": store.precision},
+        "window_px": store.identity.window_px,
+        "stride_px": store.identity.stride_px,
+        "bands": list(store.identity.bands),
+        "min_valid": store.identity.min_valid,
+    }
+
+
+def _of_surroundings(around: Surroundings) -> dict[str, Any]:
+    return {
+        "names": list(around.covariates.names),
+        "sources": list(around.covariates.sources),
+        "fingerprint": around.covariates.fingerprint,
+        "trained_on": around.environment.fingerprint,
+    }
+
+
+def _of_map(m: Map) -> dict[str, Any]:
     return {
         "label": m.query.label,
         "query": m.query.kind,
