@@ -15,8 +15,8 @@ the pre-training was tuned on the figures.
 With five seeds (`results/idtrees.csv` and `.png`; mean and standard deviation) RGB alone reaches
 0.585 ± 0.041 without pre-training, 0.595 ± 0.042 pre-trained on RGB, 0.605 ± 0.042 with spectra as
 the other view; spectra reach 0.729 ± 0.056. By seed, CRISP is over no pre-training by
-0.020 ± 0.022 and over RGB alone by 0.010 ± 0.020, with four seeds of five each: a small gain, at the
-margin of what five seeds can show.
+0.020 ± 0.022 and over RGB alone by 0.010 ± 0.020, with four seeds of five each: a small gain, at
+the margin of what five seeds can show.
 
     python benchmarks/idtrees.py PATH/TO/idtrees_mlbs --out FOLDER [--seeds 5]
 

@@ -65,6 +65,7 @@ def draw(by_side: dict[int, dict[str, float]], by_workers: dict[int, dict[str, f
 
 
 def main() -> None:
+    """Measure a side or, without arguments, all of them, and keep figures and plot."""
     if sys.argv[1:2] == ["--measure"]:
         measure(*sys.argv[2:5], workers=int(sys.argv[5]))
         return

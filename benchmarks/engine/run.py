@@ -68,6 +68,7 @@ def make_scene(path: Path, side: int) -> Path:
 
 
 def make_model(folder: Path, aerial: dict[str, object], window_px: int = 256) -> Path:
+    """Save an untrained model with an aerial tower."""
     torch.manual_seed(0)
     model = SpeciesModel(
         Architecture(
@@ -84,6 +85,7 @@ def make_model(folder: Path, aerial: dict[str, object], window_px: int = 256) ->
 
 
 def main() -> None:
+    """Measure every side in a process of its own, compare, print and keep."""
     ours, peers = sys.argv[1:3]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -186,6 +188,7 @@ def statements(sides: dict[str, dict[str, Any]]) -> str:
 
 
 def processor() -> str:
+    """What the processor calls itself."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

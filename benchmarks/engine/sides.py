@@ -59,6 +59,7 @@ class PlainEncoder(torch.nn.Module):
         self.seen: list[torch.Tensor] = []
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Scores of windows, (N,), which are kept in `seen`."""
         features = self.project(self.backbone((pixels.float() - self.mean) / self.std))
         scores = F.normalize(features, dim=1) @ self.query
         self.seen.append(scores)
@@ -70,6 +71,7 @@ class PlainEncoder(torch.nn.Module):
 
 
 def torchgeo(encoder: PlainEncoder, scene: Path) -> None:
+    """Sample windows of a data set on a grid."""
     from torch.utils.data import DataLoader
     from torchgeo.datasets import RasterDataset, stack_samples
     from torchgeo.samplers import GridGeoSampler
@@ -85,6 +87,7 @@ def torchgeo(encoder: PlainEncoder, scene: Path) -> None:
 
 
 def terratorch(encoder: PlainEncoder, scene: Path) -> None:
+    """Infer in tiles from a raster in memory."""
     from terratorch.tasks.tiled_inference import tiled_inference
 
     with rasterio.open(scene) as raster:
@@ -104,6 +107,7 @@ def terratorch(encoder: PlainEncoder, scene: Path) -> None:
 
 
 def geoai(encoder: PlainEncoder, scene: Path) -> None:
+    """Predict a GeoTIFF from a GeoTIFF."""
     from geoai.inference import predict_geotiff
 
     class Maps(torch.nn.Module):
@@ -126,6 +130,7 @@ def geoai(encoder: PlainEncoder, scene: Path) -> None:
 
 
 def xbatcher(encoder: PlainEncoder, scene: Path) -> None:
+    """Batch windows of an xarray."""
     import rioxarray
     import xbatcher
 
@@ -151,6 +156,7 @@ PEERS: dict[str, Callable[[PlainEncoder, Path], None]] = {
 
 
 def peer(name: str, scene: Path, folder: Path, query: torch.Tensor) -> dict[str, object]:
+    """Run a peer over a scene, and its encoder alone before and after."""
     encoder = PlainEncoder(folder, query).eval()
     windows = some_windows(scene)
     with torch.inference_mode():
@@ -171,6 +177,7 @@ def peer(name: str, scene: Path, folder: Path, query: torch.Tensor) -> dict[str,
 
 
 def ours(name: str, scene: Path, folder: Path, query: torch.Tensor) -> dict[str, object]:
+    """Run the engine over a scene, its encoder alone beside, and compare some windows."""
     import speciesmap
     from speciesmap.mapping import embed as engine
     from speciesmap.rasters.imagery import open_imagery
@@ -277,6 +284,7 @@ def encoder_alone(work: Callable[[], object], count: int) -> NDArray[np.float64]
 
 
 def main() -> None:
+    """Measure one side and print what it came to."""
     name, scene, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     dim = json.loads((folder / "config.json").read_text())["architecture"]["dim"]
     query = F.normalize(torch.randn(dim, generator=torch.manual_seed(1)), dim=0)
