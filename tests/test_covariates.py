@@ -20,7 +20,8 @@ from tiny import BANDS, SIDE, TAXA, TinyScene, tiny_model, tiny_scene
 
 from speciesmap.appraise import evaluate
 from speciesmap.atlas import predict
-from speciesmap.config import load_config
+from speciesmap.cli import main
+from speciesmap.config import AnyConfig, load_config, shipped_config
 from speciesmap.datasets.birds import open_dataset
 from speciesmap.errors import ConfigError, ImageryError, ModelError
 from speciesmap.learning.rungs import WITH_COVARIATES
@@ -221,6 +222,26 @@ def test_a_map_reads_the_covariate_at_its_cells(
         covariates=[f"moisture={moisture}"],
     )
     assert np.array_equal(rasterio.open(again.maps[0].path).read(), first, equal_nan=True)
+
+
+def test_the_command_line_adds_covariates_to_a_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found: list[AnyConfig] = []
+
+    def stop(config: AnyConfig, *_: Any, **__: Any) -> Path:
+        found.append(config)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("speciesmap.learning.train.train", stop)
+    rasters = ["--covariates", "dem=a b.tif", "--covariates", "rain.tif", "--location"]
+    for name in ("demo_finetune.yaml", "demo_crisp.yaml"):
+        with pytest.raises(SystemExit):
+            main(["train", str(shipped_config(name)), "--out", str(tmp_path / "run"), *rasters])
+    assert len(found) == 1, "of pre-training they are refused"
+    assert "covariates and location are read by heads" in capsys.readouterr().err
+    assert found[0].data.covariates == ["dem=a b.tif", "rain.tif"]
+    assert found[0].data.location
 
 
 def test_covariates_that_do_not_fit_are_refused_in_words(

@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,7 @@ from odc.geo.geobox import GeoBox
 from tiny import BANDS, SIDE, TAXA, TinyScene, tiny_model, tiny_scene
 from torch import Tensor
 
+from speciesmap.cli import main
 from speciesmap.config import FinetuneConfig, load_config
 from speciesmap.datasets.paired import PairedDataset, open_paired
 from speciesmap.describe import describe
@@ -336,6 +342,49 @@ def test_an_interrupted_run_leaves_no_checkpoint_and_goes_on_where_it_stopped(
     assert len(steps) == 6, "the two epochs that were finished are not repeated"
     assert read_facts(out)["metrics"]["steps"] == 12
     assert everything(tmp_path) == ["run"]
+
+
+def test_ctrl_c_ends_in_one_line_that_tells_how_to_go_on(scene: TinyScene, tmp_path: Path) -> None:
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(crisp(scene)))
+    program = str(Path(sys.executable).with_name("speciesmap"))
+    words = ["train", str(tmp_path / "long.yaml"), "--out", str(tmp_path / "a run")]
+    words += ["--set", "optim.epochs=100000"]
+    run = subprocess.Popen(
+        [program, *words, "-q"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    state = tmp_path / ".a run.training" / "state" / "last.ckpt"
+    while not state.exists() and run.poll() is None:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    out, told = run.communicate(timeout=120)
+    assert (run.returncode, out) == (130, ""), told
+    line, command = told.removesuffix("`\n").split("`")
+    assert line == "interrupted: go on where it was last saved with "
+    assert shlex.split(command) == ["speciesmap", *words, "--resume"]
+    assert state.exists()
+
+
+def test_ctrl_c_before_anything_is_saved_says_so(
+    scene: TinyScene,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(crisp(scene)))
+
+    def ctrl_c(*_: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Crisp, "training_step", ctrl_c)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as end:
+        main(["train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"), "-q"])
+    assert end.value.code == 130
+    told = capsys.readouterr().err
+    assert told.startswith("interrupted: nothing was saved; start again with `speciesmap train ")
+    assert "--resume" not in told
+    assert everything(tmp_path) == ["run.yaml"]
+    assert signal.getsignal(signal.SIGINT) == handler
 
 
 def test_a_resumed_run_ends_with_the_very_weights_of_one_that_was_never_interrupted(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import signal
+import sys
 from pathlib import Path
 
 import click
@@ -54,11 +58,26 @@ def command(
     """
     from speciesmap.config import ClassifyConfig, load_config
     from speciesmap.learning.fit import process_rank
-    from speciesmap.learning.train import train
+    from speciesmap.learning.train import train, unfinished
     from speciesmap.models import read_facts
 
+    if covariates:
+        changes = (*changes, f"data.covariates={json.dumps(covariates)}")
+    if location:
+        changes = (*changes, "data.location=true")
     stage = load_config(config, changes)
-    path = train(stage, out, resume=resume, overwrite=overwrite)
+    try:
+        path = train(stage, out, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt:
+        if not process_rank():
+            words = ["speciesmap", "train", str(config), "--out", str(out)]
+            words += [word for change in changes for word in ("--set", change)]
+            words += ["--overwrite"] * overwrite
+            kept = unfinished(out).exists()
+            words += ["--resume"] * kept
+            told = "go on where it was last saved" if kept else "nothing was saved; start again"
+            click.echo(f"interrupted: {told} with `{shlex.join(words)}`", err=True)
+        sys.exit(128 + signal.SIGINT)
     if process_rank():
         return  # the first process writes the checkpoint, and tells
     if isinstance(stage, ClassifyConfig):

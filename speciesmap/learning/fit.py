@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,7 @@ def fit(
     Raises:
         ConfigError: Lightning has no such device or precision here, the losses diverged, or the
             processes have no whole batch each.
+        KeyboardInterrupt: Ctrl-C was pressed.
     """
     precision: str = config.precision
     if precision == "auto":
@@ -114,12 +116,19 @@ def fit(
                 f"devices = {config.devices!r}, precision = {precision!r} ({error}); leave them at "
                 "'auto'"
             ) from error
-        trainer.fit(
-            stage,
-            loader,
-            ckpt_path=state if state is not None and state.exists() else None,
-            weights_only=True,
-        )
+        ctrl_c = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.fit(
+                stage,
+                loader,
+                ckpt_path=state if state is not None and state.exists() else None,
+                weights_only=True,
+            )
+        except SystemExit as end:
+            if end.code != 1:
+                raise
+            signal.signal(signal.SIGINT, ctrl_c)  # Lightning took Ctrl-C for the process's end
+            raise KeyboardInterrupt from end
     stage.network.eval()
     if not trainer.global_step:
         raise ConfigError(

@@ -78,7 +78,7 @@ def train(
     if first:
         init = None if isinstance(config, PretrainConfig) else config.init
         refuse_existing(out, overwrite, init, config.data.dataset, config.data.imagery)
-    work = out.with_name(f".{out.name}.training")
+    work = unfinished(out)
     described = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     if first and work.exists() and not resume:
         if not overwrite:
@@ -122,6 +122,11 @@ def train(
                 (work / kept).rename(folder / kept)
     shutil.rmtree(work)
     return out
+
+
+def unfinished(out: Path) -> Path:
+    """Folder beside an output where a run keeps what it needs to go on, until it is done."""
+    return out.with_name(f".{out.name}.training")
 
 
 def pretrain(
