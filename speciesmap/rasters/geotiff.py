@@ -168,6 +168,7 @@ class MapWriter:
                         overview_resampling="AVERAGE",
                         bigtiff="IF_SAFER",
                         statistics="YES",
+                        num_threads="ALL_CPUS",
                     )
                     with open_raster(self.path) as landed:
                         windows = (window for _, window in landed.block_windows(1))
