@@ -407,6 +407,25 @@ def test_maps_across_the_180th_meridian_lie_in_one_piece(tmp_path: Path) -> None
         assert np.array_equal(steps[at_row, at_col], 1 + np.rint(values * STEPS))
 
 
+@pytest.mark.chromium
+def test_click_beyond_the_180th_meridian_reads_there(browser: Any, tmp_path: Path) -> None:
+    grid = from_origin(178, -16, 0.15, 0.15)
+    path = write_map(tmp_path / "a.tif", np.full((24, 30), 0.5), crs="EPSG:4326", transform=grid)
+    with visit(browser, make_map([path], tmp_path / "m.html")) as seen:
+        page = seen.page
+        place = "(() => { const m = speciesmap.map, p = m.latLngToContainerPoint([-17, 181]);"
+        x, y = page.evaluate(place + " return [p.x, p.y]; })()")
+        page.mouse.click(x, y)
+        page.wait_for_selector(".sm-values:not([aria-busy])")
+        assert "0.50" in page.inner_text(".sm-values")
+        assert "179.0" in page.inner_text(".sm-place")
+        assert "W" in page.inner_text(".sm-place")
+        assert page.evaluate(place + " return [p.x, p.y]; })()") == [x, y], "the map stayed"
+        pin = page.locator(".sm-pin").bounding_box()
+        assert abs(pin["x"] + pin["width"] / 2 - x) < 2
+        assert seen.complaints == []
+
+
 def year(values: np.ndarray) -> dict[str, np.ndarray]:
     """A map that is highest in June."""
     swing = 0.5 - 0.5 * np.cos((np.arange(12) + 1) / 12 * 2 * np.pi)
@@ -478,9 +497,9 @@ def colour(value: float) -> np.ndarray:
 def read_at(page: Any, row: float, col: float) -> dict[str, str]:
     """Click a place and read the popup: values by name."""
     page.evaluate("speciesmap.map.closePopup()")
-    page.wait_for_selector(".sm-read", state="detached")
+    page.wait_for_selector(".leaflet-popup", state="detached")
     page.mouse.click(*screen(page, row, col))
-    page.wait_for_selector(".sm-values > *")
+    page.wait_for_selector(".sm-values:not([aria-busy])")
     return {
         item.query_selector(".sm-label").inner_text().split("\n")[0]: item.query_selector(
             "b"
@@ -571,6 +590,104 @@ def test_click_reads_the_values_of_every_map_there(browser: Any, scene: Path) ->
         page.keyboard.press("Escape")
         page.wait_for_selector(".sm-read", state="detached")
         assert page.evaluate("window.hacked") is None
+        assert seen.complaints == []
+
+
+@pytest.mark.chromium
+def test_click_on_observations_reads_the_values_there_too(browser: Any, tmp_path: Path) -> None:
+    values = ramp()
+    lat_lon = np.array([degrees(12.5, 14.5)] * 3 + [degrees(12.5, 17.5), degrees(23.5, 29.5)])
+    maps = [write_map(tmp_path / f"{k}.tif", values / k, label=f"map {k}") for k in (1, 2)]
+    html = make_map(
+        maps,
+        tmp_path / "m.html",
+        observations=records(5, latitude=lat_lon[:, 0], longitude=lat_lon[:, 1]),
+    )
+    with visit(browser, html) as seen:
+        page = seen.page
+        zoom = page.evaluate("speciesmap.map.getMaxZoom()") - 2
+        page.evaluate("(z) => speciesmap.map.setZoom(z, { animate: false })", zoom)
+        page.wait_for_selector(".sm-cluster:text-is('4')")
+        for where in ((12.5, 14.5), (23.5, 29.5)):
+            read = read_at(page, *where)
+            row, col = (int(v) for v in where)
+            for k in (1, 2):
+                wanted = pytest.approx(values[row, col] / k, abs=0.5 / STEPS + 0.005)
+                assert float(read[f"map {k}"]) == wanted
+        assert page.locator(".sm-record").count() == 1, "the lone record is told as well"
+        read_at(page, 12.5, 14.5)
+        assert page.evaluate("speciesmap.map.getZoom()") == zoom
+        page.click("text=Show these 4 observations")
+        page.wait_for_selector(".sm-cluster:text-is('3')")
+        assert page.evaluate("speciesmap.map.getZoom()") > zoom
+        page.evaluate("(at) => speciesmap.map.setView(at, speciesmap.map.getMaxZoom(),"
+                      " { animate: false })", degrees(12.5, 14.5))  # fmt: skip
+        read_at(page, 12.5, 14.5)
+        page.click("text=Show these 3 observations")
+        page.wait_for_selector(".sm-dot >> nth=2")
+        assert seen.complaints == []
+
+
+@pytest.mark.chromium
+def test_every_edge_and_corner_of_a_map_is_read(browser: Any, tmp_path: Path) -> None:
+    values = np.random.default_rng(1).random((24, 30)).astype(np.float32)
+    html = make_map([write_map(tmp_path / "a.tif", values)], tmp_path / "m.html")
+    with visit(browser, html, 900, 460) as seen:
+        for row in (0, 9, 23):
+            for col in (0, 14, 29):
+                seen.page.evaluate("speciesmap.fit()")
+                read = read_at(seen.page, row + 0.5, col + 0.5)
+                value = float(read["Quercus agrifolia"])
+                assert value == pytest.approx(values[row, col], abs=0.5 / STEPS + 0.005)
+        for height in range(400, 560, 20):
+            seen.page.set_viewport_size({"width": 900, "height": height})
+            seen.page.evaluate("speciesmap.fit()")
+            hit = "([x, y]) => document.elementFromPoint(x, y).className"
+            at = seen.page.evaluate(hit, screen(seen.page, 23.5, 29.5))
+            assert "folium-map" in at, f"{at} lies over the corner in a window of {height} px"
+        assert seen.complaints == []
+
+
+@pytest.mark.chromium
+def test_maps_of_one_name_are_told_apart(browser: Any, tmp_path: Path) -> None:
+    name = "Quercus agrifolia"
+    maps = [
+        write_map(tmp_path / "a" / "q.tif", ramp()),
+        write_map(tmp_path / "photo_q.tif", ramp(), query="photo"),
+        write_map(tmp_path / "b" / "q.tif", ramp()),
+        write_map(tmp_path / "p.tif", ramp(), quantity="probability"),
+        *(write_map(tmp_path / f"{i}.tif", ramp(), label=f"Alnus {i}") for i in range(6)),
+    ]
+    with visit(browser, make_map(maps, tmp_path / "m.html")) as seen:
+        page = seen.page
+        told = [
+            "as learned, suitability, a/q.tif",
+            "by photos",
+            "as learned, suitability, b/q.tif",
+            "as learned, probability",
+        ]
+        offered = page.locator("#sm-compare option").all_inner_texts()
+        assert [f"{name} ({words})" for words in told[1:]] == offered[1:4]
+        assert page.inner_text("#sm-apart") == "As learned, a/q.tif"
+        rows = page.locator(".sm-row").all_inner_texts()
+        assert rows[0] == f"{name}\nsuitability, a/q.tif"
+        assert rows[3:5] == ["Alnus 0", "Alnus 1"]
+        assert len(set(rows)) == 10
+        page.select_option("#sm-compare", "1")
+        for side, words in (("left", "as learned, a/q.tif"), ("right", "by photos")):
+            assert page.inner_text(f"#sm-{side}") == f"{name}\n{words}", side
+        assert page.get_attribute("#sm-handle", "aria-valuetext") == (
+            f"{name} ({told[0]}) left, {name} ({told[1]}) right"
+        )
+        page.fill("#sm-search", "quercus photos")
+        assert page.locator(".sm-row:visible").count() == 1
+        page.fill("#sm-search", "quercus b/")
+        assert page.locator(".sm-row:visible").count() == 1
+        page.evaluate("speciesmap.compare(-1)")
+        read_at(page, 12.5, 14.5)
+        read = page.locator(".sm-value .sm-label").all_inner_texts()
+        told[1] += ", suitability"
+        assert {f"{name}\n{words}" for words in told} <= set(read)
         assert seen.complaints == []
 
 

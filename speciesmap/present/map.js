@@ -19,8 +19,32 @@ function speciesmapPage(map, parts) {
     return element;
   }
 
-  function label(layer) {
-    return make("span", layer.query === "taxon" ? "sm-label sm-taxon" : "sm-label", layer.label);
+  /* Words that tell maps of one name apart, each only where it is needed. */
+  const kinds = { taxon: "as learned", photo: "by photos", text: "in words" };
+  const groups = [...new Set(layers.map((l) => l.query))];
+  const quantities = [...new Set(layers.map((l) => l.quantity))];
+  for (const layer of layers) {
+    const others = layers.filter((l) => l !== layer && l.label === layer.label && l.query === layer.query);
+    layer.apart = {
+      kind: groups.length > 1 && (kinds[layer.query] || layer.query || "raster"),
+      quantity: others.some((l) => l.quantity !== layer.quantity) && layer.quantity,
+      file: others.some((l) => l.quantity === layer.quantity) && layer.file,
+    };
+  }
+
+  function apart(layer, ...names) {
+    return (names.length ? names : ["kind", "quantity", "file"])
+      .map((name) => layer.apart[name]).filter(Boolean).join(", ");
+  }
+
+  function full(layer) {
+    return apart(layer) ? `${layer.label} (${apart(layer)})` : layer.label;
+  }
+
+  function label(layer, small) {
+    const name = make("span", layer.query === "taxon" ? "sm-label sm-taxon" : "sm-label", layer.label);
+    if (small) name.append(make("small", "", small));
+    return name;
   }
 
   function number(value, layer) {
@@ -48,7 +72,10 @@ function speciesmapPage(map, parts) {
   const picture = (layer) => layer.pictures[seasonal(layer) ? state.month : 0];
 
   function pngBytes(url) {
-    return Uint8Array.from(atob(url.slice(url.indexOf(",") + 1)), (c) => c.charCodeAt(0));
+    const text = atob(url.slice(url.indexOf(",") + 1));
+    const bytes = new Uint8Array(text.length);
+    for (let i = 0; i < bytes.length; i++) bytes[i] = text.charCodeAt(i);
+    return bytes;
   }
 
   function chunks(bytes) {
@@ -335,6 +362,7 @@ function speciesmapPage(map, parts) {
     const name = byId("name");
     name.textContent = layer.label;
     name.classList.toggle("sm-taxon", layer.query === "taxon");
+    byId("apart").textContent = capital(apart(layer, "kind", "file"));
     byId("quantity").textContent = capital(layer.quantity);
     byId("range").textContent = range(layer);
     byId("bar").style.background = `linear-gradient(to right, ${data.palette.join(", ")})`;
@@ -359,7 +387,6 @@ function speciesmapPage(map, parts) {
   /* ---- the list ---- */
 
   const headings = { taxon: "Species", photo: "Asked for by photos", text: "Asked for in words" };
-  const groups = [...new Set(layers.map((l) => l.query))];
 
   function list() {
     const rows = [];
@@ -375,7 +402,7 @@ function speciesmapPage(map, parts) {
         const input = make("input");
         Object.assign(input, { type: "radio", name: "sm-layer", value: i, checked: i === 0 });
         input.addEventListener("change", () => show(i));
-        row.append(input, label(layer));
+        row.append(input, label(layer, apart(layer, "quantity", "file")));
         layer.row = row;
         rows.push(row);
       });
@@ -389,7 +416,8 @@ function speciesmapPage(map, parts) {
     const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
     let count = 0;
     for (const layer of layers) {
-      const fits = words.every((word) => layer.label.toLowerCase().includes(word));
+      const name = full(layer).toLowerCase();
+      const fits = words.every((word) => name.includes(word));
       layer.row.hidden = !fits;
       count += fits;
     }
@@ -406,8 +434,7 @@ function speciesmapPage(map, parts) {
     options[0].value = -1;
     layers.forEach((layer, i) => {
       if (i === state.shown) return;
-      const kind = groups.length > 1 ? ` (${layer.query || "raster"})` : "";
-      const option = make("option", "", layer.label + kind);
+      const option = make("option", "", full(layer));
       option.value = i;
       options.push(option);
     });
@@ -433,12 +460,12 @@ function speciesmapPage(map, parts) {
     const [left, right] = [layers[state.shown], layers[state.beside]];
     const differ = left.quantity !== right.quantity || range(left) !== range(right);
     for (const [id, layer] of [["left", left], ["right", right]]) {
-      byId(id).replaceChildren(label(layer));
-      if (differ) byId(id).append(make("small", "", `${layer.quantity}, ${range(layer)}`));
+      const words = [apart(layer, "kind"), differ && `${layer.quantity}, ${range(layer)}`, apart(layer, "file")];
+      byId(id).replaceChildren(label(layer, words.filter(Boolean).join(", ")));
     }
     byId("handle").setAttribute("aria-valuenow", Math.round(state.share * 100));
     byId("handle").setAttribute("aria-valuetext",
-      `${left.label} left, ${right.label} right`);
+      `${full(left)} left, ${full(right)} right`);
   }
 
   function slide(share) {
@@ -492,59 +519,75 @@ function speciesmapPage(map, parts) {
     return box;
   }
 
-  async function read(latlng) {
-    latlng = latlng.wrap();
+  /* A row for every map that has a value at a place, the highest first. */
+  async function rows(latlng) {
+    if (typeof DecompressionStream === "undefined") {
+      return [make("p", "", "This browser is too old to read values; please update it.")];
+    }
+    const told = await Promise.all(layers.map((layer) => tell(layer, latlng)));
+    if (told.every((t) => t.value === null && !t.year.length)) {
+      return [make("p", "", "No map has a value here.")];
+    }
+    const share = (i) => told[i].value === null ? -1
+      : (told[i].value - layers[i].low) / (layers[i].high - layers[i].low);
+    const order = layers.map((_, i) => i).sort((a, b) => share(b) - share(a) || a - b);
+    return order.map((i) => {
+      const { value, year, outside, uncertainty } = told[i];
+      const layer = layers[i];
+      const words = [apart(layer, "kind"), (quantities.length > 1 || layers.length === 1) && layer.quantity,
+        apart(layer, "file"), uncertainty !== null && uncertainty !== undefined
+          && `uncertainty ${number(uncertainty, layer)}`,
+        outside && "extrapolated", seasonal(layer) && data.months[state.month]];
+      const row = make("div", i === state.shown ? "sm-value sm-shown" : "sm-value");
+      row.append(label(layer, words.filter(Boolean).join(", ")),
+        make("b", "", value === null ? "no value" : number(value, layer)));
+      if (year.length) row.append(months(year, layer));
+      else if (value !== null) {
+        const meter = make("div", "sm-meter");
+        const fill = make("div");
+        fill.style.width = `${Math.max(2, share(i) * 100)}%`;
+        fill.style.background = colourOf(share(i));
+        meter.append(fill);
+        row.append(meter);
+      }
+      return row;
+    });
+  }
+
+  /* Let an open popup show a box, and below it every map's value at a place once it is read. */
+  async function fill(popup, box, latlng) {
+    const body = make("div", "sm-values");
+    body.tabIndex = 0;
+    body.setAttribute("aria-busy", "true");
+    body.append(make("p", "", "Reading the maps\u2026"));
+    box.append(body);
+    popup.setContent(box);
+    body.replaceChildren(...await rows(latlng));
+    body.removeAttribute("aria-busy");
+    popup.update();
+  }
+
+  function read(latlng, cluster) {
+    const at = latlng.wrap();
     const box = make("div", "sm-read");
     box.setAttribute("role", "status");
     box.append(make("p", "sm-place",
-      `${degrees(latlng.lat, "N", "S")}, ${degrees(latlng.lng, "E", "W")}`));
-    const body = make("div", "sm-values");
-    body.tabIndex = 0;
-    box.append(body);
-    if (typeof DecompressionStream === "undefined") {
-      body.append(make("p", "", "This browser is too old to read values; please update it."));
-    } else {
-      const told = await Promise.all(layers.map((layer) => tell(layer, latlng)));
-      const values = told.map((t) => t.value);
-      const share = (i) => values[i] === null ? -1
-        : (values[i] - layers[i].low) / (layers[i].high - layers[i].low);
-      const order = layers.map((_, i) => i).sort((a, b) => share(b) - share(a) || a - b);
-      if (told.every((t) => t.value === null && !t.year.length)) {
-        body.append(make("p", "", "No map has a value here."));
-        order.length = 0;
-      }
-      for (const i of order) {
-        const row = make("div", i === state.shown ? "sm-value sm-shown" : "sm-value");
-        const name = label(layers[i]);
-        const extra = [];
-        if (groups.length > 1) extra.push({ taxon: "species", photo: "by photos", text: "in words" }[layers[i].query] || "raster");
-        if (quantities.length > 1 || layers.length === 1) extra.push(layers[i].quantity);
-        if (told[i].uncertainty !== null && told[i].uncertainty !== undefined) {
-          extra.push(`uncertainty ${number(told[i].uncertainty, layers[i])}`);
-        }
-        if (told[i].outside) extra.push("extrapolated");
-        if (seasonal(layers[i])) extra.push(data.months[state.month]);
-        if (extra.length) name.append(make("small", "", extra.join(", ")));
-        row.append(name, make("b", "", values[i] === null ? "no value" : number(values[i], layers[i])));
-        if (told[i].year.length) row.append(months(told[i].year, layers[i]));
-        else if (values[i] !== null) {
-          const meter = make("div", "sm-meter");
-          const fill = make("div");
-          fill.style.width = `${Math.max(2, share(i) * 100)}%`;
-          fill.style.background = colourOf(share(i));
-          meter.append(fill);
-          row.append(meter);
-        }
-        body.append(row);
-      }
+      `${degrees(at.lat, "N", "S")}, ${degrees(at.lng, "E", "W")}`));
+    if (cluster) {
+      const part = make("button", "sm-part", `Show these ${cluster.getChildCount()} observations`);
+      part.type = "button";
+      part.addEventListener("click", () => {
+        map.closePopup();
+        spread(cluster);
+      });
+      box.append(part);
     }
+    const popup = L.popup({ ...clear(), maxWidth: 320, offset: [0, -4] }).setLatLng(latlng).openOn(map);
     pin.setLatLng(latlng).addTo(map);
-    const popup = L.popup({ ...clear(), maxWidth: 320, offset: [0, -4] })
-      .setLatLng(latlng).setContent(box).openOn(map);
     popup.on("remove", () => pin.remove());
+    return fill(popup, box, latlng);
   }
 
-  const quantities = [...new Set(layers.map((l) => l.quantity))];
   map.on("click", (event) => read(event.latlng));
   document.addEventListener("pointerdown", () => document.body.classList.remove("sm-keys"), true);
   map.getContainer().addEventListener("blur", () => document.body.classList.remove("sm-keys"));
@@ -591,13 +634,24 @@ function speciesmapPage(map, parts) {
     return box;
   }
 
+  /* Zoom until a cluster parts; records of one place never do, and are fanned out. */
+  function spread(cluster) {
+    const bounds = cluster.getBounds();
+    if (map.getZoom() >= map.getMaxZoom() || bounds.getSouthWest().equals(bounds.getNorthEast())) {
+      cluster.spiderfy();
+    } else {
+      cluster.zoomToBounds({ padding: [40, 40] });
+    }
+  }
+
   function observations() {
     if (!records) return;
     if (!markers) {
       const icon = L.divIcon({ className: "sm-dot", iconSize: [12, 12] });
       markers = records.at.map((at, i) => {
         const name = `${records.taxa[records.taxon[i]]}, ${records.date[i] || "date unknown"}`;
-        return L.marker(at, { icon, title: name, alt: name }).bindPopup(() => record(i), clear());
+        return L.marker(at, { icon, title: name, alt: name }).bindPopup("", clear())
+          .on("popupopen", (event) => fill(event.popup, record(i), L.latLng(at)));
       });
     }
     const own = layers[state.shown].label.toLowerCase();
@@ -622,8 +676,10 @@ function speciesmapPage(map, parts) {
       const side = count < 10 ? 24 : count < 100 ? 28 : count < 1000 ? 34 : 42;
       return L.divIcon({ className: "sm-cluster", iconSize: [side, side], html: String(count) });
     };
+    parts.cluster.on("clusterclick", (event) =>
+      read(map.mouseEventToLatLng(event.originalEvent), event.layer));
     parts.cluster.on("clusterkeypress", (event) => {
-      if (event.originalEvent.key === "Enter") event.layer.zoomToBounds({ padding: [40, 40] });
+      if (event.originalEvent.key === "Enter") spread(event.layer);
     });
   }
 
@@ -716,7 +772,7 @@ function speciesmapPage(map, parts) {
 
   function fit() {
     map.invalidateSize(false);
-    const [left, bottom] = narrow.matches ? [10, panel.offsetHeight + 10] : [panel.offsetWidth + 30, 24];
+    const [left, bottom] = narrow.matches ? [10, panel.offsetHeight + 34] : [panel.offsetWidth + 30, 44];
     map.fitBounds(data.extent, {
       paddingTopLeft: [left, narrow.matches ? 10 : 24], paddingBottomRight: [narrow.matches ? 10 : 60, bottom],
       animate: false,

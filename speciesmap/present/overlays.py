@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,7 +40,7 @@ class Overlay:
 
     Attributes:
         legend: What the map says about itself.
-        file: Name of the GeoTIFF.
+        file: Name of the GeoTIFF, with its folder's where two are called the same.
         grid: Where its pixels lie.
         pictures: Values of `legend`, one picture or one for each month.
         outside: 1 where the map is outside its area of applicability, where it says so.
@@ -105,8 +106,13 @@ def make_overlays(rasters: Sequence[Path], extent: Grid, budget: int) -> list[Ov
         OutputError: They do not fit, however coarse.
     """
     side = min(SIDE_PX, math.isqrt(PIXELS // len(rasters)))
+    count = Counter(Path(path).name for path in rasters)
+    names = ["/".join(Path(p).absolute().parts[-min(2, count[Path(p).name]) :]) for p in rasters]
     while True:
-        overlays = [_overlay(path, extent, side) for path in track(rasters, "Maps to the page")]
+        overlays = [
+            _overlay(path, name, extent, side)
+            for path, name in track(list(zip(rasters, names, strict=True)), "Maps to the page")
+        ]
         total = sum(overlay.page_bytes for overlay in overlays)
         if total <= budget:
             return overlays
@@ -118,7 +124,7 @@ def make_overlays(rasters: Sequence[Path], extent: Grid, budget: int) -> list[Ov
         side = max(SMALLEST_PX, int(side * min(0.85, math.sqrt(budget / total))))
 
 
-def _overlay(path: Path, extent: Grid, side_px: int) -> Overlay:
+def _overlay(path: Path, name: str, extent: Grid, side_px: int) -> Overlay:
     with open_map(path) as dataset:
         legend = read_legend(dataset)
         months = seasonal(dataset)
@@ -140,7 +146,7 @@ def _overlay(path: Path, extent: Grid, side_px: int) -> Overlay:
             band = names.index("uncertainty") + 1
             high = max(band_range(dataset, band)[1], 1e-6)
             uncertainty = encode_png(quantise(_values(dataset, band, grid), 0.0, high))
-    return Overlay(legend, Path(path).name, grid, pictures, outside, uncertainty, high)
+    return Overlay(legend, name, grid, pictures, outside, uncertainty, high)
 
 
 def _values(dataset: DatasetReader, band: int, grid: Grid) -> NDArray[np.float32]:

@@ -203,6 +203,8 @@ def make_map(
             control=False,
             show=False,
             show_coverage_on_hover=False,
+            zoom_to_bounds_on_click=False,  # a click reads the maps, a button zooms
+            spiderfy_on_max_zoom=False,
             max_cluster_radius=52,
             chunked_loading=True,
         )
