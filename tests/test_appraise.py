@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 from click.testing import CliRunner
+from present_maps import CONTRAST, chromium, visit
 from tiny import BANDS, TAXA, TinyScene, tiny_model, tiny_scene
 
 from speciesmap.appraise import Appraisal, evaluate
@@ -189,6 +190,42 @@ def test_the_page_is_self_contained_and_escapes_every_string(
         assert not any(key.startswith("on") or key in {"src", "href"} for key in attributes)
     assert "&lt;script&gt;alert(1)" in page
     assert not re.search(r"https?://", page)
+
+
+def test_the_page_shows_only_measures_that_were_taken_and_true_minus_signs(
+    appraisal: Appraisal, tmp_path: Path
+) -> None:
+    result = copy.deepcopy(appraisal.result)
+    for rung in result["rungs"].values():
+        for measures in (rung["mean"], *rung["taxa"].values()):
+            measures["tss"], measures["boyce"] = None, -0.25
+    page = write_report(result, protocol({}), tmp_path / "r.html").read_text()
+    assert "Boyce</span>" in page
+    assert "TSS</span>" not in page.partition("At surveyed sites")[0]
+    assert "<td>&minus;0.250</td>" in page
+    assert not re.search(r"<(td|b)[^>]*>-", page)
+
+
+@pytest.mark.chromium
+@pytest.mark.parametrize("width", [390, 1400])
+def test_the_page_reads_well_on_any_screen(
+    appraisal: Appraisal, tmp_path: Path, width: int
+) -> None:
+    html = write_report(appraisal.result, protocol({}), tmp_path / "r.html")
+    with chromium() as browser, visit(browser, html, width, 844) as seen:
+        page = seen.page
+        page.click("summary")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        lowest = page.evaluate(CONTRAST)[0]
+        assert lowest[0] >= 4.5, lowest
+        for rung in page.locator(".rung:has(b)").all():
+            name, track = (rung.locator(k).bounding_box() for k in ("span", "svg"))
+            assert name["height"] >= 15, "small print"
+            assert track["width"] >= 200
+            apart = name["y"] + name["height"] <= track["y"] + 1
+            assert apart or name["x"] + name["width"] <= track["x"]
+        assert seen.outside == []
+        assert seen.complaints == []
 
 
 def test_what_is_missing_is_said_in_words(scene: TinyScene, folder: Path, tmp_path: Path) -> None:

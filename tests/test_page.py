@@ -29,7 +29,7 @@ def imagery(path: Path) -> Path:
     return write_geotiff(path, pixels, grid, bands=["red", "green", "blue"])
 
 
-def write_flat(path: Path, value: float, **words: str) -> Path:
+def write_flat(path: Path, value: float, **words: Any) -> Path:
     """A map of one value with a hole in the north-west quarter, on the equator."""
     values = np.full((24, 30), value)
     values[:12, :15] = np.nan
@@ -108,7 +108,7 @@ def scenes(folder: Path) -> list[Scene]:
             imagery=imagery(folder / "a scene" / "rgb.tif"),
             figures=[("0.91", "AUC <held out>")],
             tables={
-                "Scores": [
+                "Scores of all methods on the same folds, on the encoder before it was tuned": [
                     {"species": HOSTILE, "AUC": 0.91234, "n": 1234},
                     {"species": "b", "AUC": float("nan"), "rank_by_rho": -0.5, "n": None},
                 ],
@@ -172,6 +172,8 @@ def test_index_reads_well_on_any_screen(
         lowest = page.evaluate(CONTRAST)[0]
         assert lowest[0] >= 4.5, lowest
         assert HOSTILE in page.inner_text("main")
+        box = page.locator("caption span").bounding_box()
+        assert box["x"] + box["width"] <= width, "the caption is cut"
         assert page.evaluate("window.hacked") is None
         assert seen.outside == []
         assert seen.complaints == []

@@ -161,12 +161,16 @@ def picture(
     _scale_bar(draw, panels.grid, margin, y)
     quantities = " and ".join(sorted({legend.quantity for legend, _ in panels.maps}))
     ranges = {(legend.low, legend.high) for legend, _ in panels.maps}
-    ends = [f"{v:.3g}" for v in ranges.pop()] if len(ranges) == 1 else ["lowest", "highest"]
+    ends = [_signed(v) for v in ranges.pop()] if len(ranges) == 1 else ["lowest", "highest"]
     bar = max(80, min(320, size[0] - 2 * margin - wide // 3 - 60))
     _colour_bar(draw, (size[0] - margin - bar, y), bar, quantities.capitalize(), *ends)
     with replacing(out_png, overwrite=overwrite) as beside:
         sheet.save(beside, "PNG", optimize=True)
     return Path(out_png)
+
+
+def _signed(value: float) -> str:
+    return f"{value:.3g}".replace("-", "\u2212")
 
 
 def _caption(legend: Legend) -> str:
@@ -313,8 +317,8 @@ def _gallery(scene: Scene, link: str) -> str:
         cards.append(_card(f"{link}#{i}", image, words, alt))
     legends = sorted({(lg.quantity, lg.low, lg.high) for lg, _ in panels.maps})
     scales = "".join(
-        f"<p class='scale'><span>{html.escape(quantity.capitalize())}</span><span>{low:.3g}</span>"
-        f"<span class='ramp'></span><span>{high:.3g}</span></p>"
+        f"<p class='scale'><span>{html.escape(quantity.capitalize())}</span>"
+        f"<span>{_signed(low)}</span><span class='ramp'></span><span>{_signed(high)}</span></p>"
         for quantity, low, high in legends
     )
     few = " few" if len(cards) <= 2 else ""
@@ -346,7 +350,8 @@ def _table(caption: str, rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     )
     return (
-        f"<div class='table' tabindex='0'><table><caption>{html.escape(caption)}</caption>"
+        f"<div class='table' tabindex='0'><table>"
+        f"<caption><span>{html.escape(caption)}</span></caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -48,18 +48,31 @@ section { background: var(--paper); border: 1px solid var(--line); border-radius
   font-variant-numeric: tabular-nums; }
 .figure span { color: var(--soft); font-size: .9rem; }
 .wide { overflow-x: auto; }
+:focus-visible { outline: 3px solid var(--own); outline-offset: 2px; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem;
   font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .38rem .6rem; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; white-space: normal; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 11rem; }
 td.text { text-align: left; white-space: normal; }
 tr.own td { font-weight: 650; background: #eef6f1; }
 .warn { color: var(--bad); }
 .empty { color: #68766d; font-style: italic; }
-svg { max-width: 100%; height: auto; display: block; }
-svg.ladder { min-width: 42rem; }
+svg { max-width: 100%; display: block; overflow: visible; }
+.rungs { margin: 0 0 1rem; font-size: .88rem; }
+.rung { display: grid; grid-template-columns: minmax(0, 26rem) minmax(0, 1fr) 3.2rem;
+  column-gap: 1.1rem; align-items: center; }
+.rung span { text-align: right; }
+.rung svg { width: 100%; grid-column: 2; }
+.rung b { font-weight: 400; font-variant-numeric: tabular-nums; }
+.rung.own span, .rung.own b { font-weight: 650; }
+@media (max-width: 44rem) {
+  .rung { grid-template-columns: minmax(0, 1fr) 3.2rem; }
+  .rung span { grid-column: 1 / -1; text-align: left; margin-top: .3rem; }
+  .rung svg { grid-column: 1; }
+  section { padding: 1.1rem 1rem; }
+}
 svg text { font: 13px system-ui, sans-serif; fill: var(--ink); }
 svg .soft { fill: var(--soft); }
 details summary { cursor: pointer; font-weight: 600; }
@@ -92,8 +105,8 @@ def write_report(result: Mapping[str, Any], protocol: pd.DataFrame, path: Path) 
         else f"How good are the maps of {len(names)} taxa?"
     )
     lead = (
-        f"Model {result['model']['name']}, {result['background']} background places, "
-        f"{len(result['folds'])} spatial folds: {result['folding']}. Every method below was "
+        f"Model \u201c{result['model']['name']}\u201d, {result['background']:,} background places, "
+        f"{len(result['folds'])} folds: {result['folding']}. Every method below was "
         "trained and judged on the same rows; no training window overlaps a held-out one. "
         f"Embeddings are those of {result['encoder']['note']}."
     )
@@ -113,7 +126,7 @@ def write_report(result: Mapping[str, Any], protocol: pd.DataFrame, path: Path) 
             "Mean AUC over taxa and folds with its standard error; the table below pools the "
             "folds. A rung that is not above the ones before it adds nothing that simpler means "
             "would not give.",
-            f'<div class="wide">{_ladder(rungs, head)}</div>' + _measures(rungs, head),
+            _ladder(rungs, head) + _measures(rungs, head),
         ),
         _section(
             "Differences",
@@ -170,7 +183,7 @@ def _section(title: str, text: str, body: str) -> str:
 def _number(value: float | None, sign: bool = False) -> str:
     if value is None or value != value:
         return "&ndash;"
-    return f"{value:+.3f}" if sign else f"{value:.3f}"
+    return (f"{value:+.3f}" if sign else f"{value:.3f}").replace("-", "&minus;")
 
 
 def _fold_values(rung: Mapping[str, Any]) -> list[float]:
@@ -178,47 +191,45 @@ def _fold_values(rung: Mapping[str, Any]) -> list[float]:
 
 
 def _ladder(rungs: Mapping[str, Any], head: str) -> str:
-    """Dots with error bars, lowest rung at the top."""
-    left, width, step, top = 460, 480, 30, 30
+    """Dots with error bars, lowest rung at the top; on a narrow screen names stand above them."""
     values = {name: pd.Series(_fold_values(rung), dtype=float) for name, rung in rungs.items()}
     means = [series.mean() for series in values.values() if len(series)]
     low = min(0.4, *(0.05 * int(mean / 0.05) for mean in means)) if means else 0.4
+    ticks = [tick / 10 for tick in range(round(low * 10), 11)]
 
-    def x(value: float) -> float:
-        return left + width * (max(value, low) - low) / (1 - low)
+    def x(value: float) -> str:
+        return f"{100 * (min(max(value, low), 1) - low) / (1 - low):.2f}%"
 
-    height = top + step * len(values) + 10
+    grid = "".join(
+        f'<line x1="{x(tick)}" x2="{x(tick)}" y1="0" y2="30" '
+        f'stroke="{"#9aa7a0" if tick == 0.5 else "#e4e9e6"}"/>'
+        for tick in ticks
+    )
     parts = [
-        f'<svg class="ladder" viewBox="0 0 {left + width + 70} {height}" role="img" '
-        'aria-label="Mean AUC of each method with its standard error">'
+        '<div class="rungs"><div class="rung"><svg class="axis" height="18" aria-hidden="true">',
+        *(
+            f'<text class="soft" x="{x(tick)}" y="12" text-anchor="middle">{tick:.1f}</text>'
+            for tick in ticks
+        ),
+        "</svg></div>",
     ]
-    tick = round(low, 1)
-    while tick <= 1.0001:
-        at = x(tick)
-        colour = "#9aa7a0" if abs(tick - 0.5) < 1e-6 else "#e4e9e6"
+    for name, series in values.items():
+        own = " own" if name == head else ""
+        colour = "#1f6f4a" if own else "#6b7b84"
+        mean = float(series.mean()) if len(series) else None
+        dot = ""
+        if mean is not None:
+            error = float(series.sem()) if len(series) > 1 else 0.0
+            dot = (
+                f'<line x1="{x(mean - error)}" x2="{x(mean + error)}" y1="15" y2="15" '
+                f'stroke="{colour}" stroke-width="3" stroke-opacity=".45"/>'
+                f'<circle cx="{x(mean)}" cy="15" r="5.5" fill="{colour}"/>'
+            )
         parts.append(
-            f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top - 8}" y2="{height - 6}" '
-            f'stroke="{colour}"/><text class="soft" x="{at:.1f}" y="{top - 14}" '
-            f'text-anchor="middle">{tick:.1f}</text>'
+            f'<div class="rung{own}"><span>{escape(name)}</span>'
+            f'<svg height="30" aria-hidden="true">{grid}{dot}</svg><b>{_number(mean)}</b></div>'
         )
-        tick += 0.1
-    for row, (name, series) in enumerate(values.items()):
-        y = top + step * row + step / 2
-        colour = "#1f6f4a" if name == head else "#6b7b84"
-        weight = ' font-weight="650"' if name == head else ""
-        parts.append(
-            f'<text x="{left - 16}" y="{y + 4:.1f}" text-anchor="end"{weight}>{escape(name)}</text>'
-        )
-        if not len(series):
-            continue
-        mean, error = float(series.mean()), float(series.sem()) if len(series) > 1 else 0.0
-        parts.append(
-            f'<line x1="{x(mean - error):.1f}" x2="{x(min(mean + error, 1)):.1f}" y1="{y:.1f}" '
-            f'y2="{y:.1f}" stroke="{colour}" stroke-width="3" stroke-opacity=".45"/>'
-            f'<circle cx="{x(mean):.1f}" cy="{y:.1f}" r="5.5" fill="{colour}"/>'
-            f'<text x="{left + width + 16}" y="{y + 4:.1f}"{weight}>{mean:.3f}</text>'
-        )
-    return "".join(parts) + "</svg>"
+    return "".join(parts) + "</div>"
 
 
 def _table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
@@ -228,24 +239,29 @@ def _table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) ->
         f"<tr{css}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for css, cells in rows
     )
     table = f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="wide">{table}</div>'
+    return f'<div class="wide" tabindex="0">{table}</div>'
 
 
-def _headings() -> list[str]:
-    return [
-        f'<span title="{escape(text)}">{escape(name)}</span>' for name, text in MEASURES.values()
-    ]
+def _shown(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Headings of the measures that at least one row has."""
+    rows = list(rows)
+    return {
+        key: f'<span title="{escape(text)}">{escape(name)}</span>'
+        for key, (name, text) in MEASURES.items()
+        if any(pd.notna(row.get(key)) for row in rows)
+    }
 
 
 def _measures(rungs: Mapping[str, Any], head: str) -> str:
+    shown = _shown(rung["mean"] for rung in rungs.values())
     rows = [
         (
             ' class="own"' if name == head else "",
-            [escape(name), *(_number(rung["mean"][key]) for key in MEASURES)],
+            [escape(name), *(_number(rung["mean"][key]) for key in shown)],
         )
         for name, rung in rungs.items()
     ]
-    return _table(["method, mean over taxa", *_headings()], rows)
+    return _table(["method, mean over taxa", *shown.values()], rows)
 
 
 def _differences(differences: Mapping[str, Any]) -> str:
@@ -320,6 +336,7 @@ def _reliability(name: str, table: Sequence[Mapping[str, float]]) -> str:
 def _taxa(found: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     rows = []
     nulls = any(measures["auc_null"] is not None for measures in found.values())
+    shown = _shown(found.values())
     for name, measures in found.items():
         few = facts[name]["few"]
         warning = ' <span class="warn">too few presences</span>' if few else ""
@@ -329,15 +346,16 @@ def _taxa(found: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
             f"{escape(name)}{warning}",
             str(facts[name]["presences"]),
             *([_number(measures["auc_mean"]), _number(measures["auc_null"])] if nulls else []),
-            *(_number(measures[key]) for key in MEASURES),
+            *(_number(measures[key]) for key in shown),
         ]
         rows.append(("", cells))
     compared = ["mean AUC of folds", "of null maps"] if nulls else []
-    return _table(["taxon", "presences", *compared, *_headings()], rows)
+    return _table(["taxon", "presences", *compared, *shown.values()], rows)
 
 
 def _surveys(found: Mapping[str, Any]) -> str:
-    names = {k: v for k, v in MEASURES.items() if k != "auc_target_group"}
+    shown = _shown(found["taxa"].values())
+    shown.pop("auc_target_group", None)
     rows = [
         (
             "",
@@ -345,12 +363,12 @@ def _surveys(found: Mapping[str, Any]) -> str:
                 escape(taxon),
                 escape(measures["quantity"]),
                 f"{measures['presences']} of {measures['places']}",
-                *(_number(measures[key]) for key in names),
+                *(_number(measures[key]) for key in shown),
             ],
         )
         for taxon, measures in found["taxa"].items()
     ]
-    columns = ["taxon", "quantity", "present", *(escape(name) for name, _ in names.values())]
+    columns = ["taxon", "quantity", "present", *shown.values()]
     body = _table(columns, rows)
     if found["reliability"]:
         body += _reliability("surveyed presence", found["reliability"])
@@ -375,7 +393,7 @@ def _odmap(protocol: pd.DataFrame) -> str:
     return (
         "<section><details><summary>ODMAP protocol: "
         f"{filled} of {len(protocol)} elements filled</summary>"
-        "<div class=wide><table><thead><tr><th>section</th><th class=text>subsection</th>"
-        "<th class=text>element</th><th class=text>value</th></tr></thead>"
+        "<div class=wide tabindex=0><table><thead><tr><th>section</th>"
+        "<th class=text>subsection</th><th class=text>element</th><th class=text>value</th></tr></thead>"
         f"<tbody>{rows}</tbody></table></div></details></section>"
     )
