@@ -394,6 +394,6 @@ def _odmap(protocol: pd.DataFrame) -> str:
         "<section><details><summary>ODMAP protocol: "
         f"{filled} of {len(protocol)} elements filled</summary>"
         "<div class=wide tabindex=0><table><thead><tr><th>section</th>"
-        "<th class=text>subsection</th><th class=text>element</th><th class=text>value</th></tr></thead>"
-        f"<tbody>{rows}</tbody></table></div></details></section>"
+        "<th class=text>subsection</th><th class=text>element</th><th class=text>value</th></tr>"
+        f"</thead><tbody>{rows}</tbody></table></div></details></section>"
     )
