@@ -358,10 +358,10 @@ def seasonal_vectors(model: SpeciesModel, months: Sequence[int]) -> dict[str, ND
     """
     if not months:
         return {}
-    if model.metadata is None:
+    if model.metadata is None or not model.dated:
         raise ModelError(
             "the model was trained without dates, so it has no maps by month; leave --month out, "
-            "or train one with model.metadata"
+            "or train one with model.metadata, of method crisp or cve_mae"
         )
     vectors = [model.metadata.month(m).cpu().numpy() for m in months]
     return {MONTHS[m - 1]: vector for m, vector in zip(months, vectors, strict=True)}

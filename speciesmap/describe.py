@@ -110,9 +110,11 @@ def _place(geobox: GeoBox) -> dict[str, Any]:
 
 def _model(path: Path) -> dict[str, Any]:
     from speciesmap.models import read_facts
-    from speciesmap.models.checkpoint import TAXA
+    from speciesmap.models.checkpoint import TAXA, what_was_learned
+    from speciesmap.models.metadata import FIELDS
 
     facts = read_facts(path)
+    joined, dated = what_was_learned(path)
     try:
         a, training = facts["architecture"], facts.get("training", {})
         taxa = json.loads((path / TAXA).read_text(encoding="utf-8"))
@@ -123,6 +125,18 @@ def _model(path: Path) -> dict[str, Any]:
             "aerial": a["aerial"]["backbone"],
             "ground": a["ground"]["backbone"] if a.get("ground") else None,
             "text": (a["text"].get("hub") or "trained jointly") if a.get("text") else None,
+            "metadata": list(FIELDS) if a.get("metadata") else [],
+            "scores_pairs": bool(a.get("matcher")),
+            "queries": [
+                option
+                for option, works in (
+                    ("--species", bool(taxa)),
+                    ("--photo", joined and bool(a.get("ground"))),
+                    ("--text", joined and bool(a.get("text"))),
+                    ("--month", dated),
+                )
+                if works
+            ],
             "dim": a["dim"],
             "bands": a["bands"],
             "window_px": a["window_px"],

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from affine import Affine
 from fake_model import FakeModel
 from odc.geo.geobox import GeoBox
+from tiny import tiny_model
 
 from speciesmap import atlas, cli
 from speciesmap.describe import as_text, describe
-from speciesmap.errors import ImageryError, OutputError, SpeciesmapError
+from speciesmap.errors import ImageryError, ModelError, OutputError, SpeciesmapError
 from speciesmap.models import Architecture, SpeciesModel, save_model
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.taxa import Taxon
 
+TEXT = {"width": 16, "layers": 1, "heads": 2}
 GRID = GeoBox((100, 130), Affine(1, 0, 550_000, 0, -1, 4_180_000), "EPSG:32610")
 
 
@@ -86,6 +90,53 @@ def test_a_model_says_what_it_needs_and_knows(tmp_path: Path) -> None:
     assert facts["ground"] is None
     assert facts["metrics"] == {"auc": 0.9}
     assert facts["fingerprint"] == model.fingerprint
+
+
+VIT = {"backbone": "test_vit", "kwargs": {"patch_size": 8}}
+GROUND = {**VIT, "image_px": 16}
+
+
+@pytest.mark.parametrize(
+    ("parts", "learned", "queries"),
+    [
+        ({}, (), ["--species"]),
+        ({"taxa": ()}, (), []),
+        ({"ground": GROUND}, (), ["--species"]),
+        ({"ground": GROUND}, ("log_scale",), ["--species", "--photo"]),
+        ({"text": TEXT, "taxa": ()}, ("log_scale",), ["--text"]),
+        (
+            {"ground": GROUND, "text": TEXT, "metadata": {"dropout": 0.25}},
+            ("log_scale", "metadata.date.weight"),
+            ["--species", "--photo", "--text", "--month"],
+        ),
+        ({"ground": GROUND, "metadata": {"dropout": 0.25}, "matcher": True}, (), ["--species"]),
+    ],
+)
+def test_a_model_says_what_it_can_be_asked_with(
+    parts: dict[str, Any], learned: tuple[str, ...], queries: list[str], tmp_path: Path
+) -> None:
+    model = tiny_model(**{"aerial": VIT, "ground": None, "text": None, **parts})
+    for name in learned:
+        torch.nn.init.ones_(model.get_parameter(name))
+    facts = describe(save_model(model, tmp_path / "run", {}))
+    assert facts["queries"] == queries
+    assert facts["scores_pairs"] == ("matcher" in parts)
+    assert bool(facts["metadata"]) == ("metadata" in parts)
+    assert (facts["ground"], facts["text"]) == (
+        "test_vit" if "ground" in parts else None,
+        "trained jointly" if "text" in parts else None,
+    )
+    assert ("--month" in queries) == model.dated
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_a_model_without_its_weights_is_damaged(tmp_path: Path) -> None:
+    run = save_model(tiny_model(), tmp_path / "run", {})
+    (run / "model.safetensors").unlink()
+    with pytest.raises(
+        ModelError, match=r"model\.safetensors cannot be read .*copy the checkpoint"
+    ):
+        describe(run)
 
 
 def test_observations(tmp_path: Path) -> None:

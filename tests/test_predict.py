@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import subprocess
 import sys
 import zipfile
@@ -22,6 +23,7 @@ from fake_model import BlobModel, FakeModel
 from odc.geo.geobox import GeoBox
 from PIL import Image
 from rio_cogeo.cogeo import cog_validate
+from tiny import tiny_model
 
 from speciesmap import atlas
 from speciesmap.errors import ConfigError, QueryError, StoreError
@@ -122,7 +124,12 @@ def test_by_default_every_taxon_is_asked_for() -> None:
     model = FakeModel()
     assert [q.label for q in make_queries(model)] == [taxon.name for taxon in model.taxa]
     model.taxa = ()
-    with pytest.raises(QueryError, match=r"knows no taxa.*--text"):
+    with pytest.raises(QueryError, match=r"knows no taxa.*answers no query yet: fine-tune it"):
+        make_queries(model)
+    with pytest.raises(QueryError, match="so it cannot map 'Quercus lobata'; it answers no"):
+        taxon_query(model, "Quercus lobata")
+    model.text = object()  # type: ignore[assignment]
+    with pytest.raises(QueryError, match=r"knows no taxa.*; ask with --text, or fine-tune it"):
         make_queries(model)
 
 
@@ -157,10 +164,31 @@ def test_an_untrained_query_is_scaled_by_the_training_landscape(tmp_path: Path) 
 
 
 def test_a_model_without_the_tower_says_so(tmp_path: Path) -> None:
-    with pytest.raises(QueryError, match=r"no ground tower.*--photo"):
-        photo_query(FakeModel(), [photo(tmp_path / "a.jpg")])
-    with pytest.raises(QueryError, match=r"no text tower.*--text"):
-        text_query(FakeModel(), "oak")
+    model = FakeModel()
+    known = re.escape("ask with --species (Quercus agrifolia, ...)")
+    with pytest.raises(QueryError, match=rf"no ground tower.*--photo .*a\.jpg; {known}, or use"):
+        photo_query(model, [photo(tmp_path / "a.jpg")])
+    with pytest.raises(QueryError, match=rf"no text tower.*--text 'oak'; {known}, or use"):
+        text_query(model, "oak")
+    model.ground = object()  # type: ignore[assignment]
+    with pytest.raises(QueryError, match=rf"--text 'oak'; {known} or --photo, or use"):
+        text_query(model, "oak")
+    model.taxa, model.joined = (), False
+    with pytest.raises(QueryError, match="--text 'oak'; it answers no query yet: use"):
+        text_query(model, "oak")
+
+
+def test_a_map_of_photos_that_no_training_joined_to_windows_is_said_to_say_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model()
+    with caplog.at_level(logging.WARNING, logger="speciesmap"):
+        photo_query(model, [photo(tmp_path / "a.jpg")])
+        assert "its map of 'a' says nothing" in caplog.text
+        caplog.clear()
+        torch.nn.init.ones_(model.log_scale)
+        photo_query(model, [photo(tmp_path / "a.jpg")])
+    assert "says nothing" not in caplog.text
 
 
 def test_scores_are_logistic_in_the_cosine_and_nodata_stays() -> None:

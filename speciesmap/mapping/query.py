@@ -97,14 +97,25 @@ def make_queries(
         species = [taxon.name for taxon in model.taxa]
         if not species:
             raise QueryError(
-                "the model knows no taxa, so there is no default map; ask with --text or --photo, "
-                "or fine-tune it with `speciesmap train`"
+                f"the model knows no taxa, so there is no default map; {instead(model)} fine-tune "
+                "it with `speciesmap train`"
             )
     queries = [taxon_query(model, name) for name in dict.fromkeys(species)]
     if photos:
         queries.append(photo_query(model, photos))
     queries += [text_query(model, text) for text in dict.fromkeys(texts)]
     return queries
+
+
+def instead(model: SpeciesModel) -> str:
+    """Say what a model can be asked with, to go before what else could be done."""
+    ways = []
+    if model.taxa:
+        more = ", ..." if len(model.taxa) > 1 else ""
+        ways.append(f"--species ({model.taxa[0].name}{more})")
+    if model.joined:
+        ways += ["--photo"] * (model.ground is not None) + ["--text"] * (model.text is not None)
+    return f"ask with {' or '.join(ways)}, or" if ways else "it answers no query yet:"
 
 
 def taxon_query(model: SpeciesModel, name: str) -> Query:
@@ -117,6 +128,11 @@ def taxon_query(model: SpeciesModel, name: str) -> Query:
     Raises:
         QueryError: The model does not know it; the message gives the nearest known names.
     """
+    if not model.taxa:
+        raise QueryError(
+            f"the model knows no taxa, so it cannot map {name!r:.80}; {instead(model)} fine-tune "
+            "it with `speciesmap train`"
+        )
     position = find(name, model.taxa)
     label = model.taxa[position].name
     trust = model.trust
@@ -169,8 +185,8 @@ def photo_query(
     """
     if model.ground is None:
         raise QueryError(
-            "the model has no ground tower, so it cannot be asked with --photo; ask with "
-            "--species, or use a model that `speciesmap train` pre-trained on photos"
+            f"the model has no ground tower, so it cannot be asked with --photo {photos[0]}; "
+            f"{instead(model)} use a model that `speciesmap train` pre-trained on photos"
         )
     images = [_open_photo(Path(photo)) for photo in photos]
     if not images:
@@ -195,8 +211,8 @@ def text_query(model: SpeciesModel, text: str, *, label: str | None = None) -> Q
     """
     if model.text is None:
         raise QueryError(
-            "the model has no text tower, so it cannot be asked with --text; ask with --species, "
-            "or use a model that was trained with one"
+            f"the model has no text tower, so it cannot be asked with --text {text!r:.80}; "
+            f"{instead(model)} use a model that was trained with model.text"
         )
     if not text.strip():
         raise QueryError("a text query is empty; pass --text 'a name or a lineage'")
@@ -214,6 +230,12 @@ def _relative(
     A value is then about the share of that landscape that is less similar to the query, so that
     values compare between areas and queries.
     """
+    if not model.joined:
+        log.warning(
+            "no contrastive loss has brought photos, names and windows together in this model, so "
+            "its map of %r says nothing; train one with method: crisp or cve_mae",
+            label,
+        )
     if len(model.reference):
         cosines = model.reference.float() @ vector.to(model.reference.device)
         mean, spread = float(cosines.mean()), float(cosines.std(correction=0))

@@ -9,19 +9,21 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speciesmap.errors import ModelError
-from speciesmap.models.crisp import Architecture, SpeciesModel
+from speciesmap.models.crisp import START_LOG_SCALE, Architecture, SpeciesModel
 from speciesmap.models.environment import Environment
 from speciesmap.models.trust import Trust
 from speciesmap.rasters.values import Values
 from speciesmap.taxa import Taxon
 
 WEIGHTS, CONFIG, TAXA = "model.safetensors", "config.json", "taxa.json"
+DATE = "metadata.date.weight"
 FORMAT = 1
 
 
@@ -78,6 +80,23 @@ def read_facts(folder: Path | str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{path} is damaged ({error!r}); copy the checkpoint again") from error
     return facts
+
+
+def what_was_learned(folder: Path | str) -> tuple[bool, bool]:
+    """Tell `SpeciesModel.joined` and `SpeciesModel.dated` without building the model.
+
+    Raises:
+        ModelError: The weights are missing or damaged.
+    """
+    try:
+        with safe_open(Path(folder) / WEIGHTS, "pt") as stored:
+            scale = stored.get_tensor("log_scale")
+            date = DATE in stored.keys() and bool(stored.get_tensor(DATE).any())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{Path(folder) / WEIGHTS} cannot be read ({error}); copy the checkpoint again"
+        ) from error
+    return float(scale) != float(torch.tensor(START_LOG_SCALE)), date
 
 
 class _NoMoreThan(TorchDispatchMode):  # type: ignore[no-untyped-call]

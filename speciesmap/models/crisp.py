@@ -33,7 +33,9 @@ from speciesmap.taxa import Taxon
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
-START_LOGIT_SCALE = 1 / 0.07  # CLIP (Radford et al. 2021, section 2.5) and CRISP's prototype
+START_LOG_SCALE = math.log(
+    1 / 0.07
+)  # CLIP (Radford et al. 2021, section 2.5) and CRISP's prototype
 MAX_LOGIT_SCALE = 100.0
 
 
@@ -143,7 +145,7 @@ class SpeciesModel(nn.Module):
         self.head = TaxonHead(len(self.taxa), a.dim, beside=beside)
         self.trust: Trust | None = None
         self.values: Values | None = None
-        self.log_scale = nn.Parameter(torch.tensor(math.log(START_LOGIT_SCALE)))
+        self.log_scale = nn.Parameter(torch.tensor(START_LOG_SCALE))
         self.register_buffer("reference", torch.zeros(references, a.dim))
 
     @property
@@ -180,6 +182,16 @@ class SpeciesModel(nn.Module):
     def logit_scale(self) -> Tensor:
         """Positive multiplier of the cosine in contrastive losses, at most 100."""
         return self.log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+
+    @property
+    def joined(self) -> bool:
+        """Whether a contrastive loss has brought the views together: no other moves its scale."""
+        return not torch.equal(self.log_scale.detach().cpu(), torch.tensor(START_LOG_SCALE))
+
+    @property
+    def dated(self) -> bool:
+        """Whether a loss has moved what a date adds to an embedding, which starts as nothing."""
+        return self.metadata is not None and bool(self.metadata.date.weight.any())
 
     @property
     def fingerprint(self) -> str:
