@@ -222,6 +222,7 @@ def test_missing_files_places_and_categories_are_counted(inat: Path) -> None:
 
     def edit(content: Any) -> None:
         content["images"][2]["latitude"] = None
+        content["images"][3]["longitude"] = 999
         content["categories"].append({"id": 99, "name": "Raphus cucullatus"})
 
     dataset = open_birds(change(inat, "train", edit))
@@ -229,10 +230,18 @@ def test_missing_files_places_and_categories_are_counted(inat: Path) -> None:
         "no photo file": 1,
         "no overhead image": 1,
         "no place": 1,
+        "place beyond 90 or 180 degrees": 1,
         "category without images": 1,
     }
-    assert len(dataset) == 33
+    assert len(dataset) == 32
     assert len(dataset.taxa) == 3
+
+    def nowhere(content: Any) -> None:
+        for image in content["images"]:
+            image["latitude"] = None
+
+    with pytest.raises(DatasetError, match=r"no training image left \(.*29 no place"):
+        open_birds(change(inat, "train", nowhere))
 
 
 def test_a_taxon_that_is_only_tested_is_left_out_and_counted(inat: Path) -> None:

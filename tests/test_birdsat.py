@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from birds import inat_birds
 from tiny import TinyScene, tiny_scene
 
-from speciesmap.config import PretrainConfig, load_config
+from speciesmap.config import DataConfig, PretrainConfig, load_config
 from speciesmap.errors import ConfigError, ModelError
 from speciesmap.learning.crossview import CveMae, CvmMae, crossview_stage
 from speciesmap.learning.data import PairedRows, open_sources
@@ -330,6 +330,11 @@ def test_every_shipped_birdsat_config_trains_two_steps_on_birds(
     assert (model.matcher is not None) == (made.method == "cvm_mae")
     with torch.inference_mode():
         assert model.encode_aerial(torch.zeros(1, 3, 16, 16)).isfinite().all()
+
+
+def test_a_split_that_birds_do_not_have_is_named(birds: Path) -> None:
+    with pytest.raises(ConfigError, match="split 'trian'; choose one of test, train, validation"):
+        open_sources(DataConfig(dataset=str(birds), split="trian"))
 
 
 def test_the_same_seed_gives_the_same_weights(birds: Path, tmp_path: Path) -> None:

@@ -93,6 +93,17 @@ def test_a_patch_larger_than_the_image_is_refused() -> None:
         ImageTower("test_vit", 16, [0.0], [1.0], dim=8, kwargs={"patch_size": 32})
 
 
+def test_patches_that_do_not_fill_the_image_are_refused() -> None:
+    with pytest.raises(
+        ModelError, match=r"patches of 4 px, .* an image of 18 px; give one of 16 px"
+    ):
+        ImageTower("test_vit", 18, [0.0], [1.0], dim=8, kwargs={"patch_size": 4})
+    padded = ImageTower(
+        "test_vit", 18, [0.0], [1.0], dim=8, kwargs={"patch_size": 4, "dynamic_img_pad": True}
+    )
+    assert padded(torch.zeros(1, 1, 18, 18)).shape == (1, 8)
+
+
 def test_weights_that_cannot_be_had_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(name: str, pretrained: bool = False, **more: object) -> torch.nn.Module:
         assert pretrained

@@ -19,6 +19,7 @@ from speciesmap.datasets import images
 from speciesmap.datasets.columns import decode_windows
 from speciesmap.datasets.paired import open_paired
 from speciesmap.errors import DatasetError
+from speciesmap.learning.data import PairedRows
 
 ROWS, BANDS, SIDE = 7, 4, 6
 
@@ -206,13 +207,58 @@ def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
         open_paired(tmp_path)
 
 
+def with_column(folder: Path, name: str, values: Any) -> Path:
+    table = hub_table(pixels())
+    table = table.drop_columns([name]) if name in table.column_names else table
+    pq.write_table(table.append_column(name, pa.array(values)), folder / "a.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("latitude", 999.0, r"row 2 of .* has the latitude 999, which is beyond 90 degrees"),
+        ("longitude", -181.0, r"row 2 of .* has the longitude -181, which is beyond 180 degrees"),
+        ("longitude", np.inf, r"row 2 of .* has the longitude inf"),
+    ],
+)
+def test_a_place_that_is_not_on_the_globe_is_named(
+    column: str, value: float, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DatasetError, match=message):
+        open_paired(with_column(tmp_path, column, [0.0, 0.0, value, 0.0, 0.0, 0.0, 0.0]))
+
+
+def test_places_in_words_are_refused_and_absent_ones_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(DatasetError, match="latitudes such as 'north'; they must be numbers"):
+        open_paired(with_column(tmp_path, "latitude", ["north"] * ROWS))
+    dataset = open_paired(with_column(tmp_path, "latitude", [None, np.nan, *[1.0] * 5]))
+    assert "2 rows have no latitude or no longitude" in caplog.text
+    place = PairedRows(dataset, range(ROWS), dataset.taxa).place
+    assert len(set(place)) == ROWS, "rows without a place share none, nor have two others here"
+
+
+def test_an_observation_is_told_by_inaturalists_number_where_it_has_no_other(
+    tmp_path: Path,
+) -> None:
+    table = hub_table(pixels()).drop_columns(["observation_uuid"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert set(open_paired(tmp_path).facts["observation_uuid"]) == {""}
+    numbers = pa.array([7, 7, 8, None, 9, 9, 9], pa.int64())
+    pq.write_table(table.append_column("gl_inat_id", numbers), tmp_path / "a.parquet")
+    told = open_paired(tmp_path).facts["observation_uuid"].tolist()
+    assert told == ["7", "7", "8", "", "9", "9", "9"]
+
+
 def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="there is no data set"):
         open_paired(tmp_path / "nowhere")
     with pytest.raises(DatasetError, match="holds no Parquet"):
         open_paired(tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"PAR1 but not really")
-    with pytest.raises(DatasetError, match="not a readable Parquet"):
+    with pytest.raises(DatasetError, match=r"not a readable Parquet .*copy the data set again"):
         open_paired(tmp_path)
 
 

@@ -274,7 +274,7 @@ def test_an_address_streams_and_its_facts_are_kept(
 
 def test_splits_are_read_apart(hub: Path) -> None:
     assert [len(open_paired(hub, split)) for split in ("train", "validation", None)] == [50, 10, 60]
-    with pytest.raises(DatasetError, match="no files of the split 'test'"):
+    with pytest.raises(DatasetError, match="split 'test'; choose one of train, validation"):
         open_paired(hub, "test")
 
 
@@ -322,8 +322,26 @@ def test_a_photo_that_comes_twice_is_taken_once_and_counted(
     assert len(twice.dataset) == ROWS + 25
     assert len(twice.rows) == len(once.rows) == ROWS
     assert "25 rows left out that repeat a photo of their observation" in caplog.text
+    assert "does not tell which rows are of one observation" not in caplog.text
     unnumbered = twice.dataset.facts.assign(gl_photo_id=0)
     assert unrepeated(unnumbered, doubled).all(), "nothing tells that they are the same"
+
+
+def test_rows_without_a_name_are_said_to_lack_one(hub: Path, tmp_path: Path) -> None:
+    file = next((hub / "data").glob("validation-*"))
+    table = pq.read_table(file)
+    nameless = table.drop_columns(["name"]).append_column("name", pa.array([""] * len(table)))
+    pq.write_table(nameless, tmp_path / "validation-0.parquet")
+    with pytest.raises(ConfigError, match=r"no row of .* names its taxon; fill the column `name`"):
+        open_sources(DataConfig(dataset=str(tmp_path)))
+
+
+def test_rows_of_unknown_observations_are_said_to_be_unchecked(
+    hub: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    facts = open_paired(hub).facts.assign(observation_uuid="")
+    assert unrepeated(facts, "the data").all()
+    assert "nor observations that two splits share; overlapping windows can" in caplog.text
 
 
 def taxonomy(folder: Path, separator: str = ",") -> Path:

@@ -731,7 +731,9 @@ def test_losses_that_are_no_numbers_are_an_error(scene: TinyScene, tmp_path: Pat
 
 def test_rows_without_photos_are_refused_where_photos_are_learned_from(tmp_path: Path) -> None:
     bare = tiny_scene(tmp_path, rows=12, photos=False)
-    with pytest.raises(DatasetError, match="has no photo; leave such rows out, or train without"):
+    with pytest.raises(
+        ConfigError, match=r"has no photos \(column gl_image\), which model\.ground"
+    ):
         train(load_config(crisp(bare)), tmp_path / "run")
     model = {"dim": 16, "aerial": {"backbone": "test_resnet"}, "text": {"width": 16, "heads": 2}}
     run = train(load_config(crisp(bare, model=model)), tmp_path / "run", overwrite=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import rasterio
 from affine import Affine
 from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
-from tiny import BANDS, tiny_model, tiny_scene
+from tiny import BANDS, TAXA, tiny_model, tiny_scene
 
 from speciesmap.cli import main
 from speciesmap.datasets.paired import open_paired
@@ -21,6 +22,7 @@ from speciesmap.errors import OutputError, QueryError, StoreError
 from speciesmap.mapping.umap import group_colours, photo_points, umap_colours, umap_points
 from speciesmap.models import save_model
 from speciesmap.rasters.store import EmbeddingStore, Identity
+from speciesmap.taxa import Taxon
 
 pytest.importorskip("umap", reason="needs umap-learn, pip install 'speciesmap[umap]'")
 
@@ -189,10 +191,17 @@ def test_photos_of_a_data_set_are_drawn_by_family(tmp_path: Path) -> None:
     assert vectors.shape == (36, 16)
     assert set(groups) == {"Fagaceae", "Pinaceae"}
     assert dict(zip(names, groups, strict=True))["Pinus sabiniana"] == "Pinaceae"
-    assert set(photo_points(tiny_model(), open_paired(scene.chips), rank=9)[1]) == {
-        "Quercus",
-        "Pinus",
-    }
+    dataset = open_paired(scene.chips)
+    ragged = replace(dataset, taxa=(*TAXA[:2], Taxon("Pinus sabiniana", ("Plantae",))))
+    assert set(photo_points(tiny_model(), ragged, rank=1)[1]) == {"Fagaceae", "Pinus"}
+    nameless = replace(dataset, taxa=[Taxon(taxon.name) for taxon in TAXA])
+    assert set(photo_points(tiny_model(), nameless, rank=-2)[1]) == {"Quercus", "Pinus"}
+    for rank in (-4, 3, 9):
+        wanted = rf"--rank {rank} is beyond .* 3 names, as Plantae/Fagaceae/Quercus; give -3 to 2"
+        with pytest.raises(QueryError, match=wanted):
+            photo_points(tiny_model(), dataset, rank=rank)
+        with pytest.raises(QueryError, match="of no names; leave --rank out"):
+            photo_points(tiny_model(), nameless, rank=rank)
     model = save_model(tiny_model(), tmp_path / "model", {})
     call = ["umap", str(scene.chips), "--photos", str(model), "--out", str(tmp_path / "p.html")]
     with pytest.raises(SystemExit) as end:

@@ -30,7 +30,7 @@ from speciesmap.cli.options import (
     default=-2,
     show_default=True,
     metavar="N",
-    help="Name of the lineage that colours photos: 0 the broadest, -1 the last.",
+    help="Name of the lineage that colours photos: 0 the broadest, -1 the last, often the genus.",
 )
 @click.option(
     "--sample",

@@ -32,7 +32,8 @@ BANDS = ("red", "green", "blue")
 OVERHEAD_M = 10.0  # Sentinel-2 cloudless (Sastry et al. 2024, section 4)
 VALIDATION = 0.1  # share of the official training images, set apart for choices
 RANKS = ("kingdom", "phylum", "class", "order", "family", "genus")
-NO_PHOTO, NO_OVERHEAD, NO_PLACE = "no photo file", "no overhead image", "no place"
+NO_PHOTO, NO_OVERHEAD = "no photo file", "no overhead image"
+NO_PLACE, OFF_GLOBE = "no place", "place beyond 90 or 180 degrees"
 NO_IMAGES, NO_TRAINING = "category without images", "category without training images"
 
 log = logging.getLogger("speciesmap")
@@ -190,8 +191,9 @@ def open_birds(path: str | Path) -> BirdDataset:
             "the data set again"
         ) from error
     if facts.empty:
-        counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        raise DatasetError(f"{path} has no image that can be used ({counts}); check the folder")
+        raise DatasetError(
+            f"{path} has no image that can be used ({_listed(left_out)}); check the folder"
+        )
     named = set(facts["name"])
     left_out[NO_IMAGES] += sum(taxon.name not in named for taxon in taxa)
     has_aerial = bool((facts["overhead"] != "").any())
@@ -202,9 +204,12 @@ def open_birds(path: str | Path) -> BirdDataset:
     learned = facts["name"].isin(facts["name"][facts["split"] == "train"])
     left_out[NO_TRAINING] += facts["name"][~learned].nunique()
     facts = facts[learned].reset_index(drop=True)
-    if facts.empty:
-        raise DatasetError(f"{path} has no training image left; check the folder and its splits")
     counted = {reason: count for reason, count in left_out.items() if count}
+    if facts.empty:
+        raise DatasetError(
+            f"{path} has no training image left ({_listed(counted)} left out); check the folder "
+            "and its splits"
+        )
     for reason, count in counted.items():
         log.warning("%s: %d left out: %s", path, count, reason)
     trained = (facts["split"] == "train").to_numpy()
@@ -217,6 +222,10 @@ def open_birds(path: str | Path) -> BirdDataset:
     return BirdDataset(
         path, facts, tuple(t for t in taxa if t.name in kept), has_aerial, window_px, counted
     )
+
+
+def _listed(left_out: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
 
 
 Read = tuple[pd.DataFrame, list[Taxon], Counter[str]]
@@ -265,8 +274,8 @@ def _read_inat(path: Path) -> Read:
         for image in images["id"]:
             if seen.setdefault(image, split) != split:
                 raise DatasetError(
-                    f"image id {image} is in train_birds.json and in val_birds.json: the split "
-                    "leaks; remove it from one"
+                    f"{path}: image id {image} is in train_birds.json and in val_birds.json: the "
+                    "split leaks; remove it from one"
                 )
         names = _distinct(dict(zip(categories["id"], categories["name"], strict=True)))
         for row in categories.to_dict("records"):
@@ -283,14 +292,17 @@ def _read_inat(path: Path) -> Read:
         overhead = _overhead_files(path, part, images["id"].tolist())
         images["overhead"] = images["id"].map(overhead).fillna("")
         present = _present(path, images["file_name"])
-        placed = images[["latitude", "longitude"]].notna().all(axis=1)
+        places = images[["latitude", "longitude"]].astype(float)
+        placed = places.notna().all(axis=1)
+        on_globe = (places.abs() <= [90, 180]).all(axis=1)
         for reason, lacking in (
             (NO_PHOTO, ~present),
             (NO_PLACE, present & ~placed),
-            (NO_OVERHEAD, present & placed & (images["overhead"] == "")),
+            (OFF_GLOBE, present & placed & ~on_globe),
+            (NO_OVERHEAD, present & on_globe & (images["overhead"] == "")),
         ):
             left_out[reason] += int(lacking.sum())
-        images = images[present & placed & (images["overhead"] != "")]
+        images = images[present & on_globe & (images["overhead"] != "")]
         owner = images.get("rights_holder", pd.Series("", images.index)).fillna("")
         date = images["date"].fillna("").astype(str)
         name = images["category"].map(names)

@@ -198,7 +198,10 @@ def open_parquet(file: Path | str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file if isinstance(file, Path) else fsspec.open(file).open())
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{file} is not a readable Parquet file: {error}") from error
+        reason = " ".join(str(error).split())
+        raise DatasetError(
+            f"{file} is not a readable Parquet file ({reason}); copy the data set again"
+        ) from error
 
 
 def _open_images(file: Path | str) -> tuple[pq.ParquetFile, list[str]]:

@@ -120,7 +120,14 @@ def unrepeated(facts: pd.DataFrame, where: object) -> NDArray[np.bool_]:
         facts: Columns beside the images.
         where: What to call the data set in the warning.
     """
-    if not {"observation_uuid", "gl_photo_id"} <= set(facts.columns):
+    if not facts["observation_uuid"].fillna("").ne("").any():
+        log.warning(
+            "%s does not tell which rows are of one observation (no observation_uuid, no "
+            "gl_inat_id): neither photos that come twice can be found, nor observations that two "
+            "splits share; overlapping windows can",
+            where,
+        )
+    if "gl_photo_id" not in facts:
         return np.ones(len(facts), dtype=bool)
     keys = facts[["observation_uuid", "gl_photo_id"]]
     known = keys["observation_uuid"].fillna("").ne("") & keys["gl_photo_id"].fillna(0).ne(0)

@@ -43,6 +43,7 @@ from speciesmap.datasets.nature_multi_view import (
     remote_files,
 )
 from speciesmap.datasets.photos import open_photo
+from speciesmap.datasets.splits import SPLITS
 from speciesmap.errors import DatasetError
 from speciesmap.outputs import replacing
 from speciesmap.progress import track
@@ -64,7 +65,8 @@ class PairedDataset:
 
     Attributes:
         files: Where the images are.
-        facts: All columns but the images, in row order.
+        facts: All columns but the images, in row order. Without a column `observation_uuid` it is
+            iNaturalist's number of the observation, or empty.
         taxa: Every taxon of the rows.
         bands: Names of the aerial bands.
         resolution_m: Side of an aerial pixel on the ground, in metres.
@@ -157,8 +159,8 @@ class PairedDataset:
         except ValueError as error:
             reason = str(error).replace(f" {photo!r}", "")
             raise DatasetError(
-                f"{self.path}: the photo of row {row} does not decode ({reason}); "
-                "make the data set again with `speciesmap chips`"
+                f"{self.path}: the photo of row {row} does not decode ({reason}); replace it, or "
+                "leave the row out"
             ) from error
 
     def prepare(self) -> None:
@@ -215,7 +217,8 @@ def open_paired(
         taxonomy: Table of iNaturalist's taxon numbers, see `read_taxonomy`, for lineages.
 
     Raises:
-        DatasetError: No Parquet file is there, one is damaged, or a needed column is missing.
+        DatasetError: No Parquet file is there, one is damaged, a needed column is missing, or a
+            place is not on the globe.
     """
     files: tuple[Path | str, ...]
     sidecar: Path | None = None
@@ -236,9 +239,15 @@ def open_paired(
     if not files:
         raise DatasetError(f"{path} holds no Parquet file; make a data set with `speciesmap chips`")
     if split is not None:
-        files = tuple(file for file in files if of_split(_inside(path, file), split))
+        every, files = files, tuple(file for file in files if of_split(_inside(path, file), split))
         if not files:
-            raise DatasetError(f"{path} has no files of the split {split!r}; leave data.split out")
+            there = ", ".join(
+                s for s in SPLITS if any(of_split(_inside(path, f), s) for f in every)
+            )
+            raise DatasetError(
+                f"{path} has no files of the split {split!r}; "
+                + (f"choose one of {there}" if there else "leave data.split out")
+            )
 
     notes = _read_sidecar(sidecar) if sidecar is not None and sidecar.exists() else {}
     with ThreadPoolExecutor(16) as pool:
@@ -252,6 +261,10 @@ def open_paired(
     if not table.num_rows:
         raise DatasetError(f"{path} has no rows; make the data set again with other observations")
     facts = table.to_pandas()
+    _check_places(facts, path)
+    if "observation_uuid" not in facts:
+        number = facts.get("gl_inat_id", pd.Series("", facts.index)).convert_dtypes()
+        facts["observation_uuid"] = number.astype("string").fillna("").astype(object)
     groups = [
         (number, k, rows)
         for number, (_, _, counts) in enumerate(parts)
@@ -292,6 +305,26 @@ def open_paired(
         notes=notes,
         _arguments=(split, taxonomy),
     )
+
+
+def _check_places(facts: pd.DataFrame, path: Path | str) -> None:
+    """Refuse coordinates that are none, and count rows without any."""
+    for column, limit in (("latitude", 90), ("longitude", 180)):
+        degrees = facts[column]
+        if not pd.api.types.is_numeric_dtype(degrees):
+            raise DatasetError(
+                f"{path} has {column}s such as {degrees.iloc[0]!r:.80}; they must be numbers, in "
+                "degrees"
+            )
+        wrong = np.flatnonzero(degrees.abs() > limit)
+        if wrong.size:
+            raise DatasetError(
+                f"row {wrong[0]} of {path} has the {column} {degrees.iloc[wrong[0]]:g}, which is "
+                f"beyond {limit} degrees; mend it, or leave it empty where it is not known"
+            )
+    unplaced = int(facts[["latitude", "longitude"]].isna().any(axis=1).sum())
+    if unplaced:
+        log.warning("%s: %d rows have no latitude or no longitude", path, unplaced)
 
 
 def _inside(path: Path | str, file: Path | str) -> str:

@@ -73,6 +73,8 @@ class PairedRows(Dataset[Batch]):
         position = {taxon.name: k for k, taxon in enumerate(taxa)}
         self.labels = facts["name"].map(position).fillna(-1).to_numpy(dtype=np.int64)
         spot = pd.factorize(facts["latitude"].astype(str) + " " + facts["longitude"].astype(str))[0]
+        unplaced = facts[["latitude", "longitude"]].isna().any(axis=1).to_numpy()
+        spot[unplaced] = len(facts) + np.arange(unplaced.sum())  # each is of a place of its own
         self.place = np.asarray(spot, dtype=np.int64)
         self.metadata = where_and_when(facts)
 
@@ -373,17 +375,29 @@ def usable(
     Raises:
         ConfigError: A withheld taxon is not in the data, or nothing is left.
     """
+    if not dataset.taxa:
+        raise ConfigError(
+            f"no row of {data.dataset} names its taxon; fill the column `name`, or choose other "
+            "data"
+        )
     names = {taxon.name for taxon in dataset.taxa}
     for name in data.withheld:
         if name not in names:
             raise ConfigError(f"data.withheld names {name!r}, which {data.dataset} lacks")
     wanted = dataset.facts["name"].isin(names.difference(data.withheld)).to_numpy()
-    if "split" in dataset.facts:
-        wanted = wanted & (dataset.facts["split"] == (data.split or "train")).to_numpy()
     if not wanted.any():
         raise ConfigError(
             f"{data.dataset} has no rows beside those of data.withheld; withhold fewer taxa"
         )
+    if "split" in dataset.facts:
+        split = data.split or "train"
+        wanted = wanted & (dataset.facts["split"] == split).to_numpy()
+        if not wanted.any():
+            known = ", ".join(sorted(dataset.facts["split"].unique()))
+            raise ConfigError(
+                f"{data.dataset} has no usable rows of the split {split!r}; choose one of {known}, "
+                "or withhold fewer taxa"
+            )
     wanted = wanted & unrepeated(dataset.facts, data.dataset)
     wanted &= chosen_rows(
         dataset.facts,

@@ -162,6 +162,11 @@ def pretrain(
     if sources.dataset is not None:
         ground = config.model.ground
         image_px = ground.image_px if paired and ground else None
+        if image_px and not sources.dataset.has_ground:
+            raise ConfigError(
+                f"{config.data.dataset} has no photos (column gl_image), which model.ground learns "
+                "from; leave model.ground out, or cut chips with --photos"
+            )
         windows = PairedRows(
             sources.dataset, sources.rows, sources.taxa, image_px, sources.window_px
         )

@@ -24,6 +24,7 @@ from speciesmap.rasters.store import open_store
 
 BLOCK = 20_000  # vectors transformed at once
 FEWEST = 8
+DEFAULT_RANK = -2  # the name above the genus, the family in iNaturalist's lineages
 
 
 def umap_colours(
@@ -154,14 +155,24 @@ def photo_points(
         model: With a ground tower.
         dataset: With photos.
         rank: Which name of the lineage colours: 0 the broadest, -1 the last before the species'
-            own. A taxon without such a name is coloured by its genus.
+            own. A taxon without such a name is coloured by its genus; with the default of the
+            command, `DEFAULT_RANK`, all may be.
         most: Photos embedded at most, drawn at random.
         seed: Of the draw.
 
     Returns:
         Unit embeddings, shape (N, D), groups and names, for `umap_points`.
+
+    Raises:
+        QueryError: No taxon has a name of that rank.
     """
     taxa = {taxon.name: taxon for taxon in dataset.taxa}
+    fullest: tuple[str, ...] = max((taxon.lineage for taxon in dataset.taxa), key=len, default=())
+    length = len(fullest)
+    if rank not in (DEFAULT_RANK, *range(-length, length)):
+        has = f"at most {length} names, as {'/'.join(fullest)}" if length else "no names"
+        few = f"give {-length} to {length - 1}" if length else "leave --rank out to colour by genus"
+        raise QueryError(f"--rank {rank} is beyond the lineages of {dataset.path}, of {has}; {few}")
     named = np.flatnonzero(dataset.facts["name"].isin(list(taxa)).to_numpy())
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.choice(named, min(most, len(named)), replace=False))

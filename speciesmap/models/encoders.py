@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from speciesmap.errors import ModelError
@@ -49,8 +50,8 @@ class ImageTower(nn.Module):
         kwargs: Further arguments of `timm.create_model`, for example `patch_size`.
 
     Raises:
-        ModelError: timm has no such model or weights, or does not take these arguments, or a patch
-            is larger than the image.
+        ModelError: timm has no such model or weights, or does not take these arguments, or patches
+            do not fill the image.
     """
 
     backbone: Any
@@ -96,12 +97,21 @@ class ImageTower(nn.Module):
                 f"timm's weights of {backbone!r} cannot be had ({type(error).__name__}: "
                 f"{' '.join(str(error).split())}); check the network, or set pretrained: false"
             ) from error
-        grid = getattr(getattr(self.backbone, "patch_embed", None), "grid_size", None)
+        cut = getattr(self.backbone, "patch_embed", None)
+        grid = getattr(cut, "grid_size", None)
         if grid is not None and 0 in grid:
             raise ModelError(
                 f"{backbone!r} with {options} cuts patches larger than the image of {image_px} px; "
                 "give a smaller patch_size in kwargs, or larger images"
             )
+        if isinstance(cut, PatchEmbed) and not (cut.strict_img_size or cut.dynamic_img_pad):
+            patch_px = cut.patch_size[0]
+            if image_px % patch_px:
+                raise ModelError(
+                    f"{backbone!r} cuts patches of {patch_px} px, which do not fill an image of "
+                    f"{image_px} px; give one of {image_px - image_px % patch_px} px, or another "
+                    "patch_size in kwargs"
+                )
         self.image_px = image_px
         self.project = nn.Linear(self.backbone.num_features, dim)
         self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1))
