@@ -12,6 +12,9 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import rasterio
 import torch
@@ -33,10 +36,12 @@ from speciesmap.errors import (
     DatasetError,
     ImageryError,
     ModelError,
+    ObservationsError,
     QueryError,
     SpeciesmapError,
     StoreError,
 )
+from speciesmap.learning.surveys import read_surveys
 from speciesmap.mapping.query import photo_query
 from speciesmap.models import load_model, save_model
 from speciesmap.models.trust import TRUST
@@ -380,3 +385,16 @@ def test_blocks_that_take_much_memory_are_refused_before_one_is_decoded(tmp_path
         pass
     with bounded(tmp_path), pytest.raises(ImageryError, match=r"vast\.tif has blocks of 16384 x"):
         open_imagery(path)
+
+
+def test_notes_in_a_table_that_name_no_type_are_damage(tmp_path: Path) -> None:
+    path = tmp_path / "surveys.parquet"
+    table = pd.DataFrame({"lon": [1.0], "lat": [2.0], "taxon": ["a"], "present": [1]})
+    whole = pa.Table.from_pandas(table)
+    notes = {
+        name: text.replace(b"unicode", b"uniKode") for name, text in whole.schema.metadata.items()
+    }
+    assert notes != whole.schema.metadata
+    pq.write_table(whole.replace_schema_metadata(notes), path)
+    with pytest.raises(ObservationsError, match=r"surveys\.parquet cannot be read"):
+        read_surveys(path)

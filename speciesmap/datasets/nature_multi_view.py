@@ -159,7 +159,9 @@ def read_taxonomy(path: Path | str) -> dict[int, tuple[str, str]]:
             table = pd.read_parquet(path)
         else:
             table = pd.read_csv(path, sep=None, engine="python")
-    except (OSError, ValueError, csv.Error) as error:
+    except (
+        OSError, ValueError, TypeError, LookupError, NotImplementedError, csv.Error,
+    ) as error:  # fmt: skip
         raise DatasetError(
             f"taxonomy {path} cannot be read ({' '.join(str(error).split())}); give a CSV, TSV or "
             "Parquet file"

@@ -31,7 +31,7 @@ def read_surveys(path: Path | str) -> pd.DataFrame:
     path = Path(path)
     try:
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, LookupError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ObservationsError(
             f"surveys {path} cannot be read ({reason}); give a CSV or Parquet table with the "
