@@ -375,6 +375,17 @@ def test_a_grid_that_imagery_cannot_be_put_on_is_refused(
         open_imagery(paths[0], like=paths[1])
 
 
+def test_pixels_too_small_for_their_coordinates_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    with rasterio.open(
+        path, "w", driver="GTiff", width=8, height=8, count=1, dtype="uint8", crs="EPSG:32610",
+        transform=from_origin(5e5, 4e6, 1e-12, 1e-12),
+    ) as raster:  # fmt: skip
+        raster.write(np.ones((1, 8, 8), np.uint8))
+    with pytest.raises(ImageryError, match="a side of 0 m"):
+        open_imagery(path)
+
+
 def test_blocks_that_take_much_memory_are_refused_before_one_is_decoded(tmp_path: Path) -> None:
     path = tmp_path / "vast.tif"
     with rasterio.open(

@@ -170,7 +170,7 @@ def ground_m(geobox: GeoBox) -> float:
     """Measure the central pixel on the ellipsoid: geometric mean of its sides, in metres.
 
     Raises:
-        ImageryError: The centre has no longitude and latitude.
+        ImageryError: The centre has no longitude and latitude, or the pixel no size.
     """
     col, row = geobox.shape[1] / 2, geobox.shape[0] / 2
     cols, rows = np.array([col, col + 1, col]), np.array([row, row, row + 1])
@@ -189,7 +189,13 @@ def ground_m(geobox: GeoBox) -> float:
             f"{geobox.crs}; its CRS or transform is wrong: set the right one with gdal_edit.py"
         )
     _, _, sides = pyproj.Geod(ellps="WGS84").inv(lon[[0, 0]], lat[[0, 0]], lon[1:], lat[1:])
-    return math.sqrt(float(sides[0]) * float(sides[1]))
+    side = math.sqrt(float(sides[0]) * float(sides[1]))
+    if not 0 < side < math.inf:
+        raise ImageryError(
+            f"the imagery's central pixel has a side of {side:g} m; its transform is wrong: set "
+            "the right one with gdal_edit.py -a_ullr"
+        )
+    return side
 
 
 def in_words(geobox: GeoBox) -> str:
