@@ -9,10 +9,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from speciesmap.errors import ConfigError
 from speciesmap.taxa import nearest
+
+AsText = Annotated[str | None, BeforeValidator(lambda v: v if v is None else str(v))]
+"""A text that YAML takes for a number or a date where it is not quoted."""
 
 
 class Strict(BaseModel):
@@ -119,6 +130,9 @@ class DataConfig(Strict):
     of `withheld` taxa are never seen. `window_px` is the side of the model's window: without a data
     set it must be given; of larger chips, training sees random crops and mapping the middle.
 
+    Of `imagery` that is a STAC collection the area is that of the data set, and `datetime`, `query`
+    and `first` choose scenes as they do when chips are cut.
+
     `covariates` are environmental rasters that heads read beside the embedding, at the middle of
     each window, as `FILE` or `NAME=FILE`; those that `categorical` names hold classes. With
     `location` easting and northing are two more.
@@ -137,6 +151,9 @@ class DataConfig(Strict):
     percent: float | None = None
     stream: StreamConfig | None = None
     imagery: str | None = None
+    datetime: AsText = None
+    query: list[str] = []
+    first: Literal["newest", "least-cloudy"] = "newest"
     window_px: int | None = Field(default=None, ge=8)
     background: Annotated[int, Field(ge=1)] | str = 10_000
     background_kind: Literal["random", "target-group"] = "random"

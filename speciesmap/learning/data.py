@@ -30,12 +30,15 @@ from speciesmap.observations.background import (
 )
 from speciesmap.observations.read import read_places
 from speciesmap.rasters.imagery import Imagery, open_imagery
+from speciesmap.rasters.messages import public
 from speciesmap.rasters.values import tagged_gains
-from speciesmap.rasters.windows import window_start
+from speciesmap.rasters.windows import cells_in, window_start
 from speciesmap.taxa import Taxon
 
 log = logging.getLogger("speciesmap")
 
+STAC = "stac+"
+MARGIN_DEG = 0.01  # around a data set's places, as when chips are cut
 KEEP_BELOW = 1 << 30  # bytes of decoded images that are kept rather than read again each epoch
 
 Batch = dict[str, Tensor]
@@ -303,10 +306,9 @@ def open_sources(data: DataConfig) -> Sources:
 
     Raises:
         ConfigError: Neither a data set nor imagery is named, the window's size is nowhere said,
-            the two have pixels of different sizes, a withheld taxon is not in the data, or nothing
-            is left.
+            the two have pixels of different sizes, a withheld taxon is not in the data, nothing is
+            left, or a STAC collection is to be read without a data set.
     """
-    imagery = open_imagery(data.imagery) if data.imagery else None
     if data.dataset:
         dataset = open_dataset(data.dataset, data.split, data.taxonomy)
         if not dataset.has_aerial:
@@ -315,6 +317,7 @@ def open_sources(data: DataConfig) -> Sources:
                 "iNat-2021 birds, and evaluate on this"
             )
         taxa, rows = usable(dataset, data)
+        imagery = _around(dataset, rows, data) if data.imagery else None
         if imagery is not None and imagery.bands != dataset.bands:
             imagery = imagery.select(dataset.bands)
         scaling = dataset.notes.get("scaling")
@@ -328,7 +331,7 @@ def open_sources(data: DataConfig) -> Sources:
             <= MOST_RESOLUTION_RATIO
         ):
             raise ConfigError(
-                f"{data.imagery} has pixels of {imagery.resolution_m:.3g} m, those of "
+                f"{imagery.source} has pixels of {imagery.resolution_m:.3g} m, those of "
                 f"{data.dataset} have {dataset.resolution_m:.3g} m; presences and background would "
                 "differ by that alone: name the imagery that the chips were cut from"
             )
@@ -349,10 +352,16 @@ def open_sources(data: DataConfig) -> Sources:
             dataset.dtype,
             scaling,
         )
-    if imagery is None:
+    if data.imagery is None:
         raise ConfigError("data names neither a dataset nor imagery; give at least one")
     if data.window_px is None:
         raise ConfigError("data.window_px is missing; without a dataset it must be given")
+    if data.imagery.startswith(STAC):
+        raise ConfigError(
+            f"data.imagery = {public(data.imagery)} must not be read as a whole, and only a data "
+            "set says where; add data.dataset, or name a folder of scenes"
+        )
+    imagery = open_imagery(data.imagery, datetime=data.datetime, query=data.query, first=data.first)
     none = np.empty(0, dtype=np.int64)
     return Sources(
         None,
@@ -364,6 +373,32 @@ def open_sources(data: DataConfig) -> Sources:
         imagery.resolution_m,
         imagery.dtype,
         imagery.scaling,
+    )
+
+
+def _around(
+    dataset: PairedDataset | BirdDataset, rows: NDArray[np.int64], data: DataConfig
+) -> Imagery:
+    """Open the imagery that background is drawn from; of a STAC collection, around a data set."""
+    assert data.imagery is not None
+    choice: dict[str, Any] = {"datetime": data.datetime, "query": data.query, "first": data.first}
+    if not data.imagery.startswith(STAC):
+        return open_imagery(data.imagery, **choice)
+    places = dataset.facts.iloc[rows][["longitude", "latitude"]].to_numpy(np.float64)
+    west, south = places.min(axis=0) - MARGIN_DEG
+    east, north = places.max(axis=0) + MARGIN_DEG
+    bbox = (west, south, east, north)
+    imagery = open_imagery(
+        data.imagery,
+        bbox=bbox,
+        wanted=dataset.bands,
+        preferred_m=dataset.resolution_m,
+        around_m=dataset.window_px * dataset.resolution_m,
+        **choice,
+    )
+    down, across = cells_in(bbox, imagery.geobox)
+    return imagery.crop(
+        down.start, across.start, down.stop - down.start, across.stop - across.start
     )
 
 
