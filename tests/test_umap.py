@@ -142,9 +142,13 @@ def points(count: int = 60) -> tuple[NDArray[np.float64], list[str], list[str]]:
     return vectors, groups, [f"{group} {k}" for k, group in enumerate(groups)]
 
 
-def test_points_gather_by_group_and_tell_their_names(tmp_path: Path) -> None:
+def test_points_gather_by_group_and_tell_their_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     vectors, groups, names = points()
-    page = umap_points(vectors, groups, names, tmp_path / "a.html", title="Photos </script>")
+    with caplog.at_level(logging.INFO, logger="speciesmap"):
+        page = umap_points(vectors, groups, names, tmp_path / "a.html", title="Photos </script>")
+    assert "Fitting UMAP to 60 vectors; compiling it first may take a minute" in caplog.text
     text = page.read_text()
     assert "<b>&" not in text
     assert text.count("</script>") == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from speciesmap.outputs import refuse_existing, replacing
 from speciesmap.progress import track
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.store import open_store
+
+log = logging.getLogger("speciesmap")
 
 BLOCK = 20_000  # vectors transformed at once
 FEWEST = 8
@@ -121,9 +124,12 @@ def fit_umap(
 ) -> Any:
     """Fit UMAP with the cosine on unit vectors, shape (N, D).
 
+    umap-learn compiles itself anew in each process, before it fits.
+
     Raises:
         DependencyError: umap-learn is not installed.
     """
+    log.info("Fitting UMAP to %d vectors; compiling it first may take a minute", len(vectors))
     try:
         import umap
     except ImportError as error:
