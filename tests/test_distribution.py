@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,14 @@ def test_places_beyond_the_training_range_are_clamped_to_it(seed: int) -> None:
     features = expansion(table)
     assert features.mean(0).abs().max() < 1e-5
     assert features.std(0, correction=0).max() < 1.01
+
+
+@pytest.mark.parametrize("categorical", [[], [0], [0, 1]])
+def test_an_expansion_comes_back_from_its_state(categorical: list[int]) -> None:
+    table = np.random.default_rng(0).integers(0, 4, (50, 2)).astype(float)
+    made = Expansion(table, categorical, hinges=3, quadratic=True)
+    again = Expansion.restore(json.loads(json.dumps(made.state())))
+    assert torch.equal(again(table), made(table))
 
 
 def test_an_unknown_category_is_none_of_the_known() -> None:

@@ -38,7 +38,7 @@ from speciesmap.errors import (
     ObservationsError,
     OutputError,
 )
-from speciesmap.learning.data import PairedRows, draw_background, open_sources
+from speciesmap.learning.data import PairedRows, draw_background, open_sources, target_group_places
 from speciesmap.learning.finetune import check_validation, refuse_elsewhere
 from speciesmap.learning.fit import ByPlace, best_precision, measure
 from speciesmap.learning.modules import Crisp, Finetune
@@ -169,6 +169,39 @@ def test_finetuning_validates_by_folds_and_calibrates(
     assert taxon_query(model, NAMES[1]).quantity == "suitability"
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_prevalence_is_of_the_area_whatever_background_was_trained_on(
+    scene: TinyScene,
+    untrained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    biased: bool,
+) -> None:
+    asked = []
+
+    def watched(folds: pd.DataFrame, taxa: Any, prevalence: Any) -> dict[str, Any]:
+        asked.append((set(folds["background"]), prevalence))
+        return {}
+
+    monkeypatch.setattr("speciesmap.learning.finetune.calibrate", watched)
+    changes = tune(scene, untrained, freeze_encoder=True, align=0.0)
+    changes["validation"] = {"folds": 2, "block_m": 40, "prevalence": 0.2}
+    if biased:
+        grid = open_imagery(scene.imagery).geobox
+        effort = np.ones((1, *grid.shape), np.float32)
+        changes["data"]["bias"] = str(
+            write_geotiff(tmp_path / "effort.tif", effort, grid, bands=["effort"])
+        )
+    else:
+        changes["data"]["background_kind"] = "target-group"
+    run = train(load_config(changes), tmp_path / "run")
+    assert asked == [({"", "random"}, 0.2)]
+    kinds = set(pd.read_parquet(run / "folds.parquet")["background"])
+    assert kinds == {"", "random", "biased" if biased else "target-group"}
+    judged = read_facts(run)["metrics"]["validation"].values()
+    assert all(facts["auc_random"] is not None for facts in judged)
+
+
 @pytest.mark.parametrize(
     ("method", "kind", "file"),
     [("kmeans", "random", True), ("knndm", "target-group", False), ("blocks", "random", False)],
@@ -206,6 +239,28 @@ def test_both_kinds_of_background_are_evaluated_whatever_makes_the_folds(
     for k in (0, 1):
         held = folds["fold"] == k
         assert 0 < folds["trained"][held].iloc[0] <= (trained_on & ~held).sum()
+
+
+def test_places_of_the_group_without_a_valid_window_are_no_background(
+    scene: TinyScene, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = open_imagery(scene.imagery)
+    pixels, _ = whole.read(0, 0, *whole.shape)
+    pixels[:, :, : whole.shape[1] // 2] = 0
+    half = tmp_path / "half.tif"
+    write_geotiff(half, pixels, whole.geobox, bands=whole.bands, nodata=0)
+    config = load_config(
+        {
+            "stage": "finetune",
+            "init": "m",
+            "data": {"dataset": str(scene.chips), "imagery": str(half)},
+        }
+    )
+    sources = open_sources(config.data)
+    with caplog.at_level(logging.INFO, logger="speciesmap"):
+        places = target_group_places(sources, None, (0.0,) * len(whole.bands))
+    assert len(places) > 1 and (places.cols >= whole.shape[1] // 2).all()
+    assert "places of the group of all taxa have a valid window" in caplog.text
 
 
 def test_a_file_of_background_gives_its_places_on_the_imagery(

@@ -23,9 +23,12 @@ from tiny import TAXA, tiny_model, tiny_scene
 
 from speciesmap.atlas import predict
 from speciesmap.config import load_config
+from speciesmap.datasets.paired import open_paired
 from speciesmap.errors import ObservationsError
 from speciesmap.learning.calibration import calibrate_on_surveys
-from speciesmap.learning.surveys import clear_of, read_surveys
+from speciesmap.learning.data import PairedRows
+from speciesmap.learning.heads import where
+from speciesmap.learning.surveys import clear_of, read_surveys, surveyed_places
 from speciesmap.learning.train import train
 from speciesmap.learning.trust import measure_trust, thresholds
 from speciesmap.mapping.applicability import applicable, dissimilarity, learn_applicability
@@ -33,6 +36,7 @@ from speciesmap.mapping.query import score, spread, taxon_query
 from speciesmap.mapping.ranges import draw_range
 from speciesmap.models import load_model, read_facts, save_model
 from speciesmap.rasters.geotiff import MapWriter
+from speciesmap.rasters.imagery import open_imagery
 
 
 def unit(rng: np.random.Generator, rows: int, dim: int = 16) -> torch.Tensor:
@@ -199,7 +203,23 @@ def test_surveys_that_contradict_the_map_calibrate_nothing(
 def test_sites_that_share_ground_with_training_are_told(tmp_path: Path) -> None:
     here = np.array([100.0, 116.0, 117.0, 300.0])
     trained = np.array([100.0]), np.array([50.0])
-    assert clear_of(here, np.full(4, 50.0), *trained, 16).tolist() == [False, False, True, True]
+    assert clear_of(here, np.full(4, 50.0), *trained, 17).tolist() == [False, False, True, True]
+
+
+def test_surveys_on_ground_that_any_crop_of_a_chip_may_show_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene = tiny_scene(tmp_path)
+    imagery, dataset = open_imagery(scene.imagery), open_paired(scene.chips)
+    model = tiny_model()
+    presences = PairedRows(dataset, np.arange(1), dataset.taxa, None, model.window_px)
+    row, col = (float(v[0]) for v in imagery.rowcol(*where(presences)))
+    apart_px = (dataset.window_px + model.window_px) / 2
+    lon, lat = imagery.xy([row] * 2, [col - apart_px - 0.5, col - apart_px - 1.5])
+    table = pd.DataFrame({"lon": [*lon, 200.0], "lat": [*lat, 95.0], "taxon": "a", "present": 1})
+    kept, _ = surveyed_places(model, table, presences, imagery)
+    assert kept.index.tolist() == [1]
+    assert "2 of 3 surveys are left out: 1 are not on" in caplog.text
 
 
 @pytest.mark.parametrize(

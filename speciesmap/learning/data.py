@@ -27,6 +27,7 @@ from speciesmap.observations.background import (
     biased_background,
     random_background,
     target_group,
+    valid_windows,
 )
 from speciesmap.observations.read import read_places
 from speciesmap.rasters.imagery import Imagery, open_imagery
@@ -477,7 +478,9 @@ def draw_background(
             imagery is too small.
     """
     if not isinstance(background, int):
-        rows, cols = imagery.rowcol(*_on(imagery, background, np.inf))
+        rows, cols = _with_windows(
+            imagery, *_on(imagery, background, np.inf), window_px, f"places of {background}"
+        )
     elif bias is not None:
         rows, cols = biased_background(imagery, background, window_px, rng, open_imagery(bias))
     else:
@@ -514,8 +517,37 @@ def target_group_places(sources: Sources, records: str | None, fill: Sequence[fl
         {"longitude": longitude, "latitude": latitude, "taxon": "", "uncertainty_m": np.nan}
     )
     table = target_group(table, cell_m)
-    rows, cols = sources.imagery.rowcol(table["longitude"], table["latitude"])
+    rows, cols = _with_windows(
+        sources.imagery,
+        table["longitude"].to_numpy(),
+        table["latitude"].to_numpy(),
+        sources.window_px,
+        f"places of the group of {records or 'all taxa'}",
+    )
     return Places(sources.imagery, rows, cols, sources.window_px, fill)
+
+
+def _with_windows(
+    imagery: Imagery,
+    longitude: NDArray[np.float64],
+    latitude: NDArray[np.float64],
+    window_px: int,
+    what: str,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Rows and columns of the places that have a valid window, as places drawn at random have."""
+    rows, cols = imagery.rowcol(longitude, latitude)
+    shown = imagery.contains(longitude, latitude)
+    width = imagery.shape[1]
+    pixels = np.floor(rows[shown]).astype(np.int64) * width + np.floor(cols[shown]).astype(np.int64)
+    shown[np.flatnonzero(shown)[~valid_windows(imagery, pixels, window_px)]] = False
+    if not shown.any():
+        raise ObservationsError(
+            f"none of {len(shown)} {what} has a valid window on {imagery.source}; give background "
+            "from where the imagery has pixels"
+        )
+    if not shown.all():
+        log.info("%d of %d %s have a valid window", shown.sum(), len(shown), what)
+    return rows[shown], cols[shown]
 
 
 def _on(

@@ -33,7 +33,7 @@ from speciesmap.learning.heads import (
 )
 from speciesmap.learning.surveys import read_surveys, surveyed_places
 from speciesmap.learning.trust import measure_trust
-from speciesmap.learning.validation import cross_validate, summarise
+from speciesmap.learning.validation import background_kind, cross_validate, summarise
 from speciesmap.mapping.fit import MOST_RESOLUTION_RATIO
 from speciesmap.models import SpeciesModel, load_model, read_facts
 from speciesmap.models.trust import Trust
@@ -93,10 +93,10 @@ def finetune(
     presences = PairedRows(sources.dataset, sources.rows, sources.taxa, image_px, sources.window_px)
     refuse_elsewhere(presences, sources.imagery, config)
     data, area = config.data, (sources.imagery, sources.window_px)
-    grouped = data.background_kind == "target-group"
+    kind = background_kind(data)
     background = (
         target_group_places(sources, data.target_group, base.fill)
-        if grouped
+        if kind == "target-group"
         else draw_background(*area, data.background, rng, base.fill, bias=data.bias)
     )
     covariates = find_covariates(data, sources.imagery)
@@ -108,18 +108,19 @@ def finetune(
     own = None
     if config.validation is not None:
         other = None
-        if grouped:
+        if kind != "random":
             other = draw_background(*area, data.background, rng, base.fill)
         elif data.target_group is not None:
             other = target_group_places(sources, data.target_group, base.fill)
         if other is not None:
             other = other.subset(with_covariates(other, covariates))
         folds, bounds = cross_validate(base, presences, background, config, work, other, covariates)
-        metrics["validation"] = summarise(folds, sources.taxa, data.background_kind, bounds)
+        metrics["validation"] = summarise(folds, sources.taxa, kind, bounds)
         if work is not None:
             folds.to_parquet(work / "folds.parquet")
-        own = folds[folds["background"].isin(["", data.background_kind])]
-        calibrations = calibrate(own, sources.taxa, config.validation.prevalence)
+        own = folds[folds["background"].isin(["", kind])]
+        everywhere = folds[folds["background"].isin(["", "random"])]
+        calibrations = calibrate(everywhere, sources.taxa, config.validation.prevalence)
     fold = None if own is None else own["fold"].to_numpy()
     model, fitted = fit_taxa(base, presences, background, config, work, covariates, fold)
     set_reference(model, background, rng, config.trainer.accelerator)

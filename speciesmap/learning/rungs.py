@@ -36,11 +36,10 @@ from speciesmap.learning.distribution import (
     fit_linear,
 )
 from speciesmap.learning.fit import embeddings
-from speciesmap.learning.heads import expand, find_covariates
-from speciesmap.learning.validation import make_folds
+from speciesmap.learning.heads import expand, find_covariates, where, with_covariates
+from speciesmap.learning.validation import make_folds, rows_to_train_on
 from speciesmap.models import SpeciesModel
 from speciesmap.models.environment import Expansion
-from speciesmap.observations.folds import separated
 from speciesmap.taxa import Taxon
 
 RANDOM, GROUP = -1, -2  # in the place of a taxon: random background, target-group places
@@ -107,7 +106,12 @@ class Rows:
 
 
 def gather(encoder: SpeciesModel, config: FinetuneConfig, covariates: Sequence[Path | str]) -> Rows:
-    """Open the data of a configuration and draw its background and folds, as training does."""
+    """Open the data of a configuration, draw random background, and make folds as training does.
+
+    Raises:
+        ConfigError: There are no folds, or a fold leaves nothing to train on; data is incomplete.
+        SpeciesmapError: Data cannot be read.
+    """
     if config.validation is None:
         raise ConfigError(
             "evaluation needs spatial folds; add validation: {folds: 5, block_m: ...} to the "
@@ -130,49 +134,37 @@ def gather(encoder: SpeciesModel, config: FinetuneConfig, covariates: Sequence[P
     background = draw_background(
         sources.imagery, sources.window_px, config.data.background, rng, encoder.fill
     )
-    photos: dict[tuple[int, int], NDArray[np.float32]] = {}
-    imagery = sources.imagery
-    facts = presences.dataset.facts.iloc[presences.rows]
-    rows, cols = imagery.rowcol(facts["longitude"].to_numpy(), facts["latitude"].to_numpy())
-    count = len(presences)
     drawn = [background]
-    if config.data.target_group is not None:
-        drawn.append(target_group_places(sources, config.data.target_group, encoder.fill))
+    if data.target_group is not None:
+        drawn.append(target_group_places(sources, data.target_group, encoder.fill))
+    presences = presences.subset(with_covariates(presences, beside))
+    drawn = [places.subset(with_covariates(places, beside)) for places in drawn]
+    parts: list[PairedRows | Places] = [presences, *drawn]
+    rows, cols = sources.imagery.rowcol(*where(presences))
     rows = np.concatenate([rows, *(places.rows for places in drawn)])
     cols = np.concatenate([cols, *(places.cols for places in drawn)])
-    fold = make_folds(rows, cols, count, background, config)
-    places = Places(imagery, rows, cols, sources.window_px, encoder.fill)
-    accelerator = config.trainer.accelerator
-    vectors = torch.cat(
-        [
-            embeddings(encoder, presences, accelerator=accelerator),
-            *(embeddings(encoder, places, accelerator=accelerator) for places in drawn),
-        ]
-    )
-    values, categorical = np.empty((len(rows), 0)), []
-    if beside is not None:
-        values = beside.at(*imagery.xy(rows, cols))
-        categorical = [beside.names.index(name) for name in data.categorical]
-    known = np.asarray(np.isfinite(values).all(axis=1))
-    if not known.all():
-        log.warning("%d places lack a covariate and are left out", int((~known).sum()))
-    everything = {
-        int(k): separated(cols, rows, fold, int(k), sources.window_px + 1) & known
-        for k in np.unique(fold)
-    }
-    chosen = np.flatnonzero(known)
     kinds = [np.full(len(d), kind) for d, kind in zip(drawn, (RANDOM, GROUP), strict=False)]
     taxon = np.concatenate([presences.labels[presences.rows], *kinds])
+    fold = make_folds(rows, cols, len(presences), background, config)
+    window_px = presences.dataset.window_px
+    uses = rows_to_train_on(rows, cols, fold, window_px, taxon >= 0, taxon == RANDOM)
+    accelerator = config.trainer.accelerator
+    vectors = torch.cat([embeddings(encoder, part, accelerator=accelerator) for part in parts])
+    values, categorical = np.empty((len(rows), 0)), []
+    if beside is not None:
+        values = np.concatenate([beside.at(*where(part)) for part in parts])
+        categorical = [beside.names.index(name) for name in data.categorical]
+    photos: dict[tuple[int, int], NDArray[np.float32]] = {}
     if encoder.ground is not None and sources.dataset.has_ground:
-        photos = _photos(encoder, presences, fold[:count], rng)
+        photos = _photos(encoder, presences, fold[: len(presences)], rng)
     return Rows(
         sources.taxa,
-        taxon[chosen],
-        fold[chosen],
-        {k: use[chosen] for k, use in everything.items()},
-        places.subset(known),
-        vectors.numpy()[chosen],
-        values[chosen],
+        taxon,
+        fold,
+        uses,
+        Places(sources.imagery, rows, cols, sources.window_px, encoder.fill),
+        vectors.numpy(),
+        values,
         categorical,
         photos,
     )

@@ -71,7 +71,9 @@ def surveyed_places(
     rows, cols = imagery.rowcol(surveys["lon"].to_numpy(), surveys["lat"].to_numpy())
     height, width = imagery.shape
     inside = (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
-    use = inside & clear_of(rows, cols, *imagery.rowcol(*where(presences)), model.window_px)
+    apart_px = (presences.dataset.window_px + model.window_px) / 2 + 1  # crops are of whole chips
+    use = inside.copy()
+    use[inside] = clear_of(rows[inside], cols[inside], *imagery.rowcol(*where(presences)), apart_px)
     told = (
         f"{(~use).sum()} of {len(surveys)} surveys are left out: {(~inside).sum()} are not on "
         f"{imagery.source}, {(inside & ~use).sum()} within a window of a presence"
@@ -90,9 +92,9 @@ def clear_of(
     cols: NDArray[np.float64],
     trained_rows: NDArray[np.float64],
     trained_cols: NDArray[np.float64],
-    window_px: int,
+    apart_px: float,
 ) -> NDArray[np.bool_]:
-    """Which places' windows share no ground with those of places trained on, shape (N,)."""
+    """Which places are so far from those trained on, along an axis, shape (N,)."""
     tree = cKDTree(np.column_stack([trained_rows, trained_cols]))
     nearest, _ = tree.query(np.column_stack([rows, cols]), p=np.inf)
-    return np.asarray(nearest >= window_px + 1)
+    return np.asarray(nearest >= apart_px)

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from speciesmap.config import FinetuneConfig, HeadConfig
+from speciesmap.config import DataConfig, FinetuneConfig, HeadConfig
 from speciesmap.errors import ConfigError
 from speciesmap.learning.chance import (
     bound_for,
@@ -86,7 +86,8 @@ def cross_validate(
     taxa = len(presences.taxa)
     labels = presences.labels[presences.rows]
     drawn = np.zeros((len(rows), 0), bool)
-    if config.data.background_kind == "random":
+    kind = background_kind(config.data)
+    if kind == "random":
         group = np.arange(len(rows)) >= end
         if not group.any():
             group[:count] = ~facts.duplicated(["longitude", "latitude"]).to_numpy()
@@ -95,18 +96,10 @@ def cross_validate(
     negative = (np.arange(len(rows)) < end)[:, None] & ~drawn  # (N, M)
     logits = np.empty((len(rows), taxa + drawn.shape[1]))
     trained = np.empty(len(rows), dtype=np.int64)
-    uses = [
-        separated(cols, rows, folds, k, presences.dataset.window_px + 1)
-        for k in range(config.validation.folds)
-    ]
-    for k, use in enumerate(uses):
-        if min(use[:count].sum(), use[count:end].sum()) < 2:
-            raise ConfigError(
-                f"fold {k} leaves {use[:count].sum()} presences and {use[count:end].sum()} "
-                "background places to train on, since windows that overlap a held-out one are left "
-                "out; give larger blocks in validation.block_m, fewer folds, or more places"
-            )
-    for k, use in enumerate(track(uses, "Cross-validating")):
+    uses = rows_to_train_on(
+        rows, cols, folds, presences.dataset.window_px, slice(count), slice(count, end)
+    )
+    for k, use in track(list(uses.items()), "Cross-validating"):
         held = folds == k
         trained[held] = use[:end].sum()
         kept = None if work is None else work / FOLDS / f"{k}.npy"
@@ -151,9 +144,7 @@ def cross_validate(
     x, y = imagery.xy(rows, cols)
     nothing = np.full(len(rows) - count, "", object)
     names = np.r_[facts["name"].to_numpy(dtype=object), nothing]
-    kinds = ["random", "target-group"]
-    if config.data.background_kind != "random":
-        kinds.reverse()
+    kinds = [kind, "target-group" if kind == "random" else "random"]
     table = pd.DataFrame(
         {
             "observation_id": np.r_[facts["observation_uuid"].to_numpy(dtype=object), nothing],
@@ -171,6 +162,47 @@ def cross_validate(
         table.join(pd.DataFrame(logits[:, :taxa], columns=columns)),
         null_bounds(drawn, logits[:, taxa:], random, folds),
     )
+
+
+def rows_to_train_on(
+    rows: NDArray[np.float64],
+    cols: NDArray[np.float64],
+    folds: NDArray[np.int64],
+    window_px: int,
+    presences: slice | NDArray[np.bool_],
+    background: slice | NDArray[np.bool_],
+) -> dict[int, NDArray[np.bool_]]:
+    """For each fold, the rows outside it whose windows overlap none of its windows.
+
+    Args:
+        rows: Of the places, in pixels, shape (N,).
+        cols: Shape (N,).
+        folds: Shape (N,).
+        window_px: Side of what is cut around a place.
+        presences: Which rows are presences.
+        background: Which are background to train on.
+
+    Returns:
+        Masks of shape (N,) by fold.
+
+    Raises:
+        ConfigError: A fold leaves fewer than two of either.
+    """
+    uses = {int(k): separated(cols, rows, folds, int(k), window_px + 1) for k in np.unique(folds)}
+    for k, use in uses.items():
+        here, away = int(use[presences].sum()), int(use[background].sum())
+        if min(here, away) < 2:
+            raise ConfigError(
+                f"fold {k} leaves {here} presences and {away} background places to train on, "
+                "since windows that overlap a held-out one are left out; give larger blocks in "
+                "validation.block_m, fewer folds, or more places"
+            )
+    return uses
+
+
+def background_kind(data: DataConfig) -> str:
+    """How background is drawn: `random`, `target-group`, or `biased` by a raster of effort."""
+    return data.background_kind if data.bias is None else "biased"
 
 
 def make_folds(
@@ -246,6 +278,7 @@ def summarise(
         if not group.any():
             group = (kind == "") & ~own & place
         against = {"random": (kind == "random") & scored, "target-group": group & scored}
+        against.setdefault(background, (kind == background) & scored)
         judged = {
             name: fold_auc(here[here | away], score[here | away], fold[here | away])
             for name, away in against.items()

@@ -98,7 +98,7 @@ class Expansion:
         for name in ("low", "high", "mean", "sd", "centre", "spread"):
             setattr(made, name, np.asarray(state[name], np.float64))
         count = len(made.mean)
-        made.knots = np.asarray(state["knots"], np.float64).reshape(-1, count)
+        made.knots = np.asarray(state["knots"], np.float64).reshape(len(state["knots"]), count)
         made.quadratic = bool(state["quadratic"])
         made.continuous = [int(k) for k in state["continuous"]]
         made.categories = [

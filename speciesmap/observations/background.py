@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from speciesmap.rasters.imagery import Imagery
 
 BLOCK_PX = 512
+MIN_VALID = 0.5  # share of a window's pixels
 ROUNDS = 60
 
 Land = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]]
@@ -28,7 +29,7 @@ def random_background(
     window_px: int,
     rng: np.random.Generator,
     *,
-    min_valid: float = 0.5,
+    min_valid: float = MIN_VALID,
     land: Land | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Draw pixel centres uniformly over the valid pixels of an imagery, without repetition.
@@ -66,7 +67,7 @@ def random_background(
         else:
             drawn = rng.permutation(np.setdiff1d(np.arange(size), tried))
         tried = np.concatenate([tried, drawn])
-        good = drawn[_usable(imagery, drawn, window_px, min_valid, land)]
+        good = drawn[valid_windows(imagery, drawn, window_px, min_valid, land)]
         found.append(good)
         kept += good.size
         if kept >= count or tried.size >= size:
@@ -87,8 +88,6 @@ def biased_background(
     window_px: int,
     rng: np.random.Generator,
     bias: Imagery,
-    *,
-    min_valid: float = 0.5,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Draw pixel centres in proportion to a raster of sampling effort, without repetition.
 
@@ -102,7 +101,6 @@ def biased_background(
         rng: Source of randomness.
         bias: Relative effort in its first band, on any grid; where it is 0, missing or the raster
             ends, nothing is drawn.
-        min_valid: Least share of valid pixels in a window, 0 to 1.
 
     Returns:
         Continuous rows and columns of the places, shape (count,) each.
@@ -125,7 +123,7 @@ def biased_background(
     order = pool[np.argsort(-np.log(effort) - rng.gumbel(size=len(pool)))]
     found: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
     for part in np.array_split(order, max(1, len(order) // (2 * count))):
-        found.append(part[_usable(imagery, part, window_px, min_valid, None)])
+        found.append(part[valid_windows(imagery, part, window_px)])
         if sum(map(len, found)) >= count:
             break
     chosen = np.concatenate(found)[:count]
@@ -138,22 +136,33 @@ def biased_background(
     return rows.astype(np.float64) + 0.5, cols.astype(np.float64) + 0.5
 
 
-def _usable(
+def valid_windows(
     imagery: Imagery,
     pixels: NDArray[np.int64],
     window_px: int,
-    min_valid: float,
-    land: Land | None,
+    min_valid: float = MIN_VALID,
+    land: Land | None = None,
 ) -> NDArray[np.bool_]:
-    """Tell which flat pixel numbers are valid, on land, and have enough window around them."""
+    """Tell which pixels are valid, on land, and have enough of a window around them.
+
+    Args:
+        imagery: Whose pixels.
+        pixels: Their flat numbers, row by row, shape (N,).
+        window_px: Side of the window, in pixels.
+        min_valid: Least share of valid pixels in a window, 0 to 1.
+        land: As for `random_background`.
+
+    Returns:
+        Shape (N,).
+    """
     width = imagery.geobox.shape[1]
     rows, cols = pixels // width, pixels % width
-    usable = np.ones(pixels.size, dtype=bool)
+    found = np.ones(pixels.size, dtype=bool)
     if land is not None:
-        usable &= np.asarray(land(rows + 0.5, cols + 0.5), dtype=bool)
+        found &= np.asarray(land(rows + 0.5, cols + 0.5), dtype=bool)
     across = width // BLOCK_PX + 1
     block = (rows // BLOCK_PX) * across + cols // BLOCK_PX
-    candidates = np.flatnonzero(usable)
+    candidates = np.flatnonzero(found)
     candidates = candidates[np.argsort(block[candidates], kind="stable")]
     cuts = np.flatnonzero(np.diff(block[candidates])) + 1
     for group in np.split(candidates, cuts):
@@ -178,8 +187,8 @@ def _usable(
             + total[r, c]
         )
         centre = valid[rows[group] - top, cols[group] - left]
-        usable[group] = centre & (inside >= min_valid * window_px**2)
-    return usable
+        found[group] = centre & (inside >= min_valid * window_px**2)
+    return found
 
 
 def target_group(observations: gpd.GeoDataFrame, cell_m: float) -> gpd.GeoDataFrame:
