@@ -229,15 +229,21 @@ def test_qgis_opens_a_map_styled_and_in_place(tmp_path: Path) -> None:
     colours = np.array(seen["colours"])
     hole = np.isnan(values)
     assert (colours[hole][:, 3] == 0).all()
+    assert np.abs(colours[~hole][:, :3] - in_palette(values[~hole])).max() <= 2
+
+
+def in_palette(values: np.ndarray) -> np.ndarray:
+    """Colours of values from 0 to 1, shape (value, 3)."""
     anchors = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in PALETTE])
     breaks = np.linspace(0, 1, len(PALETTE))
-    wanted = np.stack([np.interp(values[~hole], breaks, anchors[:, k]) for k in range(3)], axis=1)
-    assert np.abs(colours[~hole][:, :3] - wanted).max() <= 2
+    return np.stack([np.interp(values, breaks, anchors[:, k]) for k in range(3)], axis=1)
 
 
 PROJECT = """
 import json, sys
 from qgis.core import *
+from qgis.PyQt.QtCore import QSize
+from qgis.PyQt.QtGui import QColor
 QgsApplication.setPrefixPath("/usr", True)
 app = QgsApplication([], False)
 app.initQgis()
@@ -246,10 +252,24 @@ read = project.read(sys.argv[1])
 tree = project.layerTreeRoot()
 groups = {g.name(): [l.name() for l in g.findLayers()] for g in tree.children()}
 shown = [l.name() for l in tree.findLayers() if l.isVisible()]
+legends = [len(QgsLayerTreeModel(tree).layerLegendNodes(l)) for l in tree.findLayers()]
+settings = QgsMapSettings()
+settings.setLayers([l.layer() for l in tree.findLayers() if l.isVisible()])
+settings.setDestinationCrs(project.crs())
+settings.setOutputSize(QSize(300, 240))
+settings.setExtent(settings.fullExtent())
+settings.setBackgroundColor(QColor("white"))
+job = QgsMapRendererSequentialJob(settings)
+job.start()
+job.waitForFinished()
+picture = job.renderedImage()
+colours = [[picture.pixelColor(10 * c + 5, 10 * r + 5).getRgb()[:3] for c in range(30)]
+           for r in range(24)]
 layers = [[l.name(), l.isValid(), l.renderer().type(), l.crs().authid(),
            l.renderer().classificationMax()] for l in project.mapLayers().values()]
 print("JSON" + json.dumps({"read": read, "groups": groups, "shown": shown, "layers": layers,
-                           "title": project.title(), "crs": project.crs().authid()}))
+                           "title": project.title(), "crs": project.crs().authid(),
+                           "legends": legends, "colours": colours}))
 """
 
 
@@ -274,6 +294,10 @@ def test_qgis_project_groups_all_maps_and_may_be_moved(tmp_path: Path, suffix: s
     }
     assert seen["shown"] == ["Quercus agrifolia"]
     assert len(seen["layers"]) == 3
+    assert min(seen["legends"]) >= len(PALETTE)
+    hole, colours = np.isnan(ramp()), np.array(seen["colours"])
+    assert (colours[hole] == 255).all()
+    assert np.abs(colours[~hole] - in_palette(ramp()[~hole])).max() <= 2
     for name, valid, renderer, crs, high in seen["layers"]:
         assert (valid, renderer, crs) == (True, "singlebandpseudocolor", "EPSG:32610")
         assert high == (1 if name != "oak" else pytest.approx(39.2, abs=0.1))

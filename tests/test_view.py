@@ -24,6 +24,7 @@ def test_a_raster_that_is_none_starts_no_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.chromium
+@pytest.mark.filterwarnings("error:invalid value encountered in cast:RuntimeWarning")
 def test_full_resolution_tiles_lie_over_the_reduced_map(tmp_path: Path) -> None:
     values = ramp()
     raster = write_map(tmp_path / "a.tif", values)

@@ -410,6 +410,7 @@ function speciesmapPage(map, parts) {
     byId("list").replaceChildren(...rows);
     byId("layers").hidden = layers.length < 2;
     byId("search").hidden = layers.length < 9;
+    byId("search").placeholder = `Find one of ${layers.length} maps`;
   }
 
   function search() {

@@ -16,6 +16,9 @@ from speciesmap.present.warp import open_map
 
 GROUPS = {"taxon": "Species", "photo": "Asked for by photos", "text": "Asked for in words"}
 
+ID_PREFIX = "speciesmap_layer_"
+"""QGIS replaces a layer's identity of ten letters or fewer, and then its list lacks the layer."""
+
 
 def write_project(
     out: Path, tifs: Sequence[Path], *, title: str = "", overwrite: bool = False
@@ -59,7 +62,8 @@ def write_project(
             groups[group] = ET.SubElement(
                 tree, "layer-tree-group", name=group, checked="Qt::Checked", expanded="1"
             )
-        _layer(layers, groups[group], f"map_{i}", legend, source, crs, shown=i == 0)
+        identity = f"{ID_PREFIX}{i}"
+        _layer(layers, groups[group], identity, legend, source, crs, shown=i == 0)
         if i == 0:
             _crs(project_crs, crs)
             extent = ET.SubElement(canvas, "extent")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import warnings
 import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +46,12 @@ def serving(raster: Path, *, host: str = "127.0.0.1", port: int | None = None) -
         tiles = client.get_tile_url(
             indexes=[1], colormap="viridis", vmin=legend.low, vmax=legend.high
         )
-        with tempfile.TemporaryDirectory(prefix="speciesmap-") as folder:
+        with (
+            warnings.catch_warnings(),
+            tempfile.TemporaryDirectory(prefix="speciesmap-") as folder,
+        ):
+            # The tile server casts cells without a value, which it then makes transparent.
+            warnings.filterwarnings("ignore", "invalid value encountered in cast", RuntimeWarning)
             yield make_map(
                 [raster],
                 Path(folder) / "map.html",

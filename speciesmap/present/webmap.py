@@ -215,7 +215,9 @@ def make_map(
         tiles[-1]._id = f"tiles_{i}"
     sharp = None
     if detail:
-        sharp = folium.TileLayer(detail, attr="speciesmap", control=False, show=False, max_zoom=24)
+        sharp = folium.TileLayer(
+            detail, attr="localtileserver", control=False, show=False, max_zoom=24
+        )
         sharp._id = "detail"
         page.options["max_zoom"] = 22
     position = MousePosition(  # type: ignore[no-untyped-call]
