@@ -120,20 +120,34 @@ def test_a_cluster_that_runs_already_makes_the_same_bytes(
     assert {p: after[p] for p in before} == before, "only what was missing was encoded"
 
 
-def test_a_workers_error_arrives_as_it_was_raised(
-    model: Path, tmp_path: Path, address: str
+@pytest.mark.parametrize("where", ["scheduler", "workers"])
+def test_an_unreadable_block_is_told_by_workers_as_by_one_process(
+    model: Path,
+    tmp_path: Path,
+    address: str,
+    where: str,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     pixels = np.random.default_rng(0).integers(1, 255, (3, 300, 300)).astype(np.uint8)
     grid = GeoBox((300, 300), ORIGIN, "EPSG:32610")
     path = write_geotiff(tmp_path / "a.tif", pixels, grid, bands=("band_0", "band_1", "band_2"))
     with rasterio.open(path) as raster:
-        offset = int(raster.get_tag_item("BLOCK_OFFSET_0_0", "TIFF", bidx=1))
-        size = int(raster.get_tag_item("BLOCK_SIZE_0_0", "TIFF", bidx=1))
+        offset = int(raster.get_tag_item("BLOCK_OFFSET_0_1", "TIFF", bidx=1))
+        size = int(raster.get_tag_item("BLOCK_SIZE_0_1", "TIFF", bidx=1))
     content = bytearray(path.read_bytes())
     content[offset : offset + size] = b"\xff" * size
     path.write_bytes(bytes(content))
+    on: dict[str, Any] = {"scheduler": {"scheduler": address}, "workers": {"workers": 1}}[where]
+    out = tmp_path / "s.zarr"
     with pytest.raises(ImageryError, match=r"tile \(\d+, \d+\) cannot be encoded"):
-        embed(model, path, tmp_path / "s.zarr", scheduler=address)
+        embed(model, path, out, **on)
+    assert "Traceback" not in capfd.readouterr().err, "the error that is raised says it all"
+    store = embed(model, path, out, skip_unreadable=True, **on)
+    lost = [tile for tile in store.tiles_in(slice(0, 75), slice(0, 75)) if not store.has(tile)]
+    assert 0 < len(lost) < 9
+    [said] = [r.getMessage() for r in caplog.records if "the workers say why" in r.getMessage()]
+    assert f"why: {', '.join(map(str, lost))}; another run" in said
 
 
 FIRST_TILE_ONLY = """

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CONNECT_S = 30
 TASK_TILES = 4  # at most: within a task, reading and writing go on beside encoding
+NAMED = 20  # tiles in a message
 TASKS_PER_WORKER = 4  # at least, so that workers end at about the same time
 
 log = logging.getLogger("speciesmap")
@@ -105,19 +106,19 @@ def encode_on_cluster(
 
     if scheduler is None:
         job = replace(job, threads=max(1, len(os.sched_getaffinity(0)) // workers))
-    encode, windows = partial(_encode, job), 0
+    encode, windows, lost = partial(_encode, job), 0, list[tuple[int, int]]()
     with store.writing(), _client(workers, scheduler) as client:
         try:
             # the first worker settles the precision, as a single process does by its first tile
-            windows += client.submit(encode, tiles[:1], pure=False).result()
+            windows, lost = client.submit(encode, tiles[:1], pure=False).result()
             known = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
             size = max(1, min(TASK_TILES, len(tiles) // (known * TASKS_PER_WORKER)))
             rest = [tiles[k : k + size] for k in range(1, len(tiles), size)]
             futures = client.map(encode, rest, pure=False)
-            for _, done in track(
+            for _, (done, empty) in track(
                 distributed.as_completed(futures, with_results=True), "Encoding", len(futures)
             ):
-                windows += done
+                windows, lost = windows + done, lost + empty
         except distributed.KilledWorker as error:
             raise ClusterError(
                 f"workers died again and again ({error}); give them more memory or a smaller "
@@ -129,6 +130,13 @@ def encode_on_cluster(
                 "are kept"
             ) from error
     log.info("encoded %d windows of %d tiles on %d workers", windows, len(tiles), known)
+    if lost:
+        log.warning(
+            "%d tiles could not be read and stay empty, the workers say why: %s; another run tries "
+            "them again",
+            len(lost),
+            ", ".join(map(str, sorted(lost)[:NAMED])) + ", ..." * (len(lost) > NAMED),
+        )
     return windows
 
 
@@ -159,7 +167,7 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Client]:
             processes=True,
             memory_limit=None,
             dashboard_address=None,
-            silence_logs=logging.ERROR,
+            silence_logs=logging.CRITICAL,  # errors of workers are raised here
         ) as cluster,
         Client(cluster) as client,
     ):
@@ -191,11 +199,11 @@ def _opened(job: Job) -> tuple[SpeciesModel, Imagery, EmbeddingStore, str | None
     return model, imagery, store, device
 
 
-def _encode(job: Job, tiles: Sequence[tuple[int, int]]) -> int:
-    """Encode the tiles that are not done, on a worker."""
+def _encode(job: Job, tiles: Sequence[tuple[int, int]]) -> tuple[int, list[tuple[int, int]]]:
+    """Encode the tiles that are not done, on a worker; give windows, and tiles not read."""
     try:
         model, imagery, store, device = _opened(job)
-        return encode_tiles(
+        windows = encode_tiles(
             model,
             imagery,
             store,
@@ -206,6 +214,7 @@ def _encode(job: Job, tiles: Sequence[tuple[int, int]]) -> int:
             compiled=job.compiled,
             skip_unreadable=job.skip_unreadable,
         )
+        return windows, [tile for tile in tiles if not store.has(tile)]
     except SpeciesmapError as error:
         failure = type(error)(str(error))
     raise failure  # by itself: causes from other libraries may not travel
