@@ -92,7 +92,9 @@ def test_background_is_of_the_year_asked_for_and_around_the_data_set(
 
 
 def test_what_cannot_be_found_is_said(scene: TinyScene, collection: str) -> None:
-    with pytest.raises(AreaError, match=r"has nothing in .* in 2010; ask for another"):
+    with pytest.raises(
+        AreaError, match=r"has nothing in .* in 2010; check that it has a collection naip"
+    ):
         opened(scene, imagery=collection, datetime="2010")
     with pytest.raises(ConfigError, match=r"choose items of STAC; .*aerial\.tif has none"):
         opened(scene, imagery=str(scene.imagery), query=["eo:cloud_cover<10"])

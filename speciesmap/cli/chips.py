@@ -72,7 +72,8 @@ def command(
 
     OBSERVATIONS is what `speciesmap observations` wrote, or anything it reads. DATASET gets
     Parquet files in the columns of Nature Multi-View, dataset.json, and report.csv, which names
-    every observation that was left out and why.
+    every observation that was left out and why. A STAC collection is searched around the
+    observations, unless --bbox says where.
 
     \b
     Example:

@@ -84,7 +84,7 @@ def imagery_options(command: F) -> F:
                 "--bands",
                 metavar="B,B,...",
                 callback=split_bands,
-                help="Bands in the model's order: names or numbers of the file, or name=number.",
+                help="Bands in order, a model's where there is one: names or numbers, or name=number.",
             ),
             bbox_option,
             bbox_crs_option,

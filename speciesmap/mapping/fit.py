@@ -69,7 +69,9 @@ def fit_imagery(
         imagery = imagery.select(wanted)
     elif bands is None or len(bands) != len(wanted):
         remedy = "use another model"
-        if len(imagery.bands) >= len(wanted):
+        if bands is not None:
+            remedy = f"name {len(wanted)} bands with --bands, or {remedy}"
+        elif len(imagery.bands) >= len(wanted):
             given = ",".join(f"{band}={k}" for k, band in enumerate(wanted, 1))
             remedy = f"say which is which, for example --bands {given}, or {remedy}"
         raise ImageryError(

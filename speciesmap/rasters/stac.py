@@ -117,8 +117,8 @@ def find_scenes(
         asked = "".join([f" in {datetime}" * bool(datetime), *(f" with {c}" for c in query)])
         place = " ".join(f"{value:.6g}" for value in area)
         raise AreaError(
-            f"{public(source)} has nothing in {place} (west south east north){asked}; ask for "
-            "another area, date or property"
+            f"{public(source)} has nothing in {place} (west south east north){asked}; check "
+            f"that it has a collection {collection}, or ask for another area, date or property"
         )
     host = urlsplit(address).hostname
     signer = SIGNED_HOST if host == SIGNED_HOST else None
