@@ -108,5 +108,9 @@ def command(
         raise click.UsageError("Missing option '--imagery'.")
     from speciesmap.mapping.embed import embed
 
-    store = embed(model, imagery, out, overwrite=overwrite, **options)
+    try:
+        store = embed(model, imagery, out, overwrite=overwrite, **options)
+    except KeyboardInterrupt:
+        click.echo("stopped; run again to go on: tiles that are done are kept", err=True)
+        raise
     print_result(store.path, as_json, cells=store.geobox.shape, dim=store.dim)

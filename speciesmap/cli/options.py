@@ -84,7 +84,7 @@ def imagery_options(command: F) -> F:
                 "--bands",
                 metavar="B,B,...",
                 callback=split_bands,
-                help="Bands in order, a model's where there is one: names or numbers, or name=number.",
+                help="Bands, in a model's order if there is one: names, numbers or name=number.",
             ),
             bbox_option,
             bbox_crs_option,
