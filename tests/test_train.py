@@ -24,6 +24,7 @@ import yaml
 from affine import Affine
 from numpy.typing import ArrayLike
 from odc.geo.geobox import GeoBox
+from rasterio.transform import from_origin
 from tiny import BANDS, SIDE, TAXA, TinyScene, tiny_model, tiny_scene
 from torch import Tensor
 
@@ -38,11 +39,18 @@ from speciesmap.errors import (
     ObservationsError,
     OutputError,
 )
-from speciesmap.learning.data import PairedRows, draw_background, open_sources, target_group_places
+from speciesmap.learning.data import (
+    PairedRows,
+    Places,
+    draw_background,
+    open_sources,
+    target_group_places,
+)
 from speciesmap.learning.finetune import check_validation, refuse_elsewhere
 from speciesmap.learning.fit import ByPlace, best_precision, measure
 from speciesmap.learning.modules import Crisp, Finetune
 from speciesmap.learning.train import build, train
+from speciesmap.learning.validation import make_folds
 from speciesmap.models import load_model, read_facts, save_model
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import open_imagery
@@ -167,6 +175,22 @@ def test_finetuning_validates_by_folds_and_calibrates(
 
     assert taxon_query(model, NAMES[0]).quantity == "probability"
     assert taxon_query(model, NAMES[1]).quantity == "suitability"
+
+
+def test_blocks_are_as_wide_as_high_on_imagery_in_degrees(
+    scene: TinyScene, untrained: Path, tmp_path: Path
+) -> None:
+    grid = GeoBox((240, 240), from_origin(10, 60, 0.001, 0.001), "EPSG:4326")  # 56 x 111 m
+    pixels = np.full((1, *grid.shape), 9, np.uint8)
+    imagery = open_imagery(write_geotiff(tmp_path / "a.tif", pixels, grid, bands=["red"]))
+    row, col = (v.ravel() + 0.5 for v in np.meshgrid(range(240), range(240), indexing="ij"))
+    changes = tune(scene, untrained, validation={"folds": 9, "block_m": 4000})
+    places = Places(imagery, row, col, 8, [0.0])
+    folds = make_folds(row, col, len(row), places, load_config(changes)).reshape(240, 240)
+    down = np.flatnonzero((np.diff(folds, axis=0) != 0).any(1))
+    across = np.flatnonzero((np.diff(folds, axis=1) != 0).any(0))
+    assert np.diff(down).mean() * 111.4 == pytest.approx(4000, rel=0.05)
+    assert np.diff(across).mean() * 55.9 == pytest.approx(4000, rel=0.05)
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -24,7 +24,13 @@ from speciesmap.learning.data import (
     open_sources,
 )
 from speciesmap.learning.heads import read_places
-from speciesmap.learning.metrics import measure, paired_difference, reliability
+from speciesmap.learning.metrics import (
+    measure,
+    omission,
+    paired_difference,
+    reliability,
+    true_skill,
+)
 from speciesmap.learning.rungs import (
     HEAD,
     RANDOM,
@@ -132,14 +138,9 @@ def _judge(rows: Rows, scores: NDArray[np.float64]) -> dict[str, Any]:
         found = measure(present[known], odds[known], 0.5, probability=True)
         if all(np.ptp(value[fold == j]) == 0 for j in np.unique(fold)):
             found["boyce"] = None  # it ranks nothing
-        chosen = value[known] >= threshold[known]
-        here = present[known]
-        found["omission"] = float((~chosen[here]).mean()) if here.any() else None
-        found["tss"] = (
-            float(chosen[here].mean() - chosen[~here].mean())
-            if here.any() and not here.all()
-            else None
-        )
+        above = (value - threshold)[known]  # each fold's own threshold is at 0
+        found["omission"] = omission(above[present[known]], 0.0)
+        found["tss"] = true_skill(present[known], above, 0.0)
         found |= fold_auc(present, value, fold)
         group = rows.group | (rows.taxon == k)
         among = fold_auc(rows.taxon[group] == k, scores[group, k], rows.fold[group])

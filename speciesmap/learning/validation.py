@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from pyproj import CRS
 
 from speciesmap.config import DataConfig, FinetuneConfig, HeadConfig
 from speciesmap.errors import ConfigError
@@ -36,6 +37,7 @@ from speciesmap.observations.folds import (
 from speciesmap.outputs import replacing
 from speciesmap.progress import track
 from speciesmap.rasters.covariates import Covariates
+from speciesmap.rasters.grid import sides_m
 from speciesmap.taxa import Taxon
 
 FOLDS = "folds"  # scores of the folds of a validation that are done
@@ -216,7 +218,12 @@ def make_folds(
     chosen = config.validation
     assert chosen is not None
     imagery = background.imagery
-    x, y = cols * imagery.resolution_m, rows * imagery.resolution_m
+    width_m = height_m = imagery.resolution_m
+    if CRS.from_user_input(
+        imagery.geobox.crs
+    ).is_geographic:  # where a degree of longitude is the shorter one
+        width_m, height_m = sides_m(imagery.geobox)
+    x, y = cols * width_m, rows * height_m
     if chosen.block_m is not None and chosen.method == "blocks":
         return spatial_blocks(
             x,
@@ -233,8 +240,8 @@ def make_folds(
         fold = knndm(
             x[:count],
             y[:count],
-            area.cols * imagery.resolution_m,
-            area.rows * imagery.resolution_m,
+            area.cols * width_m,
+            area.rows * height_m,
             folds=chosen.folds,
             seed=config.seed,
         )

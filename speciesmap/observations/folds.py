@@ -144,8 +144,9 @@ def knndm(
     clustered ever more finely, clusters are dealt to folds in their order along the first principal
     component, and of all these candidates, a random assignment among them, the one is taken whose
     distances from held-out points to training points are nearest, by Wasserstein's W, to those from
-    the prediction area to all points. Candidates with half of the points in one fold are left out,
-    as there; clusters are k-means, one of the two kinds there.
+    the prediction area to all points. Candidates with more than half of the points in one fold are
+    left out, as there (three quarters where there are two folds); clusters are k-means, one of the
+    two kinds there.
 
     Args:
         x_m: Eastings in metres, shape (N,).

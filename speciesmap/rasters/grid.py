@@ -167,7 +167,12 @@ def choose_grid(
 
 
 def ground_m(geobox: GeoBox) -> float:
-    """Measure the central pixel on the ellipsoid: geometric mean of its sides, in metres.
+    """Geometric mean of the central pixel's sides on the ellipsoid, in metres; see `sides_m`."""
+    return math.sqrt(math.prod(sides_m(geobox)))
+
+
+def sides_m(geobox: GeoBox) -> tuple[float, float]:
+    """Measure the central pixel on the ellipsoid: its width and its height, in metres.
 
     Raises:
         ImageryError: The centre has no longitude and latitude, or the pixel no size.
@@ -189,13 +194,12 @@ def ground_m(geobox: GeoBox) -> float:
             f"{geobox.crs}; its CRS or transform is wrong: set the right one with gdal_edit.py"
         )
     _, _, sides = pyproj.Geod(ellps="WGS84").inv(lon[[0, 0]], lat[[0, 0]], lon[1:], lat[1:])
-    side = math.sqrt(float(sides[0]) * float(sides[1]))
-    if not 0 < side < math.inf:
+    if not (np.isfinite(sides).all() and sides.all()):
         raise ImageryError(
-            f"the imagery's central pixel has a side of {side:g} m; its transform is wrong: set "
-            "the right one with gdal_edit.py -a_ullr"
+            f"the imagery's central pixel has sides of {sides[0]:g} and {sides[1]:g} m; its "
+            "transform is wrong: set the right one with gdal_edit.py -a_ullr"
         )
-    return side
+    return float(sides[0]), float(sides[1])
 
 
 def in_words(geobox: GeoBox) -> str:
