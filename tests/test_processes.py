@@ -52,6 +52,11 @@ def learn(folder: Path, processes: int) -> None:
         for module in (masked, pairs):
             patch.setattr(module, "draw_mask", hide_the_last)
         patch.setattr(fit, "RandomSampler", lambda windows, **_: SequentialSampler(windows))
+
+        def draw(stage: modules.Stage) -> None:
+            (folder / f"drawn_{processes}_{stage.global_rank}").write_text(str(torch.rand(())))
+
+        patch.setattr(modules.Stage, "on_train_end", draw)
         for name, method in METHODS.items():
             train(configured(method, folder, processes), folder / f"{name}_{processes}")
 
@@ -106,6 +111,11 @@ def test_two_processes_learn_what_one_learns_from_the_joined_batch(method: str, 
     if not own:
         for name in first:
             assert torch.allclose(first[name], second[name], atol=2e-3), name
+
+
+def test_each_process_draws_its_own_views(runs: Path) -> None:
+    first, second = ((runs / f"drawn_2_{rank}").read_text() for rank in range(2))
+    assert first != second
 
 
 def test_processes_that_cannot_fill_a_batch_each_learn_nothing_and_say_so(

@@ -59,6 +59,11 @@ class Stage(L.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Draw other views and masks in each process, which Lightning starts from one seed."""
+        if self.global_rank:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
+
     def report(self, loss: Tensor, **parts: Tensor) -> Tensor:
         """Log the loss and its parts, their means over processes, and give the loss back."""
         self.log_dict({"loss": loss, **parts}, prog_bar=True, batch_size=1, sync_dist=True)
