@@ -611,6 +611,9 @@ def test_click_on_observations_reads_the_values_there_too(browser: Any, tmp_path
         for where in ((12.5, 14.5), (23.5, 29.5)):
             read = read_at(page, *where)
             row, col = (int(v) for v in where)
+            page.evaluate("speciesmap.show(1)")
+            assert list(read_at(page, *where)) == ["map 2", "map 1"], "the map shown comes first"
+            page.evaluate("speciesmap.show(0)")
             for k in (1, 2):
                 wanted = pytest.approx(values[row, col] / k, abs=0.5 / STEPS + 0.005)
                 assert float(read[f"map {k}"]) == wanted

@@ -520,7 +520,7 @@ function speciesmapPage(map, parts) {
     return box;
   }
 
-  /* A row for every map that has a value at a place, the highest first. */
+  /* A row for every map: the one that is shown, then the others, the highest first. */
   async function rows(latlng) {
     if (typeof DecompressionStream === "undefined") {
       return [make("p", "", "This browser is too old to read values; please update it.")];
@@ -531,7 +531,8 @@ function speciesmapPage(map, parts) {
     }
     const share = (i) => told[i].value === null ? -1
       : (told[i].value - layers[i].low) / (layers[i].high - layers[i].low);
-    const order = layers.map((_, i) => i).sort((a, b) => share(b) - share(a) || a - b);
+    const order = layers.map((_, i) => i).sort((a, b) =>
+      (b === state.shown) - (a === state.shown) || share(b) - share(a) || a - b);
     return order.map((i) => {
       const { value, year, outside, uncertainty } = told[i];
       const layer = layers[i];
