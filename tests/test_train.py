@@ -423,6 +423,21 @@ def test_an_interrupted_run_leaves_no_checkpoint_and_goes_on_where_it_stopped(
     assert everything(tmp_path) == ["run"]
 
 
+def test_a_run_keeps_no_credentials(
+    scene: TinyScene, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an address only what names the place is kept."""
+    monkeypatch.setattr(
+        "speciesmap.learning.data.open_imagery", lambda *_, **__: open_imagery(scene.imagery)
+    )
+    changes = tune(scene, untrained, freeze_encoder=True, align=0.0)
+    changes["data"]["imagery"] = "https://me:word@example.org/a.tif?sig=secret"
+    run = train(load_config(changes), tmp_path / "run")
+    assert read_facts(run)["training"]["data"]["imagery"] == "https://example.org/a.tif"
+    kept = b"".join(file.read_bytes() for file in run.rglob("*") if file.is_file())
+    assert b"secret" not in kept and b"me:word" not in kept
+
+
 def test_ctrl_c_ends_in_one_line_that_tells_how_to_go_on(scene: TinyScene, tmp_path: Path) -> None:
     (tmp_path / "long.yaml").write_text(yaml.safe_dump(crisp(scene)))
     program = str(Path(sys.executable).with_name("speciesmap"))

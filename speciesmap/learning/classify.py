@@ -35,6 +35,7 @@ from speciesmap.observations.folds import spatial_blocks
 from speciesmap.outputs import refuse_existing, replacing
 from speciesmap.progress import track
 from speciesmap.rasters.grid import METRES_PER_DEGREE
+from speciesmap.rasters.messages import without_credentials
 
 log = logging.getLogger("speciesmap")
 
@@ -109,7 +110,8 @@ def classify(config: ClassifyConfig, out: Path | str, *, overwrite: bool = False
         (beside / f"{RESULTS}.md").write_text(markdown(results, notes))
         content = {"splits": notes, "table": json.loads(results.to_json(orient="records"))}
         (beside / f"{RESULTS}.json").write_text(json.dumps(content, indent=1))
-        described = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        recorded = without_credentials(config.model_dump(mode="json"))
+        described = yaml.safe_dump(recorded, sort_keys=False)
         (beside / "config.yaml").write_text(described)
     return out
 

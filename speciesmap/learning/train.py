@@ -43,6 +43,7 @@ from speciesmap.models import Architecture, SpeciesModel, save_model
 from speciesmap.models.encoders import ImageTower
 from speciesmap.models.masked import MaskedAutoencoder
 from speciesmap.outputs import refuse_existing, replacing
+from speciesmap.rasters.messages import without_credentials
 
 log = logging.getLogger("speciesmap")
 
@@ -79,7 +80,8 @@ def train(
         init = None if isinstance(config, PretrainConfig) else config.init
         refuse_existing(out, overwrite, init, config.data.dataset, config.data.imagery)
     work = unfinished(out)
-    described = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    recorded = without_credentials(config.model_dump(mode="json"))
+    described = yaml.safe_dump(recorded, sort_keys=False)
     if first and work.exists() and not resume:
         if not overwrite:
             raise OutputError(
@@ -109,7 +111,7 @@ def train(
     if not first:
         return out
     facts = {
-        "training": config.model_dump(mode="json"),
+        "training": recorded,
         "metrics": metrics,
         "seconds": round(time.perf_counter() - started, 1),
         "versions": {"torch": torch.__version__, "lightning": L.__version__},

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from rasterio._err import CPLE_BaseError
@@ -40,6 +40,17 @@ def public(text: str) -> str:
     text = re.sub(r"((?:GET|HEAD|POST) [^\s?]*)\?\S*", r"\1", text)
     text = re.sub(r"([a-zA-Z][\w+.-]*://)[^\s/@?#'\"]*@", r"\1", text)
     return re.sub(r"([a-zA-Z][\w+.-]*://[^\s?#'\"]*)\?[^\s#'\",]*", r"\1", text)
+
+
+def without_credentials(facts: Any) -> Any:
+    """Make every text of some facts public, at any depth of lists and dictionaries."""
+    if isinstance(facts, str):
+        return public(facts)
+    if isinstance(facts, list):
+        return [without_credentials(fact) for fact in facts]
+    if isinstance(facts, dict):
+        return {key: without_credentials(fact) for key, fact in facts.items()}
+    return facts
 
 
 def reason(error: BaseException) -> str:
