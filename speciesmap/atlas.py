@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 
 from speciesmap import __version__, outputs
-from speciesmap.errors import AreaError, ConfigError, ModelError, StoreError
+from speciesmap.errors import AreaError, ConfigError, ImageryError, ModelError, StoreError
 from speciesmap.mapping.embed import Precision, embed
 from speciesmap.mapping.fit import fit_imagery
 from speciesmap.mapping.predict import Map, write_maps
@@ -35,7 +35,6 @@ from speciesmap.present.stac import write_item
 from speciesmap.present.styles import MONTHS, write_qml
 from speciesmap.present.warp import MAX_LATITUDE
 from speciesmap.present.webmap import make_map
-from speciesmap.rasters.files import is_remote
 from speciesmap.rasters.imagery import Imagery, Opening
 from speciesmap.rasters.store import EmbeddingStore, open_store
 from speciesmap.rasters.windows import bounds_in, bounds_of
@@ -194,8 +193,9 @@ def predict(
     if season:
         asked = [without_calibration(query) for query in asked]
     around = find_surroundings(model, covariates)
+    base: Imagery | None = None
     if imagery is not None:
-        imagery = fit_imagery(
+        imagery = base = fit_imagery(
             model,
             imagery,
             bands=bands,
@@ -238,8 +238,6 @@ def predict(
     encoded = time.perf_counter()
     with outputs.replacing(out, overwrite=overwrite) as folder:
         folder.mkdir()
-        if around is not None:
-            around.probe(filled.geobox)
         likely = [q for q in asked if q.kind == "taxon" and q.quantity == "probability"]
         maps = write_maps(
             filled,
@@ -264,16 +262,22 @@ def predict(
             write_project(folder / "maps.qgz", tifs, title=out.name)
         if len(tifs) > PAGE_MAPS:
             log.warning("map.html shows the first %d of %d maps", PAGE_MAPS, len(tifs))
-        if pixels is not None and is_remote(str(pixels)):
-            pixels = None
-            log.info("map.html has no imagery under the maps, which would be read from afar again")
-        make_map(
+        page = partial(
+            make_map,
             tifs[:PAGE_MAPS],
             folder / "map.html",
             observations=observations,
-            base=pixels,
             title=title,
         )
+        if base is not None and base.remote:
+            log.info("map.html has no imagery under the maps, which would be read from afar again")
+            page()
+        else:
+            try:
+                page(base=base)
+            except (ImageryError, AreaError) as error:
+                log.warning("map.html has no imagery under the maps: %s", error)
+                page()
         spent = {
             "encode": round(encoded - started, 3),
             "score": round(scored - encoded, 3),

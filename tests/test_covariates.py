@@ -27,10 +27,13 @@ from speciesmap.errors import ConfigError, ImageryError, ModelError
 from speciesmap.learning.rungs import WITH_COVARIATES
 from speciesmap.learning.train import train
 from speciesmap.mapping.applicability import applicable, learn_applicability
+from speciesmap.mapping.surroundings import PROBED
 from speciesmap.models import load_model, read_facts, save_model
 from speciesmap.models.environment import Environment, Expansion
 from speciesmap.rasters.covariates import LOCATION, open_covariates
+from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import open_imagery
+from speciesmap.rasters.store import open_store
 
 LEFT, TOP = 550_000.0, 4_180_000.0
 
@@ -222,6 +225,33 @@ def test_a_map_reads_the_covariate_at_its_cells(
         covariates=[f"moisture={moisture}"],
     )
     assert np.array_equal(rasterio.open(again.maps[0].path).read(), first, equal_nan=True)
+
+
+def test_a_covariate_of_the_area_serves_whatever_else_the_store_holds(
+    scene: TinyScene, moisture: Path, trained: Path, tmp_path: Path
+) -> None:
+    species = [TAXA[0].name]
+    whole = predict(
+        trained, imagery=scene.imagery, out=tmp_path / "whole", stride_px=2, species=species
+    )
+    cells = open_store(whole.store).geobox
+    side = min(cells.shape)
+    looked_at = {int((k + 0.5) * side / PROBED) for k in range(PROBED)}  # in a look at the whole
+    between = sorted(set(range(side)) - looked_at)[10]
+    cell = cells[between : between + 1, between : between + 1]
+    patch = tmp_path / "moisture.tif"
+    write_geotiff(patch, np.full((1, 1, 1), 50, np.float32), cell, bands=["moisture"])
+    made = predict(
+        trained,
+        store=whole.store,
+        out=tmp_path / "part",
+        bbox=cell.boundingbox.bbox,
+        bbox_crs="EPSG:32610",
+        covariates=[patch],
+        species=species,
+    )
+    with rasterio.open(made.maps[0].path) as file:
+        assert np.isfinite(file.read(1)).any()
 
 
 def test_the_command_line_adds_covariates_to_a_configuration(

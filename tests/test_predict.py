@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import logging
 import re
@@ -430,6 +432,46 @@ def test_a_failure_while_presenting_leaves_no_folder_and_keeps_the_store(
     with pytest.raises(RuntimeError, match="page"):
         atlas.predict(FakeModel(), imagery=scene(tmp_path / "a.tif"), out=tmp_path / "maps")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tif", "maps.store.zarr"]
+
+
+def picture_of(page: Path) -> Image.Image | None:
+    found = re.search(r"data:image/webp;base64,([A-Za-z0-9+/=]+)", page.read_text())
+    return Image.open(io.BytesIO(base64.b64decode(found[1]))) if found else None
+
+
+def test_the_page_shows_the_imagery_that_was_mapped_not_all_that_its_folder_holds(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "scenes"
+    for zone in (10, 14):
+        pixels = np.random.default_rng(zone).integers(1, 255, (3, 200, 260)).astype(np.uint8)
+        grid = GeoBox((200, 260), ORIGIN, f"EPSG:326{zone}")
+        write_geotiff(folder / f"{zone}.tif", pixels, grid, bands=BANDS)
+    made = atlas.predict(
+        FakeModel(), imagery=folder, out=tmp_path / "maps", bbox=BBOX, stride_px=16
+    )
+    picture = picture_of(made.html)
+    assert picture is not None and min(picture.size) > 50
+
+
+def test_maps_are_kept_where_no_picture_of_the_imagery_can_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = scene(tmp_path / "a.tif")
+    monkeypatch.setattr(atlas, "write_maps", gone(source, atlas.write_maps))
+    with caplog.at_level("WARNING", logger="speciesmap"):
+        made = atlas.predict(FakeModel(), imagery=source, out=tmp_path / "maps", stride_px=16)
+    assert not source.exists() and all(m.path.exists() for m in made.maps)
+    assert picture_of(made.html) is None
+    assert "no imagery under the maps: " in caplog.text and "a.tif" in caplog.text
+
+
+def gone(path: Path, then: Callable[..., object]) -> Callable[..., object]:
+    def act(*args: object, **kwargs: object) -> object:
+        path.unlink()
+        return then(*args, **kwargs)
+
+    return act
 
 
 def test_nothing_to_map_is_said(tmp_path: Path) -> None:

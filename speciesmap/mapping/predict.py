@@ -78,6 +78,7 @@ def write_maps(
 
     Raises:
         AreaError: The area is malformed or misses the imagery.
+        ImageryError: A covariate has no value anywhere in the area.
         StoreError: The store has nothing in the area, or is damaged.
         OutputError: A map cannot be written.
         QueryError: A query has another dimension than the store.
@@ -104,6 +105,8 @@ def write_maps(
             store.path,
         )
     rows, cols = area
+    if surroundings is not None:
+        surroundings.probe(store.geobox[rows, cols])
     maps = [
         Map(folder / f"{stem}.tif", query)
         for stem, query in zip(_unique([q.stem for q in queries]), queries, strict=True)

@@ -305,14 +305,17 @@ class Picture:
     grid: Grid
 
 
-def read_picture(source: Path | str, extent: Grid, side_px: int, *, margin: float = 0.0) -> Picture:
+def read_picture(
+    source: Imagery | Path | str, extent: Grid, side_px: int, *, margin: float = 0.0
+) -> Picture:
     """Read imagery, reduced, as a picture of some extent and what lies around it.
 
     Red, green and blue are taken by name, else the first three bands, else the first in grey;
     they are stretched together between their 1st and 99th percentile.
 
     Args:
-        source: Whatever `open_imagery` takes.
+        source: Imagery, or whatever `open_imagery` takes. One file is shown on its own grid, from
+            its overviews.
         extent: What the picture must show, as far as the imagery reaches.
         side_px: Most pixels along the longer side.
         margin: How much more to show on each side, as a share of the extent.
@@ -320,18 +323,19 @@ def read_picture(source: Path | str, extent: Grid, side_px: int, *, margin: floa
     Raises:
         ImageryError: The imagery cannot be read, or shows nothing of the extent.
     """
-    if list_files(str(source)) != [str(source)]:
-        imagery = open_imagery(source)
+    name = source.source if isinstance(source, Imagery) else str(source)
+    if list_files(name) != [name]:
+        imagery = source if isinstance(source, Imagery) else open_imagery(name)
         crs: Any = imagery.geobox.crs
         crs = crs.to_wkt()
         grid = _picture_grid(
-            str(source), crs, imagery.geobox.transform, imagery.shape, extent, side_px, margin
+            name, crs, imagery.geobox.transform, imagery.shape, extent, side_px, margin
         )
         chosen = imagery.select([str(imagery.bands[i]) for i in _colours(imagery.bands)])
         return Picture(_stretch(_project_mosaic(chosen, crs, grid)), grid)
-    with open_map(source) as dataset:
+    with open_map(name) as dataset:
         grid = _picture_grid(
-            str(source), dataset.crs, dataset.transform, dataset.shape, extent, side_px, margin
+            name, dataset.crs, dataset.transform, dataset.shape, extent, side_px, margin
         )
         names = [
             (text or colour.name).strip().lower()

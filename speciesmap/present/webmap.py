@@ -40,6 +40,8 @@ from speciesmap.present.warp import (
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
 
+    from speciesmap.rasters.imagery import Imagery
+
 PAGE_BYTES = 9_500_000
 """Largest page, a little under the 10 MB that a mail server or a phone still takes."""
 
@@ -131,7 +133,7 @@ def make_map(
     *,
     observations: GeoDataFrame | None = None,
     photos: Path | None = None,
-    base: Path | str | None = None,
+    base: Imagery | Path | str | None = None,
     title: str = "",
     detail: str = "",
     overwrite: bool = False,
@@ -151,7 +153,7 @@ def make_map(
         observations: Records to show as markers; columns as `read_observations` gives them.
         photos: Folder of the observations' photo files; small copies of those with an open
             licence are put into the page. Photos at an address are asked for when looked at.
-        base: Imagery to show under the maps, reduced: whatever `open_imagery` takes.
+        base: Imagery to show under the maps, reduced: open, or whatever `open_imagery` takes.
         title: Heading; by default what the maps are.
         detail: Address of tiles, with {z}, {x} and {y}, of the first map in full resolution, which
             are shown above it.
