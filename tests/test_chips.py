@@ -15,6 +15,7 @@ import pytest
 import rasterio
 from affine import Affine
 from click.testing import CliRunner
+from odc.geo.geobox import GeoBox
 from PIL import Image
 
 from speciesmap.cli.chips import command
@@ -24,6 +25,7 @@ from speciesmap.datasets.columns import FACTS, FRACTIONS
 from speciesmap.datasets.paired import open_paired
 from speciesmap.datasets.writer import PairedWriter
 from speciesmap.errors import DatasetError, OutputError
+from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import Imagery, open_imagery
 from speciesmap.rasters.windows import window_start
 
@@ -352,6 +354,20 @@ def test_files_and_batches_of_any_size_hold_the_same_rows(
     assert files == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
     pd.testing.assert_frame_equal(one.facts, many.facts)
     np.testing.assert_array_equal(one.aerial(), many.aerial())
+
+
+def test_windows_of_coarse_pixels_are_whole_where_scenes_need_a_grid(tmp_path: Path) -> None:
+    for zone, west in ((10, 700_000), (11, 180_000)):
+        pixels = np.random.default_rng(zone).integers(1, 255, (1, 400, 400)).astype(np.uint8)
+        grid = GeoBox((400, 400), Affine(30, 0, west, 0, -30, 4_180_000), f"EPSG:326{zone}")
+        write_geotiff(tmp_path / f"scenes/{zone}.tif", pixels, grid, bands=["red"])
+    (longitude,), (latitude,) = open_imagery(tmp_path / "scenes/10.tif").xy([200.0], [200.0])
+    export = tmp_path / "observations.csv"
+    export.write_text(f"id,latitude,longitude,taxon\n1,{latitude},{longitude},Acer negundo\n")
+    words = [export, "--imagery", tmp_path / "scenes", "--out", tmp_path / "set", "--window-px"]
+    result = CliRunner().invoke(command, [*map(str, words), "256", "-q"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert open_paired(tmp_path / "set").window_px == 256
 
 
 def test_the_command_takes_an_export_to_a_data_set(

@@ -18,7 +18,7 @@ from speciesmap.cli.options import (
     print_result,
 )
 
-MARGIN_DEG = 0.01  # about a kilometre around the observations, so that their windows are whole
+MARGIN_M = 1_000  # around the observations, or a window's side where that is more
 
 
 @click.command("chips")
@@ -86,17 +86,23 @@ def command(
     from speciesmap.datasets.chips import make_chips
     from speciesmap.observations.read import read_observations
     from speciesmap.outputs import refuse_existing
+    from speciesmap.rasters.grid import grown
     from speciesmap.rasters.imagery import open_imagery
 
     refuse_existing(out, overwrite, observations, imagery, photos)
     records = read_observations(observations, taxon=taxon)
-    if bbox is None and not records.empty:
-        west, south, east, north = records.total_bounds
-        bbox = (west - MARGIN_DEG, south - MARGIN_DEG, east + MARGIN_DEG, north + MARGIN_DEG)
-        bbox_crs = "EPSG:4326"
+    if bbox is not None or records.empty:
+        opened = open_imagery(imagery, bands, bbox=bbox, bbox_crs=bbox_crs, **opening)
+    else:
+        around = grown(records.total_bounds, MARGIN_M)
+        opened = open_imagery(imagery, bands, bbox=around, **opening)
+        side_m = window_px * opened.resolution_m
+        if side_m > MARGIN_M:
+            around = grown(records.total_bounds, side_m)
+            opened = open_imagery(imagery, bands, bbox=around, **opening)
     report = make_chips(
         records,
-        open_imagery(imagery, bands, bbox=bbox, bbox_crs=bbox_crs, **opening),
+        opened,
         out,
         window_px=window_px,
         photos=photos,

@@ -166,6 +166,16 @@ def choose_grid(
     )
 
 
+def grown(area: Sequence[float], around_m: float) -> tuple[float, float, float, float]:
+    """An area in degrees and what lies around it; the east exceeds 180 where it crosses there."""
+    west, south, east, north = area
+    up = around_m / METRES_PER_DEGREE
+    aside = min(up / max(math.cos(math.radians(max(abs(south), abs(north)))), 1e-9), 180)
+    turn = 360 if west - aside < -180 else 0
+    bounds = west - aside + turn, max(south - up, -90), east + aside + turn, min(north + up, 90)
+    return bounds if bounds[2] - bounds[0] < 360 else (-180, bounds[1], 180, bounds[3])
+
+
 def ground_m(geobox: GeoBox) -> float:
     """Geometric mean of the central pixel's sides on the ellipsoid, in metres; see `sides_m`."""
     return math.sqrt(math.prod(sides_m(geobox)))

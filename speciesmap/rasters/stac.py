@@ -31,7 +31,7 @@ from speciesmap.errors import (
 )
 from speciesmap.rasters.bands import canonical
 from speciesmap.rasters.files import AT_ONCE, CLOUDS, SIGNED_HOST
-from speciesmap.rasters.grid import METRES_PER_DEGREE
+from speciesmap.rasters.grid import grown
 from speciesmap.rasters.messages import public, reason
 from speciesmap.rasters.scenes import RasterFile, Scene, describe_file
 from speciesmap.rasters.windows import bounds_of
@@ -106,7 +106,7 @@ def find_scenes(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", pystac_client.warnings.PystacClientWarning)
-            looked = _grown(area, around_m)
+            looked = grown(area, around_m)
             items = list(_search(pystac_client, address, collection, looked, interval, conditions))
     except Exception as error:  # what a server may send knows no bounds
         raise ImageryError(
@@ -226,16 +226,6 @@ def _absolute(item: Any) -> dict[str, Any]:
     item.make_asset_hrefs_absolute()
     plain: dict[str, Any] = item.to_dict(include_self_link=False, transform_hrefs=False)
     return plain
-
-
-def _grown(area: Sequence[float], around_m: float) -> tuple[float, float, float, float]:
-    """An area in degrees and what lies around it; the east exceeds 180 where it crosses there."""
-    west, south, east, north = area
-    up = around_m / METRES_PER_DEGREE
-    aside = min(up / max(math.cos(math.radians(max(abs(south), abs(north)))), 1e-9), 180)
-    turn = 360 if west - aside < -180 else 0
-    bounds = west - aside + turn, max(south - up, -90), east + aside + turn, min(north + up, 90)
-    return bounds if bounds[2] - bounds[0] < 360 else (-180, bounds[1], 180, bounds[3])
 
 
 def _halves(area: Sequence[float]) -> list[tuple[float, float, float, float]]:
