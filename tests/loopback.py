@@ -34,6 +34,7 @@ class State:
         truncated: File names whose ranges beyond the header lack their second half, always.
         token: What `sig` must be in every query, if anything.
         delay_s: Before every answer.
+        tagged: Whether answers have an ETag.
     """
 
     sent: dict[str, int] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class State:
     truncated: list[str] = field(default_factory=list)
     token: str = ""
     delay_s: float = 0
+    tagged: bool = True
 
 
 class Server:
@@ -126,7 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if asked else 200)
         self.send_header("Content-Length", str(len(part) // 2 if short else len(part)))
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", f'"{path.stat().st_mtime_ns:x}"')
+        if state.tagged:
+            self.send_header("ETag", f'"{path.stat().st_mtime_ns:x}"')
         if asked:
             self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
         self.end_headers()

@@ -35,11 +35,12 @@ from speciesmap.cli.chips import command
 from speciesmap.datasets import chips
 from speciesmap.datasets.chips import make_chips
 from speciesmap.datasets.paired import open_paired
-from speciesmap.errors import AreaError, ConfigError, DependencyError, ImageryError
+from speciesmap.errors import AreaError, ConfigError, DependencyError, ImageryError, StoreError
 from speciesmap.mapping.embed import embed
 from speciesmap.observations.read import read_observations
-from speciesmap.rasters import files, stac
+from speciesmap.rasters import files
 from speciesmap.rasters.geotiff import write_geotiff
+from speciesmap.rasters.grid import METRES_PER_DEGREE, grown
 from speciesmap.rasters.imagery import open_imagery
 from speciesmap.rasters.messages import public
 from speciesmap.rasters.windows import bounds_in
@@ -256,23 +257,61 @@ def test_what_is_not_there_is_named_at_once(server: Server) -> None:
         open_imagery(f"{server.address}/text.tif")
 
 
-def test_a_bucket_of_s3_reads_as_the_file(tmp_path: Path) -> None:
-    (tmp_path / "bucket").mkdir()
-    path = cog(tmp_path / "bucket/a.tif", noise())
-    with serving(tmp_path) as server:
-        settings = {
-            "AWS_S3_ENDPOINT": server.address.removeprefix("http://"),
-            "AWS_HTTPS": "NO",
-            "AWS_VIRTUAL_HOSTING": "FALSE",
-            "AWS_NO_SIGN_REQUEST": "YES",
-        }
-        for name, value in settings.items():
-            set_gdal_config(name, value)
-        imagery = open_imagery("s3://bucket/a.tif")
-        assert imagery.source == "s3://bucket/a.tif"
-        assert (imagery.read(0, 0, 99, 99)[0] == open_imagery(path).read(0, 0, 99, 99)[0]).all()
-        for name in settings:
-            del_gdal_config(name)
+@pytest.fixture
+def bucket(server: Server) -> Iterator[Path]:
+    """The folder that holds the files of s3://bucket."""
+    settings = {
+        "AWS_S3_ENDPOINT": server.address.removeprefix("http://"),
+        "AWS_HTTPS": "NO",
+        "AWS_VIRTUAL_HOSTING": "FALSE",
+        "AWS_NO_SIGN_REQUEST": "YES",
+    }
+    for name, value in settings.items():
+        set_gdal_config(name, value)
+    (server.folder / "bucket").mkdir()
+    yield server.folder / "bucket"
+    for name in settings:
+        del_gdal_config(name)
+
+
+def test_a_bucket_of_s3_reads_as_the_file(bucket: Path) -> None:
+    path = cog(bucket / "a.tif", noise())
+    imagery = open_imagery("s3://bucket/a.tif")
+    assert imagery.source == "s3://bucket/a.tif"
+    assert (imagery.read(0, 0, 99, 99)[0] == open_imagery(path).read(0, 0, 99, 99)[0]).all()
+
+
+def test_the_store_of_one_file_of_a_bucket_is_not_taken_for_anothers(
+    bucket: Path, tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("2018.tif", "2020.tif")):
+        cog(bucket / name, noise(seed=seed))
+    shutil.copy(bucket / "2018.tif", bucket / "copy.tif")
+    first = open_imagery("s3://bucket/2018.tif")
+    assert first.fingerprint == open_imagery("s3://bucket/2018.tif").fingerprint
+    assert first.fingerprint != open_imagery("s3://bucket/copy.tif").fingerprint
+    model = FakeModel(bands=BANDS, window_px=64, resolution_m=0.6)
+    embed(model, first, tmp_path / "s.zarr", stride_px=64)
+    with pytest.raises(StoreError, match="imagery"):
+        embed(model, "s3://bucket/2020.tif", tmp_path / "s.zarr", stride_px=64)
+    shutil.copy(bucket / "2020.tif", bucket / "2018.tif")
+    assert open_imagery("s3://bucket/2018.tif").fingerprint != first.fingerprint
+
+
+def test_files_of_a_server_that_gives_them_no_tag_are_told_apart(server: Server) -> None:
+    for seed, name in enumerate(("a.tif", "b.tif")):
+        write_geotiff(server.folder / name, noise(seed=seed), GRID, bands=BANDS)
+        with (server.folder / name).open("ab") as file:
+            file.truncate(2_500_000)  # of equal size
+    server.set(tagged=False)
+    a, b = (open_imagery(f"{server.address}/{name}.tif") for name in "ab")
+    assert a.fingerprint != b.fingerprint
+    pixels = a.read(0, 0, 9, 9)[0]
+    with (server.folder / "a.tif").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ImageryError, match=r"a\.tif changed .*2,500,000 bytes before, 2,500,004"):
+        a.read(0, 0, 9, 9)
+    assert pixels.any()
 
 
 @pytest.mark.parametrize(
@@ -400,7 +439,7 @@ def test_a_static_catalog_is_searched_too(
     ],
 )
 def test_scenes_are_looked_for_as_far_as_windows_reach(area: Any, looked: Any) -> None:
-    assert stac._grown(area, stac.METRES_PER_DEGREE / 100) == pytest.approx(looked, abs=1e-3)
+    assert grown(area, METRES_PER_DEGREE / 100) == pytest.approx(looked, abs=1e-3)
 
 
 @needs_rustac

@@ -56,7 +56,8 @@ GDAL_DEFAULTS = {
     "GDAL_HTTP_MULTIPLEX": "YES",
     "GDAL_INGESTED_BYTES_AT_OPEN": 32768,  # a COG's header in one request
     "CPL_VSIL_CURL_CACHE_SIZE": 64 << 20,
-    "CPL_VSIL_CURL_NON_CACHED": "/vsicurl",  # what a closed file gave is not believed again
+    # what a closed file gave is not believed again
+    "CPL_VSIL_CURL_NON_CACHED": "/vsicurl:/vsis3:/vsigs:/vsiaz",
 }
 
 log = logging.getLogger("speciesmap")
@@ -310,6 +311,8 @@ class Files:
     def refuse_changed(self, path: str, signer: str | None) -> None:
         """Stop where a file is no longer the one that was read first.
 
+        Only http and https servers tell; a change in a cloud's bucket is not noticed.
+
         Raises:
             ImageryError: It changed on its server, or the server does not answer.
         """
@@ -320,8 +323,7 @@ class Files:
             self.version(path, signer)
             waiting[path] = signer
             return
-        first = self.version(path, signer).tag
-        now = remote_version(path, signer).tag
+        first, now = self.version(path, signer), remote_version(path, signer)
         if now != first:
             raise ImageryError(
                 f"{public(path)} changed on its server while it was read ({first} before, {now} "
@@ -334,10 +336,18 @@ class Files:
 
 @dataclass(frozen=True)
 class Version:
-    """What a server says of a file: `tag`, its ETag or date and its size; `size`, in bytes."""
+    """What a server says of a file.
+
+    Attributes:
+        tag: Its ETag or date, and its size; empty where it has neither of the first two.
+        size: In bytes; 0 where that is not known.
+    """
 
     tag: str
     size: int
+
+    def __str__(self) -> str:
+        return self.tag or f"{self.size:,} bytes"
 
 
 _sessions = threading.local()
@@ -372,8 +382,8 @@ def remote_version(path: str, signer: str | None = None) -> Version:
                 told = answer.headers
                 total = told.get("Content-Range", "").rpartition("/")[2]
                 size = total if total.isdecimal() else told.get("Content-Length", "0")
-                tag = told.get("ETag") or told.get("Last-Modified", "")
-                return Version(f"{tag} {size}".strip(), int(size))
+                tag = told.get("ETag") or told.get("Last-Modified")
+                return Version(f"{tag} {size}" if tag else "", int(size))
         except requests.RequestException as error:
             host = urlsplit(path).hostname
             raise ImageryError(

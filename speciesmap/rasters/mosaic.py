@@ -19,6 +19,7 @@ from speciesmap.errors import ImageryError
 from speciesmap.rasters.bands import canonical
 from speciesmap.rasters.files import Files, is_remote
 from speciesmap.rasters.grid import in_words
+from speciesmap.rasters.messages import public
 from speciesmap.rasters.placed import PlacedScene, Reader, Rectangle
 from speciesmap.rasters.scenes import RasterFile
 from speciesmap.rasters.windows import transformed
@@ -126,25 +127,28 @@ class Imagery:
         """SHA-256, in hex, of the grid, the bands, the files' sizes and a sample of the pixels.
 
         Times and paths are left out: a copy of the imagery has the same fingerprint. Of files on
-        http servers the ETag, or date, stands for the pixels.
+        http servers the ETag, or date, stands for the pixels. Of others on servers, in a bucket
+        for one, the address counts too.
         """
         digest = hashlib.sha256()
         digest.update(repr((self.shape, tuple(self.geobox.transform), self.bands)).encode())
         digest.update(repr((str(self.geobox.crs), str(self.dtype), self._indexes)).encode())
         if self.gains is not None:
             digest.update(repr(self.gains).encode())
-        local = []
+        sampled = []
         self._learn_versions(self._members)
         for m in self._members:
             for p, _, _ in m.used(self._indexes):
                 path = p.file.path
                 known: Any = self._bytes(p.file) or -1
-                if is_remote(path):
-                    known = self._files.version(path, p.file.signer).tag
+                tag = self._files.version(path, p.file.signer).tag if is_remote(path) else ""
+                if tag:
+                    known = tag
                 else:
-                    local.append(m)
+                    sampled.append(m)
+                    known = (public(path), known) if is_remote(path) else known
                 digest.update(repr((p.row, p.col, p.height, p.width, known)).encode())
-        chosen = local[:: math.ceil(len(local) / 64) or 1]
+        chosen = sampled[:: math.ceil(len(sampled) / 64) or 1]
         per_axis = max(1, math.isqrt(64 // max(1, len(chosen))))
         for m in chosen:
             for down in np.linspace(0, 1, per_axis + 2)[1:-1]:
