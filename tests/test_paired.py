@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import tiny_scene
 
 from speciesmap.datasets import images
-from speciesmap.datasets.columns import decode_windows
-from speciesmap.datasets.paired import open_paired
+from speciesmap.datasets.columns import SIDECAR, decode_windows
+from speciesmap.datasets.paired import NMV_RESOLUTION_M, open_paired
 from speciesmap.errors import DatasetError
 from speciesmap.learning.data import PairedRows
 
@@ -265,3 +266,22 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:
 def test_a_row_that_does_not_exist_is_refused(hub: Path) -> None:
     with pytest.raises(DatasetError, match="7 rows; there is no row 7"):
         open_paired(hub).aerial([7])
+
+
+def test_a_data_set_at_an_address_is_the_one_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tiny_scene(tmp_path, bands=("nir", "red", "green")).chips
+    local = open_paired(folder)
+    [file] = folder.rglob("*.parquet")
+    for address in (f"file://{folder}", f"file://{folder}/", f"file://{file}"):
+        there = open_paired(address)
+        assert there.bands == local.bands == ("nir", "red", "green")
+        assert (there.resolution_m, there.dtype) == (local.resolution_m, local.dtype)
+        assert (there.taxa, there.notes) == (local.taxa, local.notes)
+    (folder / SIDECAR).write_text("{")
+    with pytest.raises(DatasetError, match=r"dataset\.json is not readable JSON"):
+        open_paired(f"file://{folder}")
+    (folder / SIDECAR).unlink()
+    assert open_paired(f"file://{folder}").resolution_m == NMV_RESOLUTION_M

@@ -221,19 +221,19 @@ def open_paired(
             place is not on the globe.
     """
     files: tuple[Path | str, ...]
-    sidecar: Path | None = None
+    sidecar: Path | str | None
     if "://" in str(path):
         files = remote_files(str(path))
+        sidecar = _remote_sidecar(str(path))
     elif Path(path).is_dir():
         path = Path(path)
         files = tuple(f for f in sorted(path.rglob("*.parquet")) if not f.name.startswith("."))
-        sidecar = path / SIDECAR
+        sidecar = path / SIDECAR if (path / SIDECAR).exists() else None
     elif Path(path).is_file():
         path = Path(path)
         files = (path,)
-        sidecar = path.parent / SIDECAR
-        if not sidecar.exists():
-            sidecar = path.parent.parent / SIDECAR
+        beside = (path.parent / SIDECAR, path.parent.parent / SIDECAR)
+        sidecar = next((place for place in beside if place.exists()), None)
     else:
         raise DatasetError(f"there is no data set {path}; make one with `speciesmap chips`")
     if not files:
@@ -249,7 +249,7 @@ def open_paired(
                 + (f"choose one of {there}" if there else "leave data.split out")
             )
 
-    notes = _read_sidecar(sidecar) if sidecar is not None and sidecar.exists() else {}
+    notes = {} if sidecar is None else _read_sidecar(sidecar)
     with ThreadPoolExecutor(16) as pool:
         parts = list(
             track(pool.map(_read_facts, files), f"Reading facts of {path}", len(files))
@@ -373,9 +373,35 @@ def _kept_facts(address: str) -> Path:
     return cache_folder() / "facts" / f"{digest}.parquet"
 
 
-def _read_sidecar(path: Path) -> dict[str, Any]:
+def _remote_sidecar(address: str) -> str | None:
+    """Find `dataset.json` in a remote folder, or beside or above a remote file.
+
+    Raises:
+        DatasetError: Whether it is there cannot be told.
+    """
+    system, root = fsspec.core.url_to_fs(address)
+    folders = [root]
+    if root.endswith(".parquet"):
+        folders = [root.rpartition("/")[0], root.rpartition("/")[0].rpartition("/")[0]]
+    for folder in folders:
+        file = f"{folder.rstrip('/')}/{SIDECAR}"
+        try:
+            system.info(file)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except Exception as error:  # each file system raises its own kinds
+            raise DatasetError(
+                f"{file} cannot be looked for ({type(error).__name__}: "
+                f"{' '.join(str(error).split())}); check the address and the network"
+            ) from error
+        return str(system.unstrip_protocol(file))
+    return None
+
+
+def _read_sidecar(path: Path | str) -> dict[str, Any]:
     try:
-        notes = json.loads(path.read_text(encoding="utf-8"))
+        with fsspec.open(str(path), encoding="utf-8", mode="rt") as file:
+            notes = json.load(file)
     except (ValueError, OSError, RecursionError) as error:
         raise DatasetError(f"{path} is not readable JSON ({error}); make the data set again") from (
             error
