@@ -68,7 +68,7 @@ def evaluate(
     outputs.refuse_existing(out, overwrite, folder, data, surveys)
     facts = read_facts(folder)
     loaded = load_model(folder)
-    config = _configuration(facts, Path(data))
+    config = _configuration(facts, data)
     encoder, note, warning = _encoder(loaded, facts, config)
     assert config.validation is not None
     asked = surveys if surveys is not None else config.validation.surveys
@@ -98,9 +98,9 @@ def evaluate(
     return Appraisal(out, out / "report.html", out / "report.json", out / "odmap.csv", result)
 
 
-def _configuration(facts: dict[str, Any], data: Path) -> FinetuneConfig:
+def _configuration(facts: dict[str, Any], data: Path | str) -> FinetuneConfig:
     """The configuration given, or that of the model with another data set."""
-    if data.suffix.lower() in {".yaml", ".yml"}:
+    if Path(data).suffix.lower() in {".yaml", ".yml"}:
         config = load_config(data)
     else:
         trained = facts.get("training", {})

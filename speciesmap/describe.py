@@ -12,6 +12,8 @@ from odc.geo.geobox import GeoBox
 
 from speciesmap.errors import ModelError, OutputError
 from speciesmap.rasters.imagery import SUFFIXES, open_imagery, open_raster
+from speciesmap.rasters.messages import public
+from speciesmap.rasters.scenes import list_files
 from speciesmap.rasters.store import open_store
 from speciesmap.rasters.windows import bounds_in
 
@@ -26,7 +28,8 @@ def describe(path: Path | str) -> dict[str, Any]:
     """Tell what lies at a path.
 
     Args:
-        path: A file or folder that speciesmap reads or wrote, or a pattern of rasters.
+        path: A file or folder that speciesmap reads or wrote, a pattern of rasters, or the address
+            of a raster or of a data set.
 
     Returns:
         Facts that JSON can hold; `kind` is `"model"`, `"store"`, `"run"`, `"dataset"`, `"map"`,
@@ -35,6 +38,10 @@ def describe(path: Path | str) -> dict[str, Any]:
     Raises:
         SpeciesmapError: Nothing is there, it is damaged, or it is none of these.
     """
+    if "://" in str(path):
+        address = str(path)
+        is_raster = Path(public(address)).suffix.lower() in SUFFIXES or address.startswith("stac+")
+        return _raster(address) if is_raster else _dataset(address)
     path = Path(path)
     if path.is_dir():
         if (path / "zarr.json").exists():
@@ -191,7 +198,7 @@ def _run(path: Path) -> dict[str, Any]:
     return {"kind": "run", "path": str(path), "maps": maps, **facts}
 
 
-def _dataset(path: Path) -> dict[str, Any]:
+def _dataset(path: Path | str) -> dict[str, Any]:
     from speciesmap.datasets.paired import open_paired
 
     dataset = open_paired(path)
@@ -226,17 +233,17 @@ def _counts(taxa: pd.Series[Any]) -> dict[str, int]:
     return {str(name): int(count) for name, count in taxa.value_counts().items()}
 
 
-def _raster(path: Path) -> dict[str, Any]:
+def _raster(path: Path | str) -> dict[str, Any]:
     imagery = open_imagery(path)
     facts = {
         "kind": "imagery",
-        "path": str(path),
+        "path": imagery.source,
         "bands": list(imagery.bands),
         "pixel_type": str(imagery.dtype),
         "resolution_m": round(imagery.resolution_m, 4),
         **_place(imagery.geobox),
     }
-    if path.is_file():
+    if list_files(str(path)) == [str(path)]:
         with open_raster(path) as raster:
             tags, statistics = raster.tags(), raster.tags(1)
         if "QUERY" in tags:

@@ -133,6 +133,24 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main(["info", "x"])
 
 
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("info", "path"),
+        ("evaluate", "data"),
+        ("umap", "store"),
+        *((command, "like") for command in ("chips", "embed", "predict")),
+    ],
+)
+def test_an_address_keeps_its_slashes(command: str, name: str) -> None:
+    found = cli.group.get_command(click.Context(cli.group), command)
+    assert found is not None
+    (param,) = (p for p in found.params if p.name == name)
+    for address in ("https://host.example/a.tif", "hf://datasets/owner/name"):
+        assert param.type.convert(address, param, None) == address
+    assert param.type.convert("folder/a.tif", param, None) == Path("folder/a.tif")
+
+
 def test_help_lists_every_command(capfd: pytest.CaptureFixture[str]) -> None:
     for words in (["--help"], ["-h"]):
         done = call(capfd, *words)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from affine import Affine
 from fake_model import FakeModel
+from loopback import serving
 from odc.geo.geobox import GeoBox
-from tiny import tiny_model
+from tiny import tiny_model, tiny_scene
 
 from speciesmap import atlas, cli
 from speciesmap.describe import as_text, describe
@@ -34,6 +35,28 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_geotiff(folder / "a.tif", pixels, GRID, bands=("red", "green", "blue"))
     atlas.predict(FakeModel(), imagery=folder / "a.tif", out=folder / "maps")
     return folder
+
+
+def test_what_lies_at_an_address(
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with serving(made) as server:
+        for name, kind in (("a.tif", "imagery"), ("maps/quercus_lobata.tif", "map")):
+            address = f"{server.address}/{name}"
+            with pytest.raises(SystemExit):
+                cli.main(["info", address, "--json"])
+            there, here = json.loads(capsys.readouterr().out), describe(made / name)
+            assert there["kind"] == kind and there["path"] == address
+            assert {**there, "path": "", "fingerprint": ""} == json.loads(
+                json.dumps({**here, "path": "", "fingerprint": ""})
+            )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    chips = tiny_scene(tmp_path, rows=6).chips
+    there, here = describe(f"file://{chips}"), describe(chips)
+    assert {**there, "path": ""} == {**here, "path": ""}
 
 
 def test_imagery(made: Path) -> None:

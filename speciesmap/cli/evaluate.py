@@ -8,6 +8,7 @@ import click
 
 from speciesmap.cli.options import (
     PATH,
+    PATH_OR_ADDRESS,
     json_option,
     logging_options,
     out_option,
@@ -20,7 +21,7 @@ from speciesmap.cli.options import (
 @click.argument("model", type=PATH)
 @click.option(
     "--data",
-    type=PATH,
+    type=PATH_OR_ADDRESS,
     required=True,
     metavar="DATASET|CONFIG",
     help="Paired data set or folder of birds, or a configuration (finetune or classify).",
@@ -49,7 +50,7 @@ from speciesmap.cli.options import (
 @logging_options
 def command(
     model: Path,
-    data: Path,
+    data: Path | str,
     covariates: tuple[str, ...],
     surveys: Path | None,
     reranker: Path | None,
@@ -80,7 +81,7 @@ def command(
     from speciesmap.config import ClassifyConfig, load_config
     from speciesmap.models import read_facts
 
-    config = load_config(data) if data.suffix.lower() in {".yaml", ".yml"} else None
+    config = load_config(data) if Path(data).suffix.lower() in {".yaml", ".yml"} else None
     if isinstance(config, ClassifyConfig):
         from speciesmap.learning.classify import classify, read_results
 

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import click
 
-from speciesmap.cli.options import PATH, json_option, logging_options
+from speciesmap.cli.options import PATH_OR_ADDRESS, json_option, logging_options
 
 
 @click.command("info")
-@click.argument("path", type=PATH)
+@click.argument("path", type=PATH_OR_ADDRESS)
 @json_option
 @logging_options
-def command(path: Path, as_json: bool) -> None:
+def command(path: Path | str, as_json: bool) -> None:
     """Tell what a model, store, data set or map is.
 
-    PATH may also be imagery, a folder that `speciesmap predict` wrote, or a table of observations.
+    PATH may also be imagery, a folder that `speciesmap predict` wrote, a table of observations, or
+    the address of a raster or data set.
 
     \b
     Example:

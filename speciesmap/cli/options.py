@@ -15,6 +15,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 
 
+class _PathOrAddress(click.Path):
+    """A path as `Path`; an address stays text, of which `Path` would drop a slash."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
+PATH_OR_ADDRESS = _PathOrAddress(path_type=Path)
+
+
 def _set_level(ctx: click.Context, param: click.Parameter, value: int | bool) -> None:
     if not value or ctx.resilient_parsing:
         return
@@ -109,7 +119,9 @@ def imagery_options(command: F) -> F:
                 metavar="M",
                 help="Side of that grid's pixels, metres.",
             ),
-            click.option("--like", type=PATH, metavar="RASTER", help="Take this raster's grid."),
+            click.option(
+                "--like", type=PATH_OR_ADDRESS, metavar="RASTER", help="Take this raster's grid."
+            ),
         )
     ):
         command = option(command)

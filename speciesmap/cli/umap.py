@@ -8,6 +8,7 @@ import click
 
 from speciesmap.cli.options import (
     PATH,
+    PATH_OR_ADDRESS,
     json_option,
     logging_options,
     out_option,
@@ -17,7 +18,7 @@ from speciesmap.cli.options import (
 
 
 @click.command("umap")
-@click.argument("store", type=PATH, metavar="STORE.zarr|DATASET")
+@click.argument("store", type=PATH_OR_ADDRESS, metavar="STORE.zarr|DATASET")
 @out_option(
     "FILE.tif", "GeoTIFF to write, with a page FILE.html beside it; of photos, .html or .png."
 )
@@ -60,7 +61,7 @@ from speciesmap.cli.options import (
 @json_option
 @logging_options
 def command(
-    store: Path,
+    store: Path | str,
     out: Path,
     model: Path | None,
     rank: int,
@@ -94,7 +95,7 @@ def command(
         umap_points(
             *points,
             out=out,
-            title=f"Photos of {store.name}",
+            title=f"Photos of {Path(store).name}",
             neighbours=neighbours,
             seed=seed,
             overwrite=overwrite,
@@ -109,7 +110,7 @@ def command(
         picture_map(
             tif,
             html,
-            title=f"Colours of {store.name}",
+            title=f"Colours of {Path(store).name}",
             caption="Cells of like colours look alike to the model from above.",
         )
     print_result(out, as_json, html=page)
