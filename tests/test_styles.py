@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from affine import Affine
 from hypothesis import given
 from hypothesis import strategies as st
+from odc.geo.geobox import GeoBox
 from PIL import Image
 from present_maps import HOSTILE, ramp, write_map
 
@@ -28,6 +30,7 @@ from speciesmap.present.styles import (
     read_legend,
     write_qml,
 )
+from speciesmap.rasters.geotiff import MapWriter
 from speciesmap.rasters.imagery import open_raster
 
 SYSTEM_PYTHON = "/usr/bin/python3"
@@ -42,6 +45,17 @@ def lightness(rgb: np.ndarray) -> np.ndarray:
     """CIE L* of sRGB colours."""
     y = linear(rgb) @ [0.2126, 0.7152, 0.0722]
     return np.where(y > 216 / 24389, 116 * np.cbrt(y) - 16, y * 24389 / 27)
+
+
+def test_a_few_months_are_what_their_tag_says(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    grid = GeoBox((4, 4), Affine(1, 0, 550_000, 0, -1, 4_180_000), "EPSG:32610")
+    values = np.linspace(0.2, 0.4, 32, dtype=np.float32).reshape(2, 4, 4)
+    with MapWriter(path, grid, bands=["May", "June"], tags={"QUANTITY": "suitability"}) as writer:
+        writer.write(0, 0, values)
+    with open_raster(path) as dataset:
+        legend = read_legend(dataset)
+    assert (legend.quantity, legend.low, legend.high) == ("suitability", 0, 1)
 
 
 def test_palette_grows_lighter_evenly_so_that_it_reads_in_grey() -> None:

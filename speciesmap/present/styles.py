@@ -100,12 +100,12 @@ def read_legend(dataset: Any) -> Legend:
     Any other quantity spans its own smallest and largest value, of all months where it has those.
 
     Args:
-        dataset: Open rasterio dataset; band 1 is the map, or its first month. The bands of a
-            seasonal map name the months, so its quantity stands in the tag QUANTITY.
+        dataset: Open rasterio dataset; band 1 is the map, or its first month. Bands that are
+            months are named after them, so the quantity then stands in the tag QUANTITY.
     """
     tags = dataset.tags()
     months = seasonal(dataset)
-    quantity = (tags.get("QUANTITY") if months else dataset.descriptions[0]) or "value"
+    quantity = tags.get("QUANTITY") or (not months and dataset.descriptions[0]) or "value"
     quantity = quantity.strip().lower()
     low, high = 0.0, 1.0
     if quantity not in UNIT_QUANTITIES:
