@@ -15,6 +15,7 @@ import pytest
 import rasterio
 import torch
 import torch.nn.functional as F
+from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from odc.geo.geobox import GeoBox
@@ -36,7 +37,7 @@ from speciesmap.mapping.query import score, spread, taxon_query
 from speciesmap.mapping.ranges import draw_range
 from speciesmap.models import load_model, read_facts, save_model
 from speciesmap.rasters.geotiff import MapWriter
-from speciesmap.rasters.imagery import open_imagery
+from speciesmap.rasters.imagery import Imagery, open_imagery
 
 
 def unit(rng: np.random.Generator, rows: int, dim: int = 16) -> torch.Tensor:
@@ -253,6 +254,41 @@ def test_a_range_is_where_the_map_reaches_its_threshold_inside_the_known(tmp_pat
     assert found["threshold"].tolist() == [0.55, 0.95]
     assert found["quantity"].tolist() == ["suitability"] * 2
     assert found.geometry[1].is_empty
+
+
+def test_a_range_is_the_same_in_however_many_parts_the_map_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = 50
+    grid = GeoBox((side, side), Affine(30, 0, 550_000, 0, -30, 4_180_000), "EPSG:32610")
+    bands = np.random.default_rng(0).uniform(size=(3, side, side)).astype(np.float32)
+    bands[2] = bands[2] > 0.2
+    bands[0, 5:9] = np.nan
+    path = tmp_path / "map.tif"
+    names = ["probability", "uncertainty", "applicability"]
+    with MapWriter(path, grid, bands=names, tags={}) as writer:
+        writer.write(0, 0, bands)
+    read, sizes = Imagery.read, []
+
+    def counted(self: Imagery, row: int, col: int, height: int, width: int) -> Any:
+        sizes.append((len(self.bands), height, width))
+        return read(self, row, col, height, width)
+
+    monkeypatch.setattr(Imagery, "read", counted)
+    thresholds = {"low": 0.3, "high": 0.8}
+    whole = draw_range(path, "a", thresholds)
+    monkeypatch.setattr("speciesmap.mapping.ranges.TILE_PX", 16)
+    sizes.clear()
+    parts = draw_range(path, "a", thresholds)
+    assert max(sizes) == (2, 16, 16), "never more of the map in memory, nor bands that are not used"
+    for one, other, threshold in zip(
+        whole.geometry, parts.geometry, thresholds.values(), strict=True
+    ):
+        assert one.equals(other) and len(one.geoms) == len(other.geoms)
+        cells = ((bands[0] >= threshold) & (bands[2] > 0)).sum()
+        assert other.area == pytest.approx(900 * cells)
+    assert parts["area_km2"].tolist() == pytest.approx(whole["area_km2"].tolist())
+    assert parts["quantity"].tolist() == ["probability"] * 2
 
 
 def test_a_trained_model_maps_all_of_it(tmp_path: Path) -> None:

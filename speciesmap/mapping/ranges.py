@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
+from affine import Affine
 from rasterio.features import shapes
 from shapely import area, union_all
 from shapely.geometry import MultiPolygon, shape
@@ -17,10 +19,13 @@ from speciesmap.rasters.imagery import open_imagery
 
 EQUAL_AREA = "EPSG:6933"
 LAYER = "ranges"
+TILE_PX = 2048  # side of the parts in which a map is read
 
 
 def draw_range(path: Path, taxon: str, thresholds: Mapping[str, float]) -> gpd.GeoDataFrame:
     """Turn a map into one polygon for each threshold.
+
+    The map is read part by part, and polygons that meet at the edge of a part are joined.
 
     Args:
         path: Map whose first band is thresholded; cells where a band `applicability` is 0 are
@@ -33,16 +38,24 @@ def draw_range(path: Path, taxon: str, thresholds: Mapping[str, float]) -> gpd.G
         geometry, empty where nothing reaches the threshold, in the map's CRS.
     """
     source = open_imagery(path)
-    pixels, valid = source.read(0, 0, *source.shape)
-    known = valid & np.isfinite(pixels[0])
-    if "applicability" in source.bands:
-        known &= pixels[source.bands.index("applicability")] != 0
-    rows = []
-    for rule, threshold in thresholds.items():
-        inside = known & (pixels[0] >= threshold)
-        found = shapes(inside.astype(np.uint8), inside, transform=source.geobox.transform)
-        whole = _multi(union_all([shape(geometry) for geometry, _ in found]))
-        rows.append((taxon, rule, threshold, source.bands[0], whole))
+    source = source.select([b for k, b in enumerate(source.bands) if not k or b == "applicability"])
+    height, width = source.shape
+    parts: dict[str, list[BaseGeometry]] = {rule: [] for rule in thresholds}
+    for top, left in product(range(0, height, TILE_PX), range(0, width, TILE_PX)):
+        size = min(TILE_PX, height - top), min(TILE_PX, width - left)
+        pixels, valid = source.read(top, left, *size)
+        known = valid & np.isfinite(pixels[0])
+        if len(pixels) > 1:
+            known &= pixels[1] != 0
+        transform = source.geobox.transform * Affine.translation(left, top)
+        for rule, threshold in thresholds.items():
+            inside = known & (pixels[0] >= threshold)
+            found = shapes(inside.astype(np.uint8), inside, transform=transform)
+            parts[rule].append(union_all([shape(geometry) for geometry, _ in found]))
+    rows = [
+        (taxon, rule, threshold, source.bands[0], _multi(union_all(parts[rule])))
+        for rule, threshold in thresholds.items()
+    ]
     names = ["taxon", "rule", "threshold", "quantity", "geometry"]
     table = gpd.GeoDataFrame(rows, columns=names, geometry="geometry", crs=source.geobox.crs)
     table.insert(4, "area_km2", area(table.geometry.to_crs(EQUAL_AREA).to_numpy()) / 1e6)
