@@ -274,6 +274,16 @@ def test_the_command_line_adds_covariates_to_a_configuration(
     assert found[0].data.location
 
 
+def test_covariates_are_kept_without_credentials(
+    moisture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_imagery(moisture)
+    monkeypatch.setattr("speciesmap.rasters.covariates.open_imagery", lambda file: opened)
+    monkeypatch.setattr("speciesmap.rasters.covariates._nodata", lambda file: {})
+    found = open_covariates(["https://me:word@example.org/moisture.tif?sig=secret"])
+    assert found.sources == ("https://example.org/moisture.tif",)
+
+
 def test_covariates_that_do_not_fit_are_refused_in_words(
     scene: TinyScene,
     moisture: Path,

@@ -18,6 +18,7 @@ from odc.geo.geobox import GeoBox
 from speciesmap.errors import ImageryError
 from speciesmap.rasters.files import open_raster
 from speciesmap.rasters.imagery import Imagery, open_imagery
+from speciesmap.rasters.messages import public
 from speciesmap.rasters.scenes import list_files
 from speciesmap.rasters.windows import transformed
 
@@ -113,7 +114,7 @@ def open_covariates(
         if not equals or Path(source).exists() or "/" in name:
             name, file = Path(source).stem, source
         raster = open_imagery(file)
-        plain.append(file)
+        plain.append(public(file))
         nodata = _nodata(file)
         for band in raster.bands:
             label = name if len(raster.bands) == 1 else f"{name}_{band}"
