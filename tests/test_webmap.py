@@ -533,7 +533,7 @@ def test_page_opens_without_network_or_complaint(browser: Any, scene: Path, sche
         assert seen.complaints == []
         measured = page.evaluate(CONTRAST)
         assert measured[0][0] >= 4.5, measured[0]
-        assert "Find a map" in [text for _, text in measured]
+        assert "Find one of 3 maps" in [text for _, text in measured]
 
 
 @pytest.mark.chromium
