@@ -25,7 +25,7 @@ from speciesmap.cli import main
 from speciesmap.config import ClassifyConfig, load_config
 from speciesmap.datasets.birds import open_birds
 from speciesmap.datasets.columns import FACTS, FRACTIONS
-from speciesmap.datasets.paired import open_paired
+from speciesmap.datasets.paired import PairedDataset, open_paired
 from speciesmap.datasets.writer import PairedWriter
 from speciesmap.errors import ConfigError, ModelError, OutputError
 from speciesmap.learning.classify import (
@@ -88,6 +88,22 @@ def test_a_classifier_that_says_the_same_of_all_is_never_right_by_a_tie() -> Non
     figures = classification_figures(np.zeros((4, 8)), np.arange(4), np.arange(4), np.full(8, 10))
     assert figures["top1"] == figures["top5"] == 0.0
     assert figures["species_top30"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"modes": ["probe"], "probe_lr": 1e36},
+        {"modes": ["finetune"], "optim": {"epochs": 2, "batch_size": 16, "lr": 1e36}},
+    ],
+    ids=["probe", "finetune"],
+)
+def test_a_network_that_diverged_is_refused_and_not_the_best(
+    chips: Path, init: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"training diverged: .* lower probe_lr = .* optim\.lr"):
+        train(load_config(config(chips, init, views=["aerial"], **changes)), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def telling(folder: Path, rows: int = 120) -> Path:
@@ -278,6 +294,21 @@ def test_rows_without_the_number_of_an_observation_are_each_their_own(
     }
     windows = PairedRows(dataset, rows["train"], TAXA)
     assert observations_of(dataset.facts, windows).sum() == len(rows["train"])
+
+
+def test_windows_in_order_are_read_once(chips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from speciesmap.learning.classify import _in_order
+
+    read: list[int] = []
+    original = PairedDataset.aerial
+    monkeypatch.setattr(
+        PairedDataset, "aerial", lambda self, rows: read.extend(rows) or original(self, rows)
+    )
+    dataset = open_paired(chips)
+    rows = PairedRows(dataset, np.arange(36), TAXA, window_px=12)
+    batches = list(_in_order(rows, 16, torch.device("cpu")))
+    assert sorted(read) == list(range(36))
+    assert torch.equal(torch.cat([batch["aerial"] for batch in batches]), rows.aerial(range(36)))
 
 
 def test_a_withheld_taxon_is_neither_trained_nor_tested(chips: Path, init: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tiny import tiny_model, tiny_scene
 from torch import Tensor
 
 from speciesmap.cli import main
-from speciesmap.datasets.paired import open_paired
+from speciesmap.datasets.paired import PairedDataset, open_paired
 from speciesmap.errors import DatasetError, ModelError
 from speciesmap.learning import retrieval as module
 from speciesmap.learning.data import PairedRows
@@ -263,3 +264,38 @@ def test_the_command_retrieves_with_what_was_pretrained(
     printed = json.loads(capsys.readouterr().out)
     assert len(printed["table"]) == (16 if reranked else 8)
     assert pd.read_csv(tmp_path / "out" / "retrieval.csv").shape[0] == len(printed["table"])
+
+
+def test_images_are_read_once(rows: PairedRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: Counter[str] = Counter()
+    for name in ("aerial", "ground"):
+        original = getattr(PairedDataset, name)
+
+        def spy(self: Any, chosen: Any, name: str = name, original: Any = original) -> Any:
+            read[name] += len(np.atleast_1d(chosen))
+            return original(self, chosen)
+
+        monkeypatch.setattr(PairedDataset, name, spy)
+    monkeypatch.setattr("speciesmap.learning.data.KEEP_BELOW", 0)
+    again = PairedRows(rows.dataset, rows.rows, rows.taxa, 16, 12)
+    windows, photos = again.aerial(range(36)).float(), again.__getitems__(range(36))["ground"]
+    read.clear()
+    model = tiny_model(seed=1, window_px=12)
+    aerial, _, _ = module.embed_rows(model, again)
+    assert read == {"aerial": 36, "ground": 36}
+    assert torch.allclose(aerial, model.encode_aerial(windows), atol=1e-5)
+
+    def match(photos: Tensor, windows: Tensor) -> Tensor:
+        return photos.float().mean((1, 2, 3)) + 1000 * windows.float().mean((1, 2, 3))
+
+    monkeypatch.setattr(model, "match", match)
+    score = module.pair_scorer(model, again, metadata=False)
+    candidates = np.arange(1, 31)
+    read.clear()
+    scores = score(True)(0, candidates)
+    assert read == {"aerial": 31, "ground": 1}
+    assert torch.allclose(scores, match(photos[:1], windows[1:31]))
+    read.clear()
+    scores = score(False)(0, candidates)
+    assert read == {"aerial": 31, "ground": 30}
+    assert torch.allclose(scores, match(photos[1:31], windows[:1]))

@@ -25,7 +25,7 @@ from speciesmap.datasets.nature_multi_view import chosen_rows, of_split, unrepea
 from speciesmap.datasets.paired import PairedDataset
 from speciesmap.datasets.splits import SPLITS
 from speciesmap.errors import ConfigError, ModelError
-from speciesmap.learning.data import Batch, PairedRows
+from speciesmap.learning.data import Batch, PairedRows, middle
 from speciesmap.learning.fit import batches, learns_bfloat16
 from speciesmap.learning.modules import seen
 from speciesmap.mapping.embed import choose_device
@@ -336,7 +336,7 @@ def _in_order(rows: PairedRows, size: int, device: torch.device) -> Any:
     for chosen in np.array_split(np.arange(len(rows)), -(-len(rows) // size)):
         batch = rows.__getitems__(chosen.tolist())
         if "aerial" in batch:
-            batch["aerial"] = rows.aerial(chosen)
+            batch["aerial"] = middle(batch["aerial"], rows.window_px)
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -477,6 +477,12 @@ def _figures(
     counts: NDArray[np.int64],
     config: ClassifyConfig,
 ) -> dict[str, float | None]:
+    """Figures of merit of logits, shape (N, T), which must be finite: NaN compares with nothing."""
+    if not logits.isfinite().all():
+        raise ConfigError(
+            "training diverged: scores of held-out rows are not finite; lower probe_lr = "
+            f"{config.probe_lr:g} or optim.lr = {config.optim.lr:g}, or mend pixels out of range"
+        )
     return classification_figures(
         F.log_softmax(logits, 1).double().numpy(),
         rows.labels[rows.rows],

@@ -20,7 +20,7 @@ from speciesmap.datasets.nature_multi_view import of_split
 from speciesmap.datasets.paired import PairedDataset
 from speciesmap.datasets.splits import SPLITS
 from speciesmap.errors import ConfigError, DatasetError, ModelError
-from speciesmap.learning.data import PairedRows
+from speciesmap.learning.data import PairedRows, middle
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.outputs import refuse_existing, replacing
 from speciesmap.progress import track
@@ -185,8 +185,9 @@ def embed_rows(model: SpeciesModel, rows: PairedRows) -> tuple[Tensor, Tensor, T
     model.eval()
     parts = []
     for chosen in np.array_split(np.arange(len(rows)), -(-len(rows) // 64)):
-        photos = rows.__getitems__(chosen.tolist())["ground"]
-        parts.append((model.encode_aerial(rows.aerial(chosen)), model.encode_ground(photos)))
+        batch = rows.__getitems__(chosen.tolist())
+        windows = middle(batch["aerial"], rows.window_px)
+        parts.append((model.encode_aerial(windows), model.encode_ground(batch["ground"])))
     aerial, ground = (torch.cat(views) for views in zip(*parts, strict=True))
     return aerial, ground, rows.metadata[rows.rows]
 
@@ -201,11 +202,14 @@ def pair_scorer(model: SpeciesModel, rows: PairedRows, metadata: bool) -> Callab
     def of_direction(from_ground: bool) -> Rescore:
         @torch.inference_mode()
         def rescore(query: int, candidates: NDArray[np.int64]) -> Tensor:
-            one = np.full(len(candidates), query)
+            one = np.array([query])
             photo, window = (one, candidates) if from_ground else (candidates, one)
             photos = rows.__getitems__(photo.tolist())["ground"]
-            facts = rows.metadata[rows.rows[window]] if metadata else None
-            return model.match(photos, rows.aerial(window), facts)  # (candidates,)
+            windows, facts = rows.aerial(window), rows.metadata[rows.rows[window]]
+            pairs = [
+                part.expand(len(candidates), *part.shape[1:]) for part in (photos, windows, facts)
+            ]  # (candidates, ...)
+            return model.match(*pairs[: 3 if metadata else 2])  # (candidates,)
 
         return rescore
 
