@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from birds import inat_birds
-from tiny import TinyScene, tiny_scene
+from tiny import TinyScene, tiny_model, tiny_scene
 
 from speciesmap.config import DataConfig, PretrainConfig, load_config
 from speciesmap.errors import ConfigError, ModelError
@@ -18,7 +18,7 @@ from speciesmap.learning.crossview import CveMae, CvmMae, crossview_stage
 from speciesmap.learning.data import PairedRows, open_sources
 from speciesmap.learning.modules import dates
 from speciesmap.learning.train import build, train
-from speciesmap.models import SpeciesModel, load_model, read_facts
+from speciesmap.models import SpeciesModel, load_model, read_facts, save_model
 
 CPU = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("birdsat_*mae.yaml"))
@@ -140,6 +140,28 @@ def test_an_aerial_encoder_that_is_not_frozen_learns(
     assert not torch.equal(before.patch_embed.proj.weight, after.patch_embed.proj.weight)
 
 
+def test_a_factored_encoder_is_taken_and_frozen_whole_with_its_statistics(
+    scene: TinyScene, tmp_path: Path
+) -> None:
+    shape = {"cell_px": 8, "width": 16, "layers": 2, "heads": 2}
+    tower = {"backbone": "test_resnet", "kwargs": {}, "factored": shape}
+    statistics = {"mean": (1.0, 2.0, 3.0, 4.0), "std": (5.0, 6.0, 7.0, 8.0)}
+    start = tiny_model(seed=3, taxa=(), aerial=tower, **statistics)
+    made = config(
+        scene,
+        "cve_mae",
+        model={"dim": 16, "aerial": {**tower, "encoder": "factored"}, "ground": GROUND},
+        crossview={"aerial_init": str(save_model(start, tmp_path / "start", {}))},
+    )
+    model = ready(made)[0].network.model
+    taken = model.aerial.state_dict()
+    for name, wanted in start.aerial.state_dict().items():
+        assert torch.equal(taken[name], wanted) != name.startswith("project."), name
+    assert (model.architecture.mean, model.architecture.std) == tuple(statistics.values())
+    learned = {name for name, p in model.aerial.named_parameters() if p.requires_grad}
+    assert learned == {"project.weight", "project.bias"}
+
+
 def test_cvm_mae_is_matching_and_painting_of_both_views(scene: TinyScene) -> None:
     stage, batch, parts = ready(config(scene, "cvm_mae"))
     assert isinstance(stage, CvmMae)
@@ -179,8 +201,6 @@ def test_the_hardest_negative_is_the_likeliest_of_those_tried(scene: TinyScene) 
 
 def test_cvm_mae_learns_which_photo_belongs_to_which_window() -> None:
     """Photos and windows of one brightness belong together: only both at once tell."""
-    from tiny import tiny_model
-
     torch.manual_seed(0)
     model = tiny_model(aerial=VIT, ground=GROUND, matcher=True).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -39,6 +39,7 @@ from speciesmap.errors import (
     ObservationsError,
     OutputError,
 )
+from speciesmap.learning import modules
 from speciesmap.learning.data import (
     PairedRows,
     Places,
@@ -50,7 +51,7 @@ from speciesmap.learning.finetune import check_validation, refuse_elsewhere
 from speciesmap.learning.fit import ByPlace, best_precision, measure
 from speciesmap.learning.modules import Crisp, Finetune
 from speciesmap.learning.train import build, train
-from speciesmap.learning.validation import make_folds
+from speciesmap.learning.validation import FOLDS, make_folds
 from speciesmap.models import load_model, read_facts, save_model
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import open_imagery
@@ -379,6 +380,22 @@ def test_masked_pretraining_needs_only_imagery(scene: TinyScene, tmp_path: Path)
     assert tuned.taxa == TAXA
 
 
+@pytest.mark.parametrize("jitter", [0.0, 0.3])
+def test_masked_windows_are_jittered_as_configured(
+    scene: TinyScene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jitter: float
+) -> None:
+    asked: set[float] = set()
+    original = modules.aerial_view
+
+    def spy(*call: Any, **options: Any) -> Tensor:
+        asked.add(options["jitter"])
+        return original(*call, **options)
+
+    monkeypatch.setattr(modules, "aerial_view", spy)
+    train(load_config(mae(scene, views={"aerial": {"jitter": jitter}})), tmp_path / "mae")
+    assert asked == {jitter}
+
+
 class Interrupted(Exception):
     pass
 
@@ -524,6 +541,38 @@ def test_a_resumed_validation_repeats_no_fold(
     resumed, unbroken = (pd.read_parquet(r / "folds.parquet") for r in (run, whole))
     pd.testing.assert_frame_equal(resumed, unbroken)
     assert torch.equal(weights(run)["head.weight"], weights(whole)["head.weight"])
+
+
+@pytest.mark.parametrize("changed", ["chips", "imagery"])
+def test_a_run_is_not_resumed_on_other_data(
+    untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    def interrupted(config: Any, sources: Any, work: Path) -> Any:
+        (work / FOLDS).mkdir(exist_ok=True)
+        raise Interrupted
+
+    monkeypatch.setattr("speciesmap.learning.train.finetune", interrupted)
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+    here = tiny_scene(tmp_path / "before")
+    config = load_config(tune(here, untrained))
+    for resume in (False, True):
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "run", resume=resume)
+    if changed == "chips":
+        other = tiny_scene(tmp_path / "after", rows=30)
+        shutil.rmtree(here.chips)
+        other.chips.rename(here.chips)
+    else:
+        imagery = open_imagery(here.imagery)
+        pixels = 255 - imagery.read(0, 0, SIDE, SIDE)[0]
+        here.imagery.unlink()
+        write_geotiff(here.imagery, pixels, imagery.geobox, bands=BANDS)
+    with pytest.raises(ConfigError, match=r"run in .* had another data set or imagery .*overwrite"):
+        train(config, tmp_path / "run", resume=True)
+    assert (tmp_path / ".run.training" / FOLDS).exists()
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run", overwrite=True)
 
 
 def test_windows_smaller_than_the_chips_are_cropped_at_random_and_mapped_from_the_middle(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,11 @@ def take_aerial(model: SpeciesModel, start: str) -> None:
     """
     other = load_model(start)
     kept = [
-        {name: value for name, value in m.aerial.state_dict().items() if "project" not in name}
+        {
+            name: value
+            for name, value in m.aerial.state_dict().items()
+            if not name.startswith("project.")
+        }
         for m in (model, other)
     ]
     shapes = [{name: tuple(value.shape) for name, value in state.items()} for state in kept]
@@ -89,11 +94,8 @@ def take_aerial(model: SpeciesModel, start: str) -> None:
             "give both the same"
         )
     model.aerial.load_state_dict(kept[1], strict=False)
-
-
-def encoder_of(model: SpeciesModel) -> list[nn.Module]:
-    """List the parts of the aerial tower below its projection."""
-    return [part for name, part in model.aerial.named_children() if name != "project"]
+    mean, std = other.architecture.mean, other.architecture.std
+    model.architecture = replace(model.architecture, mean=mean, std=std)
 
 
 class GroundMae(Stage):
@@ -146,14 +148,13 @@ class CveMae(Stage):
         super().__init__(ModelAndDecoder(model, autoencoder), config.optim, steps)
         self.prompts, self.config = Prompts(taxa), config
         if config.crossview.freeze_aerial:
-            for part in encoder_of(model):
-                part.requires_grad_(False)
+            model.aerial.requires_grad_(False)
+            model.aerial.project.requires_grad_(True)
 
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
         """Hold a frozen encoder in evaluation mode: its norms and dropout must rest too."""
         if self.config.crossview.freeze_aerial:
-            for part in encoder_of(self.network.model):
-                part.eval()
+            self.network.model.aerial.eval().project.train()
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Pull the views of one place together, and paint what is hidden of the photos."""

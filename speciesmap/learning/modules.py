@@ -75,10 +75,17 @@ class Masked(Stage):
 
     network: MaskedAutoencoder
 
+    def __init__(
+        self, network: MaskedAutoencoder, optim: OptimConfig, steps: int, views: ViewsConfig
+    ) -> None:
+        super().__init__(network, optim, steps)
+        self.views = views
+
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Hide patches and paint them."""
-        tower = self.network.tower
-        return self.report(self.network(aerial_view(batch["aerial"], tower.std, tower.image_px)))
+        tower, windows = self.network.tower, batch["aerial"]
+        drawn = aerial_view(windows, tower.std, tower.image_px, **dict(self.views.aerial))
+        return self.report(self.network(drawn))
 
 
 class Crisp(Stage):

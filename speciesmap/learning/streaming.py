@@ -63,11 +63,6 @@ class StreamedBatches:
         self.epoch, self.given = 0, 0
         self._resumed = False
 
-    @property
-    def consumers(self) -> int:
-        """Processes times their workers."""
-        return self._place()[1] * max(1, self.workers)
-
     def _place(self) -> tuple[int, int]:
         """Number of this process, and how many there are."""
         if self._rank is not None and self._world is not None:
@@ -78,7 +73,12 @@ class StreamedBatches:
 
     def __len__(self) -> int:
         """Batches of an epoch in this process."""
-        return self.stream.batches(self.consumers) * max(1, self.workers)
+        return self.batches(self._place()[1])
+
+    def batches(self, world: int) -> int:
+        """Batches of an epoch in each of so many processes."""
+        workers = max(1, self.workers)
+        return self.stream.batches(world * workers) * workers
 
     def __iter__(self) -> Iterator[Batch]:
         """Begin the next epoch, or go on where a state that was loaded stopped."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import time
@@ -10,11 +11,13 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from speciesmap.config import AnyConfig, ClassifyConfig, ModelConfig, PretrainConfig
+from speciesmap.datasets.paired import PairedDataset
 from speciesmap.errors import ConfigError, OutputError
 from speciesmap.learning.classify import classify
 from speciesmap.learning.crossview import crossview_stage
@@ -102,6 +105,8 @@ def train(
     started = time.perf_counter()
     try:
         sources = open_sources(config.data)
+        if first:
+            refuse_other_data(work, sources)
         procedure = pretrain if isinstance(config, PretrainConfig) else finetune
         model, metrics = procedure(config, sources, work)  # type: ignore[arg-type]
     except BaseException:
@@ -124,6 +129,32 @@ def train(
                 (work / kept).rename(folder / kept)
     shutil.rmtree(work)
     return out
+
+
+def refuse_other_data(work: Path, sources: Sources) -> None:
+    """Keep what tells a run's data apart in its folder, and stop where it was kept of others.
+
+    It is that of the imagery, and of a data set the names and places of its rows and the sizes of
+    its files.
+
+    Raises:
+        ConfigError: The interrupted run had another data set or imagery of the same name.
+    """
+    digest = hashlib.sha256(sources.imagery.fingerprint.encode() if sources.imagery else b"")
+    dataset = sources.dataset
+    if dataset is not None:
+        told = dataset.facts[["name", "latitude", "longitude"]]
+        digest.update(pd.util.hash_pandas_object(told, index=False).to_numpy().tobytes())
+    if isinstance(dataset, PairedDataset):
+        files = [file for file in dataset.files.files if isinstance(file, Path)]
+        digest.update(repr([file.stat().st_size for file in files]).encode())
+    kept = work / "data.sha256"
+    if kept.exists() and kept.read_text() != digest.hexdigest():
+        raise ConfigError(
+            f"the interrupted run in {work} had another data set or imagery than lies there now; "
+            "pass --overwrite to start anew, or put back what it had"
+        )
+    kept.write_text(digest.hexdigest())
 
 
 def unfinished(out: Path) -> Path:
@@ -203,7 +234,8 @@ def pretrain(
     loader = streamed or batches(
         windows, config.optim, config.trainer, together=config.contrastive.same_place == "positive"
     )
-    steps = config.optim.epochs * len(loader)
+    alone = len(loader) if streamed is None else streamed.batches(world=1)
+    steps = config.optim.epochs * alone  # of one process, whoever started how many
     if contrastive:
         stage: Stage = Crisp(
             model, sources.taxa, config.optim, steps, config.contrastive, config.views
@@ -226,7 +258,7 @@ def pretrain(
             masked.standardise,
             keep_positions=config.model.aerial.pretrained,
         )
-        stage = Masked(network, config.optim, steps)
+        stage = Masked(network, config.optim, steps, config.views)
     save_steps = stream.save_steps if stream is not None else None
     metrics = fit(stage, loader, config.optim, config.trainer, work, save_steps)
     set_reference(model, sample, rng, config.trainer.accelerator)
