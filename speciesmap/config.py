@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -33,6 +34,7 @@ class Strict(BaseModel):
 
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Section = TypeVar("Section", bound=Strict)
 
 
@@ -163,6 +165,17 @@ class DataConfig(Strict):
     covariates: list[str] = []
     categorical: list[str] = []
     location: bool = False
+
+
+def _not_streamed(data: DataConfig) -> DataConfig:
+    if data.stream is not None:
+        raise ValueError(
+            "only stage pretrain streams; leave data.stream out, and download the data"
+        )
+    return data
+
+
+DecodedConfig = Annotated[DataConfig, AfterValidator(_not_streamed)]
 
 
 class OptimConfig(Strict):
@@ -311,7 +324,7 @@ class PretrainConfig(Strict):
 
     stage: Literal["pretrain"]
     method: Literal["crisp", "mae", "cve_mae", "cvm_mae"] = "crisp"
-    seed: int = 0
+    seed: Seed = 0
     data: DataConfig
     model: ModelConfig
     masked: MaskedConfig = MaskedConfig()
@@ -337,8 +350,8 @@ class FinetuneConfig(Strict):
 
     stage: Literal["finetune"]
     init: str
-    seed: int = 0
-    data: DataConfig
+    seed: Seed = 0
+    data: DecodedConfig
     positive_weight: float | None = Field(default=None, gt=0)
     align: float = Field(default=1.0, ge=0)
     freeze_encoder: bool = False
@@ -373,8 +386,8 @@ class ClassifyConfig(Strict):
 
     stage: Literal["classify"]
     init: str | dict[str, str]
-    seed: int = 0
-    data: DataConfig
+    seed: Seed = 0
+    data: DecodedConfig
     splits: SplitsConfig = SplitsConfig()
     views: list[Literal["ground", "aerial", "both"]] = Field(
         default=["ground", "aerial", "both"], min_length=1

@@ -88,6 +88,10 @@ def test_words_that_are_no_bbox_are_left_alone() -> None:
         ["embed", "run", "--imagery", "a.tif", "--bbox", "a,b,c,d", "--out", "s.zarr"],
         ["train", "config.yaml", "--outt", "run"],
         ["simulate", "--out", "x", "--size-px", "many"],
+        ["simulate", "--out", "x", "--seed", "-1"],
+        ["chips", "o.csv", "--imagery", "a.tif", "--out", "x", "--seed", "-1"],
+        ["demo", "--out", "x", "--seed", "-1"],
+        ["umap", "s.zarr", "--out", "x.tif", "--seed", "-1"],
     ],
     ids=" ".join,
 )

@@ -32,6 +32,10 @@ def finetune(**changes: Any) -> dict[str, Any]:
     return {"stage": "finetune", "init": "run", "data": {"dataset": "chips"}, **changes}
 
 
+def classify(**changes: Any) -> dict[str, Any]:
+    return {"stage": "classify", "init": "run", "data": {"dataset": "chips"}, **changes}
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_configuration_loads(path: Path) -> None:
     assert isinstance(load_config(path), AnyConfig)
@@ -79,6 +83,17 @@ def test_a_mapping_is_read_and_left_as_it_is() -> None:
         ({"stage": "finetune", "data": {}}, "key 'init' is missing"),
         (pretrain(optim={"lr": -1}), r"optim.lr = -1: input should be greater than 0"),
         (pretrain(method="clip"), "method = 'clip'"),
+        (pretrain(seed=-1), "seed = -1: input should be greater than or equal to 0"),
+        (finetune(seed=2**32), "seed = 4294967296: input should be less than 4294967296"),
+        (
+            finetune(data={"stream": {}}),
+            "data = .*: only stage pretrain streams",
+        ),
+        (
+            classify(data={"stream": {}}),
+            "data = .*: only stage pretrain streams",
+        ),
+        (classify(data={"steam": {}}), r"unknown key 'data.steam'; did you mean 'stream'\?"),
         (pretrain(data=3), "data = 3"),
         (pretrain(data={"background": 0}), r"data.background = 0: input should be greater"),
         (

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -265,7 +266,7 @@ def test_an_address_streams_and_its_facts_are_kept(
     assert len(kept) == 2
     again = open_paired(address, "train")
     pd.testing.assert_frame_equal(again.facts, local.facts)
-    with pytest.raises(DatasetError, match="is remote, and its rows can only be streamed"):
+    with pytest.raises(DatasetError, match=r"its images can only be streamed, .* pretrain"):
         data.aerial([0])
     with pytest.raises(DatasetError, match=r"memory://nothing .*"):
         open_paired("memory://nothing")
@@ -493,3 +494,52 @@ def test_two_processes_that_start_together_train_one_model(hub: Path, tmp_path: 
     assert read_facts(tmp_path / "run")["metrics"]["steps"] == 2
     assert load_model(tmp_path / "run").architecture.dim == 16
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("told", ["before the run", "by its launcher"])
+def test_the_learning_rate_falls_to_the_end_of_a_process_whoever_starts_it(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    """torchrun says how many processes there are at once, Lightning's launcher only later."""
+    rates: list[float] = []
+
+    def fit(stage: Crisp, loader: StreamedBatches, *_: Any) -> Any:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        stage._trainer = SimpleNamespace(world_size=2)  # type: ignore[assignment]
+        factor = stage.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas[0]
+        assert len(loader) == 12
+        rates.extend(factor(step) for step in range(2 * len(loader)))
+        raise InterruptedError
+
+    monkeypatch.setattr("speciesmap.learning.train.fit", fit)
+    monkeypatch.setenv("WORLD_SIZE", "2" if told == "before the run" else "1")
+    config = load_config(crisp(hub, optim={"epochs": 2, "batch_size": 2, "warmup": 0}))
+    with pytest.raises(InterruptedError):
+        train(config, tmp_path / "run")
+    assert rates[0] == 1
+    assert rates[12] == pytest.approx(0.5, abs=0.1)
+    assert 0 < rates[-1] < 0.1
+
+
+def test_damaged_images_of_a_stream_are_named(hub: Path, tmp_path: Path) -> None:
+    shutil.copytree(hub, tmp_path / "nmv")
+    file = next((tmp_path / "nmv" / "data").glob("train-00000*"))
+    whole, data = file.read_bytes(), open_paired(tmp_path / "nmv")
+    group = pq.ParquetFile(file).metadata.row_group(0)
+    columns = [group.column(k) for k in range(group.num_columns)]
+    pages = next(c for c in columns if c.path_in_schema.startswith("rs_image."))
+    start, size = pages.dictionary_page_offset, pages.total_compressed_size
+    rng = np.random.default_rng(1)
+    refused = 0
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for place in rng.integers(pages.data_page_offset, start + size, 4):
+            damaged[place] ^= int(rng.integers(1, 255))
+        file.write_bytes(damaged)
+        try:
+            data.files.read(0, np.arange(3))
+        except DatasetError as error:
+            refused += 1
+            assert str(file) in str(error)
+            assert "\n" not in str(error)
+    assert refused > 0

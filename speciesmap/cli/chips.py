@@ -10,6 +10,7 @@ import click
 
 from speciesmap.cli.options import (
     PATH,
+    SEED,
     imagery_options,
     json_option,
     logging_options,
@@ -45,7 +46,9 @@ MARGIN_M = 1_000  # around the observations, or a window's side where that is mo
     metavar="DATE",
     help="When the imagery was taken; else as its scenes say.",
 )
-@click.option("--seed", default=0, show_default=True, help="Decides the label fractions.")
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, help="Decides the label fractions."
+)
 @overwrite_option
 @json_option
 @logging_options

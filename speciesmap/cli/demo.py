@@ -28,7 +28,9 @@ from speciesmap.cli import options
     metavar="DIR",
     help="Where to write.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+@click.option(
+    "--seed", type=options.SEED, default=0, show_default=True, help="Of everything random."
+)
 @options.overwrite_option
 @options.json_option
 @options.logging_options

@@ -13,6 +13,7 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 PATH = click.Path(path_type=Path)
+SEED = click.IntRange(0, 2**32 - 1)
 
 
 class _PathOrAddress(click.Path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from speciesmap.cli.options import (
+    SEED,
     json_option,
     logging_options,
     out_option,
@@ -19,7 +20,7 @@ from speciesmap.cli.options import (
 @out_option("DIR", "Folder to create.")
 @click.option("--size-px", default=2048, show_default=True, help="Side of the raster in pixels.")
 @click.option("--species", default=8, show_default=True, help="Species, the control among them.")
-@click.option("--seed", default=0, show_default=True, help="Same seed, same files.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Same seed, same files.")
 @overwrite_option
 @json_option
 @logging_options

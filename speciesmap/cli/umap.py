@@ -9,6 +9,7 @@ import click
 from speciesmap.cli.options import (
     PATH,
     PATH_OR_ADDRESS,
+    SEED,
     json_option,
     logging_options,
     out_option,
@@ -51,7 +52,7 @@ from speciesmap.cli.options import (
 )
 @click.option(
     "--seed",
-    type=int,
+    type=SEED,
     default=0,
     show_default=True,
     metavar="N",

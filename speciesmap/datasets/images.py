@@ -70,7 +70,7 @@ class ImageFiles:
         first = int(self.group_rows[:group].sum())
         windows, photos = [], []
         start = 0
-        try:
+        with damage_named(file):
             for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[within], columns=columns):
                 inside = rows[(rows >= start) & (rows < start + batch.num_rows)] - start
                 if len(inside):
@@ -78,8 +78,6 @@ class ImageFiles:
                     windows.append(pixels[inside])
                     photos.append(encoded.take(pa.array(inside)))
                 start += batch.num_rows
-        except OSError as error:
-            raise DatasetError(f"{file} cannot be read ({error}); check the file") from error
         return np.concatenate(windows), pa.concat_arrays(photos)
 
     def decoded(self) -> Images:
@@ -90,8 +88,8 @@ class ImageFiles:
         """
         if not isinstance(self.where, Path):
             raise DatasetError(
-                f"{self.where} is remote, and its rows can only be streamed; set data.stream, or "
-                "download it"
+                f"{self.where} is remote, and its images can only be streamed, which stage "
+                "pretrain does with data.stream; download it"
             )
         window_bytes = int(np.prod(self.shape)) * self.dtype.itemsize
         stats = [(file.name, file.stat()) for file in map(Path, self.files)]
