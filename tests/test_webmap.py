@@ -32,6 +32,7 @@ from speciesmap.present.styles import MONTHS, STEPS, colour_table
 from speciesmap.present.warp import longitude_latitude, mercator
 from speciesmap.present.webmap import make_map, script_json
 from speciesmap.rasters.geotiff import write_geotiff
+from speciesmap.rasters.imagery import Imagery, open_imagery
 
 MERCATOR = from_origin(-13630000, 4540000, 500, 500)
 
@@ -309,7 +310,7 @@ def test_imagery_of_many_files_looks_like_one_file(tmp_path: Path) -> None:
         part = pixels[:, :, start : start + 30]
         write_geotiff(folder / f"{i}.tif", part, grid, bands=["red", "green", "blue"])
 
-    def picture(base: Path) -> np.ndarray:
+    def picture(base: Path | Imagery) -> np.ndarray:
         html = make_map([path], tmp_path / "m.html", base=base, overwrite=True)
         found = re.search(r"data:image/webp;base64,([A-Za-z0-9+/=]+)", html.read_text())
         assert found
@@ -318,6 +319,8 @@ def test_imagery_of_many_files_looks_like_one_file(tmp_path: Path) -> None:
 
     difference = np.abs(picture(whole) - picture(folder))[3:-3, 3:-3]
     assert difference.mean() < 3
+    of_a_model = open_imagery(folder).select(["green", "red"])
+    assert (picture(of_a_model) == picture(folder)).all(), "in the colours of the files"
     assert picture(whole)[30, 20, 0] > picture(whole)[30, 20, 2] + 60
 
 

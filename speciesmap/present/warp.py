@@ -36,6 +36,7 @@ SHIFTED = "+proj=merc +a=6378137 +b=6378137 +lon_0=180 +units=m +nadgrids=@null 
 """Web Mercator about the 180th meridian, for maps that cross it."""
 
 MAX_LATITUDE = 85.0511
+COLOURS = ("red", "green", "blue")
 OVERSAMPLE = 16  # grid pixels along a cell's side, where cells must be warped
 
 
@@ -331,7 +332,10 @@ def read_picture(
         grid = _picture_grid(
             name, crs, imagery.geobox.transform, imagery.shape, extent, side_px, margin
         )
-        chosen = imagery.select([str(imagery.bands[i]) for i in _colours(imagery.bands)])
+        try:
+            chosen = imagery.select(COLOURS)  # also where a model takes other bands of the files
+        except ImageryError:
+            chosen = imagery.select([imagery.bands[i] for i in _colours(imagery.bands)])
         return Picture(_stretch(_project_mosaic(chosen, crs, grid)), grid)
     with open_map(name) as dataset:
         grid = _picture_grid(
@@ -347,8 +351,8 @@ def read_picture(
 
 def _colours(names: Sequence[str]) -> list[int]:
     """Positions of the bands to show as red, green and blue, or of one to show in grey."""
-    if {"red", "green", "blue"} <= set(names):
-        return [names.index(name) for name in ("red", "green", "blue")]
+    if set(COLOURS) <= set(names):
+        return [names.index(name) for name in COLOURS]
     return [0, 1, 2] if len(names) >= 3 else [0]
 
 
