@@ -7,7 +7,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -193,9 +193,9 @@ def predict(
     if season:
         asked = [without_calibration(query) for query in asked]
     around = find_surroundings(model, covariates)
-    base: Imagery | None = None
+    shown: Imagery | None = None
     if imagery is not None:
-        imagery = base = fit_imagery(
+        shown = fit_imagery(
             model,
             imagery,
             bands=bands,
@@ -204,13 +204,12 @@ def predict(
             any_resolution=any_resolution,
             **opening,
         )
-        _refuse_unseen(imagery.source, imagery.geobox)
-        kept = kept or out.with_name(out.name + STORE_SUFFIX)
+        _refuse_unseen(shown.source, shown.geobox)
         encode = partial(
             embed,
             model,
-            imagery,
-            kept,
+            shown,
+            kept or out.with_name(out.name + STORE_SUFFIX),
             bbox=bbox,
             bbox_crs=bbox_crs,
             stride_px=stride_px,
@@ -238,88 +237,27 @@ def predict(
     encoded = time.perf_counter()
     with outputs.replacing(out, overwrite=overwrite) as folder:
         folder.mkdir()
-        likely = [q for q in asked if q.kind == "taxon" and q.quantity == "probability"]
-        maps = write_maps(
-            filled,
-            asked,
-            folder,
-            bbox=bbox,
-            bbox_crs=bbox_crs,
-            applicability=model.trust.applicability if model.trust else None,
-            richness=folder / RICHNESS if len(likely) > 1 else None,
-            months=season,
-            surroundings=around,
+        maps = _score(
+            filled, model, asked, folder, bbox=bbox, bbox_crs=bbox_crs, months=season, around=around
         )
-        bounded = [m for m in maps if m.query.thresholds]
-        if bounded:
-            ranges = [draw_range(m.path, m.query.label, m.query.thresholds) for m in bounded]
-            write_ranges(pd.concat(ranges, ignore_index=True), folder / RANGES)
         scored = time.perf_counter()
         tifs = [m.path for m in maps]
-        for tif in tifs:
-            write_qml(tif)
+        _present(tifs, folder, shown, observations, title)
         if qgis_project:
             write_project(folder / "maps.qgz", tifs, title=out.name)
-        if len(tifs) > PAGE_MAPS:
-            log.warning("map.html shows the first %d of %d maps", PAGE_MAPS, len(tifs))
-        page = partial(
-            make_map,
-            tifs[:PAGE_MAPS],
-            folder / "map.html",
-            observations=observations,
-            title=title,
-        )
-        if base is not None and base.remote:
-            log.info("map.html has no imagery under the maps, which would be read from afar again")
-            page()
-        else:
-            try:
-                page(base=base)
-            except (ImageryError, AreaError) as error:
-                log.warning("map.html has no imagery under the maps: %s", error)
-                page()
         spent = {
             "encode": round(encoded - started, 3),
             "score": round(scored - encoded, 3),
             "present": round(time.perf_counter() - scored, 3),
         }
-        area = None if bbox is None else {"bounds": list(bbox), "crs": str(bbox_crs)}
-        record = {
-            "speciesmap": __version__,
-            "model": {"path": source, "fingerprint": filled.identity.model},
-            **_of_store(filled),
-            "bbox": area,
+        facts = {
+            "bbox": None if bbox is None else {"bounds": list(bbox), "crs": str(bbox_crs)},
             "seed": seed,
             "months": list(season),
             "covariates": None if around is None else _of_surroundings(around),
             "photos": {str(photo): _sha256(Path(photo)) for photo in photos},
-            "maps": {m.path.name: _of_map(m) for m in maps},
-            "versions": {
-                "python": platform.python_version(),
-                "torch": version("torch"),
-                "timm": version("timm"),
-                "gdal": rasterio.__gdal_version__,
-            },
-            "seconds": spent,
         }
-        text = json.dumps(record, indent=2, ensure_ascii=False)
-        (folder / "run.json").write_text(text + "\n", encoding="utf-8")
-        write_item(
-            folder,
-            tifs,
-            model={
-                "name": Path(source).name if source else None,
-                "path": source,
-                "architecture": model.architecture.aerial["backbone"],
-                "bands": model.bands,
-                "window_px": model.window_px,
-                "resolution_m": model.resolution_m,
-                "fingerprint": filled.identity.model,
-            },
-            imagery=filled.source,
-            datetime=datetime.now(UTC),
-            item_id=out.name,
-        )
+        _record(maps, folder, filled, model, source, facts, spent, item_id=out.name)
     return Prediction(
         path=out,
         maps=tuple(Map(out / m.path.name, m.query) for m in maps),
@@ -327,6 +265,109 @@ def predict(
         run=out / "run.json",
         item=out / "item.json",
         store=filled.path,
+    )
+
+
+def _score(
+    store: EmbeddingStore,
+    model: SpeciesModel,
+    queries: Sequence[Query],
+    folder: Path,
+    *,
+    bbox: Sequence[float] | None,
+    bbox_crs: Any,
+    months: Mapping[str, NDArray[np.float32]],
+    around: Surroundings | None,
+) -> list[Map]:
+    """Write the maps, their sum where several are probabilities, and the ranges they bound."""
+    likely = [q for q in queries if q.kind == "taxon" and q.quantity == "probability"]
+    maps = write_maps(
+        store,
+        queries,
+        folder,
+        bbox=bbox,
+        bbox_crs=bbox_crs,
+        applicability=model.trust.applicability if model.trust else None,
+        richness=folder / RICHNESS if len(likely) > 1 else None,
+        months=months,
+        surroundings=around,
+    )
+    bounded = [m for m in maps if m.query.thresholds]
+    if bounded:
+        ranges = [draw_range(m.path, m.query.label, m.query.thresholds) for m in bounded]
+        write_ranges(pd.concat(ranges, ignore_index=True), folder / RANGES)
+    return maps
+
+
+def _present(
+    tifs: Sequence[Path],
+    folder: Path,
+    imagery: Imagery | None,
+    observations: gpd.GeoDataFrame | None,
+    title: str,
+) -> None:
+    """Write the maps' styles and their page, with imagery under them where that can be had."""
+    for tif in tifs:
+        write_qml(tif)
+    if len(tifs) > PAGE_MAPS:
+        log.warning("map.html shows the first %d of %d maps", PAGE_MAPS, len(tifs))
+    page = partial(
+        make_map, tifs[:PAGE_MAPS], folder / "map.html", observations=observations, title=title
+    )
+    if imagery is not None and imagery.remote:
+        log.info("map.html has no imagery under the maps, which would be read from afar again")
+        page()
+        return
+    try:
+        page(base=imagery)
+    except (ImageryError, AreaError) as error:
+        log.warning("map.html has no imagery under the maps: %s", error)
+        page()
+
+
+def _record(
+    maps: Sequence[Map],
+    folder: Path,
+    store: EmbeddingStore,
+    model: SpeciesModel,
+    source: str | None,
+    facts: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    *,
+    item_id: str,
+) -> None:
+    """Write what the maps were made from: run.json and a STAC item."""
+    record = {
+        "speciesmap": __version__,
+        "model": {"path": source, "fingerprint": store.identity.model},
+        **_of_store(store),
+        **facts,
+        "maps": {m.path.name: _of_map(m) for m in maps},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": version("torch"),
+            "timm": version("timm"),
+            "gdal": rasterio.__gdal_version__,
+        },
+        "seconds": seconds,
+    }
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    (folder / "run.json").write_text(text + "\n", encoding="utf-8")
+    write_item(
+        folder,
+        [m.path for m in maps],
+        model={
+            "name": Path(source).name if source else None,
+            "path": source,
+            "architecture": model.architecture.aerial["backbone"],
+            "bands": model.bands,
+            "window_px": model.window_px,
+            "resolution_m": model.resolution_m,
+            "fingerprint": store.identity.model,
+        },
+        imagery=store.source,
+        datetime=datetime.now(UTC),
+        item_id=item_id,
     )
 
 
