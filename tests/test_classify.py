@@ -296,6 +296,24 @@ def test_rows_without_the_number_of_an_observation_are_each_their_own(
     assert observations_of(dataset.facts, windows).sum() == len(rows["train"])
 
 
+def test_rows_without_a_place_are_in_no_block_and_leak_by_their_observation_only(
+    chips: Path, init: Path
+) -> None:
+    from speciesmap.learning.classify import _leaks
+
+    dataset = open_paired(chips)
+    dataset.facts = facts = dataset.facts.copy()
+    facts.loc[[3, 60], "latitude"] = np.nan
+    checked = load_config(config(chips, init))
+    assert isinstance(checked, ClassifyConfig)
+    rows, notes = split_rows(dataset, checked)
+    assert not {3, 60} & set(np.concatenate(list(rows.values())).tolist())
+    assert notes["rows left out of the blocks without a place"] == 2
+    found = _leaks(facts, np.array([3, 5, 60]), np.array([2, 4, 60]), SIDE)
+    assert found.tolist() == [True, True, True]
+    assert _leaks(facts, np.array([3, 7]), np.array([4, 60]), SIDE).tolist() == [False, False]
+
+
 def test_windows_in_order_are_read_once(chips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from speciesmap.learning.classify import _in_order
 

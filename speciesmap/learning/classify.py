@@ -173,6 +173,8 @@ def split_rows(
     member = _member(dataset, config.splits, config.seed)
     rows = {name: np.flatnonzero(chosen & (member == k)) for k, name in enumerate(SPLITS)}
     notes: dict[str, Any] = {}
+    if config.splits.block_m is not None:
+        notes["rows left out of the blocks without a place"] = int((chosen & (member < 0)).sum())
     if isinstance(dataset, BirdDataset):  # opening it has left out what leaks
         notes |= {f"left out: {reason}": count for reason, count in dataset.left_out.items()}
     else:
@@ -215,8 +217,11 @@ def _member(
             member[dataset.rows_of(partial(of_split, split=name))] = k
         return member
     x, y = _metres(dataset.facts)
-    tenth = spatial_blocks(x, y, block_m=splits.block_m, folds=10, seed=seed)
-    return np.where(tenth < 7, 0, np.where(tenth == 7, 1, 2))
+    placed = np.isfinite(x) & np.isfinite(y)  # no block holds the others
+    tenth = spatial_blocks(x[placed], y[placed], block_m=splits.block_m, folds=10, seed=seed)
+    member = np.full(len(dataset), -1)
+    member[placed] = np.where(tenth < 7, 0, np.where(tenth == 7, 1, 2))
+    return member
 
 
 def _metres(facts: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -229,19 +234,28 @@ def _metres(facts: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float6
 def _leaks(
     facts: pd.DataFrame, rows: NDArray[np.int64], others: NDArray[np.int64], side_m: float
 ) -> NDArray[np.bool_]:
-    """Which rows share an observation with others, or have a window that overlaps theirs."""
+    """Which rows share an observation with others, or have a window that overlaps theirs.
+
+    Of rows without a place only the observation is known.
+    """
     leaks = np.zeros(len(rows), dtype=bool)
     if not len(others) or not len(rows):
         return leaks
     leaks |= np.isin(_identity(facts, rows), _identity(facts, others))
     latitude = facts["latitude"].to_numpy(np.float64)
     longitude = facts["longitude"].to_numpy(np.float64)
-    east = longitude * METRES_PER_DEGREE * np.cos(np.radians(latitude.mean()))
-    stretch = np.cos(np.radians(latitude.mean())) / np.cos(np.radians(np.abs(latitude).max()))
+    placed = np.isfinite(latitude) & np.isfinite(longitude)
+    others = others[placed[others]]
+    if not len(others):
+        return leaks
+    east = longitude * METRES_PER_DEGREE * np.cos(np.radians(latitude[placed].mean()))
+    widest = np.cos(np.radians(np.abs(latitude[placed]).max()))
+    stretch = np.cos(np.radians(latitude[placed].mean())) / widest
     there = np.column_stack([east, latitude * METRES_PER_DEGREE])
     tree = cKDTree(there[others])
-    distance, _ = tree.query(there[rows], p=np.inf, distance_upper_bound=side_m * stretch)
-    leaks |= np.isfinite(distance)
+    here = placed[rows]
+    distance, _ = tree.query(there[rows[here]], p=np.inf, distance_upper_bound=side_m * stretch)
+    leaks[here] |= np.isfinite(distance)
     return leaks
 
 
