@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from speciesmap.errors import QueryError
 
+RANKS = ("kingdom", "phylum", "class", "order", "family", "genus")
+"""Ranks that a lineage is made of, broadest first."""
+
 
 @dataclass(frozen=True)
 class Taxon:

@@ -7,6 +7,8 @@ import io
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import geopandas as gpd
 import numpy as np
@@ -22,6 +24,7 @@ from speciesmap.cli.chips import command
 from speciesmap.datasets import chips
 from speciesmap.datasets.chips import encode_photo, make_chips
 from speciesmap.datasets.columns import FACTS, FRACTIONS
+from speciesmap.datasets.cutting import Cutter
 from speciesmap.datasets.paired import open_paired
 from speciesmap.datasets.writer import PairedWriter
 from speciesmap.errors import DatasetError, OutputError
@@ -394,3 +397,23 @@ def test_the_command_takes_an_export_to_a_data_set(
 
     wrong = CliRunner().invoke(command, [str(export), "--out", str(tmp_path / "b")])
     assert wrong.exit_code == 2 and "--imagery" in wrong.output
+
+
+def test_what_a_data_set_of_a_longer_name_kept_stays(tmp_path: Path) -> None:
+    """Windows of remote imagery are kept beside the data set until it is whole."""
+    imagery: Any = SimpleNamespace(
+        by_scene=lambda *_: [],
+        remote=True,
+        fingerprint="",
+        bands=("red",),
+        taking_turns=lambda: None,
+    )
+    nothing = np.zeros((0, 2), np.int64), np.zeros(0, np.int64), 16
+    longer, stale = (f".{name}.0123456789ab.windows" for name in ("chips.v2", "chips"))
+    for name in (longer, stale):
+        (tmp_path / name).mkdir()
+    Cutter(imagery, *nothing, tmp_path / "chips")
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert longer in kept
+    assert stale not in kept
+    assert len(kept) == 2

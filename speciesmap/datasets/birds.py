@@ -26,12 +26,11 @@ from speciesmap.datasets.paired import PairedDataset, open_paired
 from speciesmap.datasets.photos import open_photo
 from speciesmap.datasets.splits import hold_out_places, leaks, rank_of
 from speciesmap.errors import DatasetError
-from speciesmap.taxa import Taxon
+from speciesmap.taxa import RANKS, Taxon
 
 BANDS = ("red", "green", "blue")
 OVERHEAD_M = 10.0  # Sentinel-2 cloudless (Sastry et al. 2024, section 4)
 VALIDATION = 0.1  # share of the official training images, set apart for choices
-RANKS = ("kingdom", "phylum", "class", "order", "family", "genus")
 NO_PHOTO, NO_OVERHEAD = "no photo file", "no overhead image"
 NO_PLACE, OFF_GLOBE = "no place", "place beyond 90 or 180 degrees"
 NO_IMAGES, NO_TRAINING = "category without images", "category without training images"

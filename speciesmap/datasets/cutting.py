@@ -10,6 +10,7 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class Cutter:
             digest = hashlib.sha256(imagery.fingerprint.encode())
             digest.update(repr((imagery.bands, window_px)).encode() + starts.tobytes())
             name = f".{out.name}.{digest.hexdigest()[:12]}.windows"
-            for stale in out.parent.glob(f".{out.name}.*.windows"):
+            for stale in out.parent.glob(f".{escape(out.name)}.{'[0-9a-f]' * 12}.windows"):
                 if stale.name != name:
                     shutil.rmtree(stale)
             self._kept = out.with_name(name)

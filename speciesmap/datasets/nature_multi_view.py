@@ -15,11 +15,9 @@ from numpy.typing import NDArray
 from speciesmap.datasets.columns import FRACTIONS
 from speciesmap.datasets.splits import SPLITS
 from speciesmap.errors import DatasetError
+from speciesmap.taxa import RANKS
 
 log = logging.getLogger("speciesmap")
-
-RANKS = ("kingdom", "phylum", "class", "order", "family", "genus")
-"""Ranks that a lineage is made of, broadest first."""
 
 
 def remote_files(address: str) -> tuple[str, ...]:

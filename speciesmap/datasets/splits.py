@@ -10,10 +10,11 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
+from speciesmap.observations.thin import EARTH_M, on_sphere
+
 SPLITS = ("train", "validation", "test")
 SAME_OBSERVATION = "the observation is in a later split too"
 OVERLAP = "the window may overlap one of a later split"
-EARTH_M = 6_371_000.0
 
 
 def rank_of(names: Iterable[str]) -> NDArray[np.int64]:
@@ -58,8 +59,7 @@ def leaks(facts: pd.DataFrame, side_m: float) -> dict[str, NDArray[np.bool_]]:
     """
     same, near = (np.zeros(len(facts), dtype=bool) for _ in range(2))
     split = facts["split"].to_numpy()
-    lat, lon = np.radians(facts[["latitude", "longitude"]].to_numpy(dtype=float)).T
-    points = np.column_stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)])
+    points = on_sphere(facts["longitude"], facts["latitude"])  # (N, 3)
     placed = np.isfinite(points).all(1)
     reach = 2 * np.sin(side_m * np.sqrt(2) / EARTH_M / 2)  # a chord of the unit sphere
     for k, earlier in enumerate(SPLITS[:-1]):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from speciesmap.errors import ObservationsError
 from speciesmap.observations.files import frames
-from speciesmap.taxa import scientific_name, well_cased
+from speciesmap.taxa import RANKS, scientific_name, well_cased
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -44,7 +44,6 @@ COLUMNS = (
 )
 """What `read_observations` gives, beside the geometry."""
 
-RANKS = ("kingdom", "phylum", "class", "order", "family", "genus")
 BELOW_SPECIES = ("subspecies", "variety", "form", "subvariety", "subform", "infraspecific")
 
 ALIASES: dict[str, tuple[str, ...]] = {
