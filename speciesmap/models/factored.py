@@ -7,6 +7,10 @@ running only the light part per window gives what encoding every window by itsel
 two-stage design follows hierarchical image pyramid transformers (Chen et al. 2022). The last layer
 is asked by the window alone, as in class attention (Touvron et al. 2021, CaiT, section 3): what it
 would make of the single cells is not needed.
+
+A window begins as little more than the mean of its cells, as a plain encoder begins with the mean
+of its features: layers add a tenth of what they find, and positions add nothing to the mean. The
+sines and cosines of a few positions are nearly all ones and zeros, and drowned the cells' looks.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
@@ -22,6 +27,8 @@ from torch import Tensor, nn
 from speciesmap.errors import ModelError
 from speciesmap.models.encoders import ImageTower
 from speciesmap.models.masked import sincos_positions
+
+SCALE = 0.1  # of what a layer adds at first (LayerScale: Touvron et al. 2021, CaiT, section 2)
 
 
 class Overview(nn.Module):
@@ -36,6 +43,9 @@ class Overview(nn.Module):
         self.project = nn.Linear(width, width)
         self.norm_mixed = nn.LayerNorm(width)
         self.mlp = Mlp(width, 4 * width)
+        self.scale_seen, self.scale_mixed = (
+            nn.Parameter(torch.full((width,), SCALE)) for _ in range(2)
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens of the cells of N windows, (N, T, W), to one of each window, (N, W)."""
@@ -44,8 +54,9 @@ class Overview(nn.Module):
         pair = self.key_value(self.norm(tokens)).unflatten(2, (2, self.heads, -1))
         key, value = pair.transpose(1, 3).unbind(2)  # (N, H, T, W / H)
         seen = F.scaled_dot_product_attention(query.transpose(1, 2), key, value)
-        window = window + self.project(seen.transpose(1, 2).flatten(2))  # (N, 1, W)
-        window = window + self.mlp(self.norm_mixed(window))
+        mixed = self.project(seen.transpose(1, 2).flatten(2))
+        window = window + self.scale_seen * mixed  # (N, 1, W)
+        window = window + self.scale_mixed * self.mlp(self.norm_mixed(window))
         point: Tensor = window.squeeze(1)  # (N, W)
         return point
 
@@ -103,8 +114,9 @@ class FactoredTower(nn.Module):
         self.cell_px = cell_px
         self.side = image_px // cell_px
         self.cells = ImageTower(backbone, cell_px, mean, std, width, pretrained, kwargs)
-        self.positions = nn.Parameter(sincos_positions(self.side, self.side, width))
-        between = (Block(width, heads, qkv_bias=True) for _ in range(layers - 1))
+        positions = sincos_positions(self.side, self.side, width)
+        self.positions = nn.Parameter(positions - positions.mean(0))  # so that means are of looks
+        between = (Block(width, heads, qkv_bias=True, init_values=SCALE) for _ in range(layers - 1))
         self.blocks = nn.Sequential(*between)
         self.overview = Overview(width, heads)
         self.norm = nn.LayerNorm(width)
