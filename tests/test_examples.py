@@ -61,7 +61,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         parts = replace(architecture(metadata=metadata), bands=BANDS)
         facts = {"training": {"stage": "pretrain"}}
-        save_model(SpeciesModel(parts, TAXA), folder / "runs" / name, facts)
+        model = SpeciesModel(parts, TAXA)
+        model.log_scale.data += 0.1  # as if trained
+        if model.metadata is not None:
+            model.metadata.date.weight.data += 0.1
+        save_model(model, folder / "runs" / name, facts)
     for photo in ("oak.jpg", "jay.jpg"):
         Image.fromarray(rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)).save(folder / photo)
     imagery = open_imagery(scene)

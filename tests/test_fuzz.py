@@ -382,7 +382,7 @@ def test_pixels_too_small_for_their_coordinates_are_refused(tmp_path: Path) -> N
         transform=from_origin(5e5, 4e6, 1e-12, 1e-12),
     ) as raster:  # fmt: skip
         raster.write(np.ones((1, 8, 8), np.uint8))
-    with pytest.raises(ImageryError, match="a side of 0 m"):
+    with pytest.raises(ImageryError, match="sides of 0 and 0 m"):
         open_imagery(path)
 
 

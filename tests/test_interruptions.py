@@ -142,7 +142,10 @@ def test_predict_interrupted_anywhere_leaves_the_old_maps_or_the_new_ones(tmp_pa
             try:
                 run(names[k % 2])
                 outcomes.append("done")
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, RuntimeError) as error:  # of a lock it was to give back
+                assert isinstance(error, KeyboardInterrupt) or isinstance(
+                    error.__context__, KeyboardInterrupt
+                )
                 outcomes.append("interrupted")
         after = {p.name for p in out.iterdir()}
         assert after in (before, whole[k % 2])

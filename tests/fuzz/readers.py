@@ -124,7 +124,7 @@ def photo(folder: Path) -> tuple[Any, Run]:
     """Ground photos of a query."""
     path = folder / "photo.jpg"
     model = SimpleNamespace(
-        ground=True, dim=4, reference=torch.zeros(0, 4), eval=lambda: None,
+        ground=True, joined=True, dim=4, reference=torch.zeros(0, 4), eval=lambda: None,
         encode_ground=lambda pictures: torch.ones(len(pictures), 4),
     )  # fmt: skip
 
