@@ -640,7 +640,9 @@ function speciesmapPage(map, parts) {
   function spread(cluster) {
     const bounds = cluster.getBounds();
     if (map.getZoom() >= map.getMaxZoom() || bounds.getSouthWest().equals(bounds.getNorthEast())) {
-      cluster.spiderfy();
+      const group = cluster._group;
+      if (group._inZoomAnimation) group.once("animationend", () => spread(cluster));  // deaf so long
+      else cluster.spiderfy();
     } else {
       cluster.zoomToBounds({ padding: [40, 40] });
     }
