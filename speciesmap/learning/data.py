@@ -478,9 +478,8 @@ def draw_background(
             imagery is too small.
     """
     if not isinstance(background, int):
-        rows, cols = _with_windows(
-            imagery, *_on(imagery, background, np.inf), window_px, f"places of {background}"
-        )
+        places = read_places(background)
+        rows, cols = _with_windows(imagery, places, window_px, f"places of {background}")
     elif bias is not None:
         rows, cols = biased_background(imagery, background, window_px, rng, open_imagery(bias))
     else:
@@ -507,60 +506,61 @@ def target_group_places(sources: Sources, records: str | None, fill: Sequence[fl
     """
     assert sources.imagery is not None and sources.dataset is not None
     window_m = sources.window_px * sources.resolution_m
-    cell_m = window_m / 4  # the stride of maps, where none is given
     if records is not None:
-        longitude, latitude = _on(sources.imagery, records, window_m / 2)
+        places = read_places(records, uncertainty_max_m=window_m / 2)
     else:
         facts = sources.dataset.facts.iloc[sources.rows]
-        longitude, latitude = facts["longitude"].to_numpy(), facts["latitude"].to_numpy()
-    table = pd.DataFrame(
-        {"longitude": longitude, "latitude": latitude, "taxon": "", "uncertainty_m": np.nan}
-    )
-    table = target_group(table, cell_m)
+        places = facts["longitude"].to_numpy(), facts["latitude"].to_numpy()
     rows, cols = _with_windows(
         sources.imagery,
-        table["longitude"].to_numpy(),
-        table["latitude"].to_numpy(),
+        places,
         sources.window_px,
         f"places of the group of {records or 'all taxa'}",
+        cell_m=window_m / 4,  # the stride of maps, where none is given
     )
     return Places(sources.imagery, rows, cols, sources.window_px, fill)
 
 
 def _with_windows(
     imagery: Imagery,
-    longitude: NDArray[np.float64],
-    latitude: NDArray[np.float64],
+    places: tuple[NDArray[np.float64], NDArray[np.float64]],
     window_px: int,
     what: str,
+    cell_m: float | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Rows and columns of the places that have a valid window, as places drawn at random have."""
-    rows, cols = imagery.rowcol(longitude, latitude)
-    shown = imagery.contains(longitude, latitude)
-    width = imagery.shape[1]
-    pixels = np.floor(rows[shown]).astype(np.int64) * width + np.floor(cols[shown]).astype(np.int64)
-    shown[np.flatnonzero(shown)[~valid_windows(imagery, pixels, window_px)]] = False
-    if not shown.any():
-        raise ObservationsError(
-            f"none of {len(shown)} {what} has a valid window on {imagery.source}; give background "
-            "from where the imagery has pixels"
-        )
-    if not shown.all():
-        log.info("%d of %d %s have a valid window", shown.sum(), len(shown), what)
-    return rows[shown], cols[shown]
+    """Rows and columns of places that have a valid window, as places drawn at random have.
+
+    Args:
+        imagery: Where windows are read.
+        places: Longitudes and latitudes.
+        window_px: Side of a window.
+        what: The places in words, for messages.
+        cell_m: Keep one of those on the imagery per cell of this side.
+
+    Raises:
+        ObservationsError: No place is left.
+    """
+    shown = _told(imagery.contains(*places), f"{what} are on {imagery.source}", "its extent")
+    longitude, latitude = (axis[shown] for axis in places)
+    table = pd.DataFrame(
+        {"longitude": longitude, "latitude": latitude, "taxon": "", "uncertainty_m": np.nan}
+    )
+    if cell_m is not None:
+        table = target_group(table, cell_m)
+    rows, cols = imagery.rowcol(table["longitude"].to_numpy(), table["latitude"].to_numpy())
+    pixels = np.floor(rows).astype(np.int64) * imagery.shape[1] + np.floor(cols).astype(np.int64)
+    valid = _told(
+        valid_windows(imagery, pixels, window_px),
+        f"{what} have a valid window on {imagery.source}",
+        "where it has pixels",
+    )
+    return rows[valid], cols[valid]
 
 
-def _on(
-    imagery: Imagery, path: str, uncertainty_max_m: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Longitudes and latitudes of a file's places on an imagery."""
-    longitude, latitude = read_places(path, uncertainty_max_m=uncertainty_max_m)
-    inside = imagery.contains(longitude, latitude)
-    if not inside.any():
-        raise ObservationsError(
-            f"none of the {len(inside)} places of {path} is on {imagery.source}; give background "
-            "from the imagery's extent"
-        )
-    if not inside.all():
-        log.info("%d of %d places of %s are on the imagery", inside.sum(), len(inside), path)
-    return longitude[inside], latitude[inside]
+def _told(kept: NDArray[np.bool_], found: str, remedy: str) -> NDArray[np.bool_]:
+    """Say how many places are kept; stop where none is."""
+    if not kept.any():
+        raise ObservationsError(f"none of the {len(kept)} {found}; give background from {remedy}")
+    if not kept.all():
+        log.info("%d of %d %s", kept.sum(), len(kept), found)
+    return kept
