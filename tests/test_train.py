@@ -722,7 +722,7 @@ def test_records_that_are_not_on_the_imagery_stop_or_are_counted(
         (
             lambda s, i: tune(s, i, data={"imagery": str(s.imagery), "window_px": 16}),
             ConfigError,
-            "data.dataset is not said; add --set data.dataset=CHIPS",
+            "data.dataset is not said; add .*--set data.dataset=CHIPS",
         ),
         (lambda s, i: tune(s, i / "none"), ModelError, "none is not a model"),
         (lambda s, i: crisp(s, data={}), ConfigError, "neither a dataset nor imagery"),

@@ -301,6 +301,21 @@ class Sources:
     dtype: np.dtype[Any]
     scaling: tuple[tuple[float, float], ...] | None
 
+    def both(self) -> tuple[PairedDataset | BirdDataset, Imagery]:
+        """The data set of presences, and the imagery that background is drawn from.
+
+        Raises:
+            ConfigError: One is missing.
+        """
+        if self.dataset is not None and self.imagery is not None:
+            return self.dataset, self.imagery
+        lacking = "dataset=CHIPS" if self.dataset is None else "imagery=RASTER"
+        raise ConfigError(
+            "presences come from data.dataset, background from data.imagery, and "
+            f"data.{lacking.split('=')[0]} is not said; add it to the configuration (in training "
+            f"also by --set data.{lacking}): the imagery is what the chips were cut from"
+        )
+
 
 def open_sources(data: DataConfig) -> Sources:
     """Open the data that a configuration names.
@@ -504,21 +519,21 @@ def target_group_places(sources: Sources, records: str | None, fill: Sequence[fl
     Raises:
         ObservationsError: The file cannot be read, or none of its places is on the imagery.
     """
-    assert sources.imagery is not None and sources.dataset is not None
+    dataset, imagery = sources.both()
     window_m = sources.window_px * sources.resolution_m
     if records is not None:
         places = read_places(records, uncertainty_max_m=window_m / 2)
     else:
-        facts = sources.dataset.facts.iloc[sources.rows]
+        facts = dataset.facts.iloc[sources.rows]
         places = facts["longitude"].to_numpy(), facts["latitude"].to_numpy()
     rows, cols = _with_windows(
-        sources.imagery,
+        imagery,
         places,
         sources.window_px,
         f"places of the group of {records or 'all taxa'}",
         cell_m=window_m / 4,  # the stride of maps, where none is given
     )
-    return Places(sources.imagery, rows, cols, sources.window_px, fill)
+    return Places(imagery, rows, cols, sources.window_px, fill)
 
 
 def _with_windows(

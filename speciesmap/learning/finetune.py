@@ -68,12 +68,7 @@ def finetune(
     """
     rng = np.random.default_rng(config.seed)
     base = load_model(config.init)
-    if sources.dataset is None or sources.imagery is None:
-        raise ConfigError(
-            "stage finetune needs data.dataset for presences and data.imagery for background, and "
-            f"data.{'dataset' if sources.dataset is None else 'imagery'} is not said; add "
-            "--set data.dataset=CHIPS or --set data.imagery=RASTER, what the chips were cut from"
-        )
+    dataset, imagery = sources.both()
     if (base.bands, base.window_px) != (sources.bands, sources.window_px):
         raise ModelError(
             f"{config.init} takes windows of {base.window_px} px with bands "
@@ -89,17 +84,17 @@ def finetune(
         )
     if config.validation is not None:
         check_validation(config, sources)
-    image_px = base.ground.image_px if base.ground and sources.dataset.has_ground else None
-    presences = PairedRows(sources.dataset, sources.rows, sources.taxa, image_px, sources.window_px)
-    refuse_elsewhere(presences, sources.imagery, config)
-    data, area = config.data, (sources.imagery, sources.window_px)
+    image_px = base.ground.image_px if base.ground and dataset.has_ground else None
+    presences = PairedRows(dataset, sources.rows, sources.taxa, image_px, sources.window_px)
+    refuse_elsewhere(presences, imagery, config)
+    data, area = config.data, (imagery, sources.window_px)
     kind = background_kind(data)
     background = (
         target_group_places(sources, data.target_group, base.fill)
         if kind == "target-group"
         else draw_background(*area, data.background, rng, base.fill, bias=data.bias)
     )
-    covariates = find_covariates(data, sources.imagery)
+    covariates = find_covariates(data, imagery)
     presences = presences.subset(with_covariates(presences, covariates))
     background = background.subset(with_covariates(background, covariates))
     values = compare_values(base, presences, background, config, sources)

@@ -204,15 +204,15 @@ def on_surveys(model: SpeciesModel, config: FinetuneConfig, path: Path | str) ->
     Places whose window overlaps a presence's are left out.
     """
     sources = open_sources(config.data)
-    assert sources.imagery is not None and sources.dataset is not None
-    presences = PairedRows(sources.dataset, sources.rows, sources.taxa, None, sources.window_px)
+    dataset, imagery = sources.both()
+    presences = PairedRows(dataset, sources.rows, sources.taxa, None, sources.window_px)
     environment, covariates = model.environment, None
     if environment is not None:
         covariates = open_covariates(
             environment.sources, crs=environment.crs, wanted=environment.names
         )
     everything = read_surveys(path)
-    surveys, places = surveyed_places(model, everything, presences, sources.imagery, covariates)
+    surveys, places = surveyed_places(model, everything, presences, imagery, covariates)
     read = read_places(model, places, covariates, config.trainer.accelerator).numpy()
     vectors, features = read[:, : model.dim], read[:, model.dim :]
     found: dict[str, Any] = {}

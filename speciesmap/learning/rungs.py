@@ -118,21 +118,16 @@ def gather(encoder: SpeciesModel, config: FinetuneConfig, covariates: Sequence[P
             "configuration"
         )
     sources = open_sources(config.data)
-    if sources.dataset is None or sources.imagery is None:
-        raise ConfigError(
-            "evaluation needs data.dataset for presences and data.imagery for background, and "
-            f"data.{'dataset' if sources.dataset is None else 'imagery'} is not said; add it to "
-            "the configuration: the imagery is what the chips were cut from"
-        )
+    dataset, imagery = sources.both()
     data = config.data
     if covariates:
         data = data.model_copy(update={"covariates": [str(path) for path in covariates]})
-    beside = find_covariates(data, sources.imagery)
+    beside = find_covariates(data, imagery)
     rng = np.random.default_rng(config.seed)
-    image_px = encoder.ground.image_px if encoder.ground and sources.dataset.has_ground else None
-    presences = PairedRows(sources.dataset, sources.rows, sources.taxa, image_px, sources.window_px)
+    image_px = encoder.ground.image_px if encoder.ground and dataset.has_ground else None
+    presences = PairedRows(dataset, sources.rows, sources.taxa, image_px, sources.window_px)
     background = draw_background(
-        sources.imagery, sources.window_px, config.data.background, rng, encoder.fill
+        imagery, sources.window_px, config.data.background, rng, encoder.fill
     )
     drawn = [background]
     if data.target_group is not None:
@@ -140,7 +135,7 @@ def gather(encoder: SpeciesModel, config: FinetuneConfig, covariates: Sequence[P
     presences = presences.subset(with_covariates(presences, beside))
     drawn = [places.subset(with_covariates(places, beside)) for places in drawn]
     parts: list[PairedRows | Places] = [presences, *drawn]
-    rows, cols = sources.imagery.rowcol(*where(presences))
+    rows, cols = imagery.rowcol(*where(presences))
     rows = np.concatenate([rows, *(places.rows for places in drawn)])
     cols = np.concatenate([cols, *(places.cols for places in drawn)])
     kinds = [np.full(len(d), kind) for d, kind in zip(drawn, (RANDOM, GROUP), strict=False)]
@@ -155,14 +150,14 @@ def gather(encoder: SpeciesModel, config: FinetuneConfig, covariates: Sequence[P
         values = np.concatenate([beside.at(*where(part)) for part in parts])
         categorical = [beside.names.index(name) for name in data.categorical]
     photos: dict[tuple[int, int], NDArray[np.float32]] = {}
-    if encoder.ground is not None and sources.dataset.has_ground:
+    if encoder.ground is not None and dataset.has_ground:
         photos = _photos(encoder, presences, fold[: len(presences)], rng)
     return Rows(
         sources.taxa,
         taxon,
         fold,
         uses,
-        Places(sources.imagery, rows, cols, sources.window_px, encoder.fill),
+        Places(imagery, rows, cols, sources.window_px, encoder.fill),
         vectors.numpy(),
         values,
         categorical,
