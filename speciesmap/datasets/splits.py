@@ -12,6 +12,7 @@ from scipy.spatial import cKDTree
 
 from speciesmap.observations.thin import EARTH_M, on_sphere
 
+CELL_DEG = 0.25
 SPLITS = ("train", "validation", "test")
 SAME_OBSERVATION = "the observation is in a later split too"
 OVERLAP = "the window may overlap one of a later split"
@@ -22,19 +23,18 @@ def rank_of(names: Iterable[str]) -> NDArray[np.int64]:
     return np.array([zlib.crc32(name.encode()) for name in names], dtype=np.int64)
 
 
-def hold_out_places(facts: pd.DataFrame, share: float, cell_deg: float = 0.25) -> NDArray[np.bool_]:
-    """Choose whole cells of latitude and longitude that hold about a share of the rows.
+def hold_out_places(facts: pd.DataFrame, share: float) -> NDArray[np.bool_]:
+    """Choose whole cells of a quarter of a degree that hold about a share of the rows.
 
     Args:
         facts: `latitude` and `longitude` of N rows.
         share: Of the rows, reached or just exceeded; nothing is chosen where all rows are in one
             cell.
-        cell_deg: Side of a cell in degrees.
 
     Returns:
         Rows chosen, shape (N,).
     """
-    corner = np.floor(facts[["latitude", "longitude"]].to_numpy() / cell_deg).astype(int)
+    corner = np.floor(facts[["latitude", "longitude"]].to_numpy() / CELL_DEG).astype(int)
     cells, cell = np.unique(corner, axis=0, return_inverse=True)
     if len(cells) < 2:
         return np.zeros(len(facts), dtype=bool)

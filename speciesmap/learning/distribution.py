@@ -244,9 +244,7 @@ class Ensemble:
         return np.asarray((self.linear.standardised(table) + shared) / 2)
 
 
-def fit_covariates(
-    records: Records, fold: ArrayLike, *, seed: int = 0, loss: Loss = "poisson"
-) -> Ensemble:
+def fit_covariates(records: Records, fold: ArrayLike, *, seed: int = 0) -> Ensemble:
     """Model many taxa on covariates, on hinges and squares: linear heads and shared networks.
 
     The networks' size, batches and number were chosen by spatial cross-validation within the
@@ -256,18 +254,16 @@ def fit_covariates(
         records: What was found where.
         fold: Of each place, shape (N,); the penalty is chosen on these.
         seed: Of the networks.
-        loss: Which.
     """
 
     def expand(part: Records) -> Expansion:
         return Expansion(part.features, part.categorical, hinges=HINGES, quadratic=True)
 
-    penalty = choose_penalty(records, fold, expand=expand, penalties=PENALTIES[1:], loss=loss)
+    penalty = choose_penalty(records, fold, expand=expand, penalties=PENALTIES[1:])
     expansion = expand(records)
-    linear = fit_linear(records, penalty, expansion=expansion, loss=loss)
+    linear = fit_linear(records, penalty, expansion=expansion)
     networks = [
-        fit_network(records, expansion=expansion, seed=NETWORKS * seed + k, loss=loss)
-        for k in range(NETWORKS)
+        fit_network(records, expansion=expansion, seed=NETWORKS * seed + k) for k in range(NETWORKS)
     ]
     return Ensemble(linear, networks, penalty)
 

@@ -36,25 +36,17 @@ def average_precision(present: ArrayLike, score: ArrayLike) -> float | None:
     return float(average_precision_score(present, score)) if present.any() else None
 
 
-def boyce(
-    presences: ArrayLike,
-    background: ArrayLike,
-    *,
-    window: float = 0.1,
-    positions: int = 100,
-) -> float | None:
+def boyce(presences: ArrayLike, background: ArrayLike) -> float | None:
     """Continuous Boyce index: do presences grow denser as the prediction rises?
 
     Spearman's correlation between a window's position on the scale of the prediction and the
     ratio of the share of presences to the share of background inside it (Hirzel et al. 2006).
-    Windows without background are left out; of successive equal ratios the last is kept. Width
-    and number of windows are those of `ecospat.boyce`.
+    Windows without background are left out; of successive equal ratios the last is kept. As in
+    `ecospat.boyce`, a window is a tenth of the range of all predictions wide, and takes 100 steps.
 
     Args:
         presences: Predictions at presences, shape (N,).
         background: Predictions over the study area, shape (M,).
-        window: Width of the moving window, as a share of the range of all predictions.
-        positions: How many steps the window takes.
 
     Returns:
         From -1 (presences avoid high values) over 0 (chance) to 1; None where either set is
@@ -67,8 +59,8 @@ def boyce(
     low, high = min(here[0], away[0]), max(here[-1], away[-1])
     if not high > low:
         return None
-    width = window * (high - low)
-    start = np.linspace(low, high - width, positions + 1)
+    width = 0.1 * (high - low)
+    start = np.linspace(low, high - width, 101)
     stop = start + width
     stop[-1] = high
 
@@ -149,15 +141,13 @@ def reliability(
     )
 
 
-def calibration_error(
-    present: ArrayLike, probability: ArrayLike, bins: int = RELIABILITY_BINS
-) -> float | None:
+def calibration_error(present: ArrayLike, probability: ArrayLike) -> float | None:
     """Expected calibration error (Naeini et al. 2015): mean gap of the bins of `reliability`.
 
     Returns:
         From 0 to 1, weighted by the places in each bin; None without places.
     """
-    table = reliability(present, probability, bins)
+    table = reliability(present, probability)
     if table.empty:
         return None
     gap = (table["predicted"] - table["observed"]).abs()

@@ -15,19 +15,18 @@ class TaxonHead(nn.Module):
     Args:
         taxa: How many.
         dim: Size of the joint space.
-        gain: Slope at the start, in logits per unit of cosine.
         beside: Number of features of covariates.
 
     Attributes:
-        gain: Shape (T,), positive.
+        gain: Slope in logits per unit of cosine, 10 at the start, positive, shape (T,).
         offset: Shape (T,).
         covariates: Weights of the features of covariates, in logits, shape (T, F); None without.
     """
 
-    def __init__(self, taxa: int, dim: int, gain: float = 10.0, beside: int = 0) -> None:
+    def __init__(self, taxa: int, dim: int, beside: int = 0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(taxa, dim))
-        self.gain = nn.Parameter(torch.full((taxa,), gain))
+        self.gain = nn.Parameter(torch.full((taxa,), 10.0))
         self.offset = nn.Parameter(torch.zeros(taxa))
         self.covariates = nn.Parameter(torch.zeros(taxa, beside)) if beside else None
 

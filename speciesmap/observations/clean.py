@@ -247,16 +247,13 @@ class _Cleaning:
 
 
 def near(
-    observations: pd.DataFrame | gpd.GeoDataFrame,
-    places: NDArray[np.float64],
-    within_m: float = NEAR_M,
+    observations: pd.DataFrame | gpd.GeoDataFrame, places: NDArray[np.float64]
 ) -> NDArray[np.bool_]:
-    """Mark observations near to any of some places.
+    """Mark observations within `NEAR_M` of any of some places.
 
     Args:
         observations: With columns longitude and latitude.
         places: Longitudes and latitudes, shape (P, 2).
-        within_m: Great-circle distance, in metres.
 
     Returns:
         Shape (N,).
@@ -264,7 +261,7 @@ def near(
     from scipy.spatial import cKDTree
 
     points = on_sphere(observations["longitude"], observations["latitude"])
-    chord = 2 * np.sin(within_m / EARTH_M / 2)
+    chord = 2 * np.sin(NEAR_M / EARTH_M / 2)
     distance, _ = cKDTree(on_sphere(*places.T)).query(points, distance_upper_bound=chord)
     answer: NDArray[np.bool_] = np.isfinite(distance)
     return answer

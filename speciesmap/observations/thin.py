@@ -55,10 +55,8 @@ def first_per_cell(
     return keep
 
 
-def apart(
-    observations: pd.DataFrame | gpd.GeoDataFrame, distance_m: float, *, by_taxon: bool = True
-) -> NDArray[np.bool_]:
-    """Mark observations no two of which are nearer than a distance, as many as a pass finds.
+def apart(observations: pd.DataFrame | gpd.GeoDataFrame, distance_m: float) -> NDArray[np.bool_]:
+    """Mark observations no two of a taxon nearer than a distance, as many as a pass finds.
 
     The most certain come first; each is kept unless one kept before it is nearer. What is dropped
     is therefore within the distance of something kept. Distance thinning is spThin's
@@ -68,7 +66,6 @@ def apart(
     Args:
         observations: With columns longitude, latitude, uncertainty_m and taxon.
         distance_m: Least great-circle distance, in metres.
-        by_taxon: Whether each taxon is thinned by itself.
 
     Returns:
         True for the rows to keep, shape (N,).
@@ -82,7 +79,7 @@ def apart(
             "10,000,000 m"
         )
     points = on_sphere(observations["longitude"], observations["latitude"])  # (N, 3)
-    taxon = pd.factorize(observations["taxon"])[0] if by_taxon else np.zeros(len(points), int)
+    taxon = pd.factorize(observations["taxon"])[0]
     chord = 2 * np.sin(distance_m / EARTH_M / 2)
     order = most_certain_first(observations)
     keep: NDArray[np.bool_] = _sieve()(points, taxon.astype(np.int64), order, chord)
