@@ -159,6 +159,19 @@ def test_after_leaving_leaks_out_no_ground_is_shared(seed: int) -> None:
         assert not ((north * 111_194 < side_m * 0.99) & (east * 111_194 < side_m * 0.99)).any()
 
 
+def test_a_row_of_validation_that_leaks_keeps_none_of_training_out() -> None:
+    north = np.array([0.0, 1000.0, 2000.0]) / 111_194
+    facts = pd.DataFrame(
+        {
+            "split": ["train", "validation", "test"],
+            "observation_uuid": ["a", "b", "c"],
+            "latitude": 60 + north,
+            "longitude": 10.0,
+        }
+    )
+    assert leaks(facts, 1000 / 1.4)[OVERLAP].tolist() == [False, True, False]
+
+
 @given(st.integers(0, 1000), st.floats(0.01, 0.9))
 def test_held_out_places_are_whole_cells_and_never_all(seed: int, share: float) -> None:
     rng = np.random.default_rng(seed)

@@ -26,6 +26,7 @@ from speciesmap.config import ClassifyConfig, load_config
 from speciesmap.datasets.birds import open_birds
 from speciesmap.datasets.columns import FACTS, FRACTIONS
 from speciesmap.datasets.paired import PairedDataset, open_paired
+from speciesmap.datasets.splits import OVERLAP, SAME_OBSERVATION, leaks
 from speciesmap.datasets.writer import PairedWriter
 from speciesmap.errors import ConfigError, ModelError, OutputError
 from speciesmap.learning.classify import (
@@ -299,8 +300,6 @@ def test_rows_without_the_number_of_an_observation_are_each_their_own(
 def test_rows_without_a_place_are_in_no_block_and_leak_by_their_observation_only(
     chips: Path, init: Path
 ) -> None:
-    from speciesmap.learning.classify import _leaks
-
     dataset = open_paired(chips)
     dataset.facts = facts = dataset.facts.copy()
     facts.loc[[3, 60], "latitude"] = np.nan
@@ -309,9 +308,15 @@ def test_rows_without_a_place_are_in_no_block_and_leak_by_their_observation_only
     rows, notes = split_rows(dataset, checked)
     assert not {3, 60} & set(np.concatenate(list(rows.values())).tolist())
     assert notes["rows left out of the blocks without a place"] == 2
-    found = _leaks(facts, np.array([3, 5, 60]), np.array([2, 4, 60]), SIDE)
-    assert found.tolist() == [True, True, True]
-    assert _leaks(facts, np.array([3, 7]), np.array([4, 60]), SIDE).tolist() == [False, False]
+    facts.loc[[2, 3], "observation_uuid"] = "of both"
+    facts.loc[5, "observation_uuid"] = "alone"
+    told = facts.iloc[[2, 3, 60, 5, 4]].assign(
+        split=["train", "validation", "train", "validation", "test"]
+    )
+    assert {reason: found.tolist() for reason, found in leaks(told, SIDE).items()} == {
+        SAME_OBSERVATION: [True, False, False, False, False],
+        OVERLAP: [False, False, False, True, False],
+    }
 
 
 def test_windows_in_order_are_read_once(chips: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,12 +47,14 @@ def hold_out_places(facts: pd.DataFrame, share: float) -> NDArray[np.bool_]:
 def leaks(facts: pd.DataFrame, side_m: float) -> dict[str, NDArray[np.bool_]]:
     """Find rows whose observation or ground is in a later split too.
 
-    Leaving them out makes the later split independent; the order is train, validation, test.
+    Leaving them out makes the later split independent; the order is train, validation, test. A row
+    of validation that is left out itself keeps none of training out.
 
     Args:
-        facts: `split`, `observation_uuid`, `latitude` and `longitude` of N rows.
-        side_m: Side of an aerial window. Two squares may overlap where their centres are nearer
-            than their diagonal, which also finds some that just do not.
+        facts: `split`, `observation_uuid`, `latitude` and `longitude` of N rows. Of rows without a
+            place only the observation is known.
+        side_m: Side of an aerial window. Two squares, however turned, may overlap where their
+            centres are nearer than their diagonal, which also finds some that just do not.
 
     Returns:
         Rows by reason, each of shape (N,); a row has at most one.
@@ -62,8 +64,9 @@ def leaks(facts: pd.DataFrame, side_m: float) -> dict[str, NDArray[np.bool_]]:
     points = on_sphere(facts["longitude"], facts["latitude"])  # (N, 3)
     placed = np.isfinite(points).all(1)
     reach = 2 * np.sin(side_m * np.sqrt(2) / EARTH_M / 2)  # a chord of the unit sphere
-    for k, earlier in enumerate(SPLITS[:-1]):
-        here, later = split == earlier, np.isin(split, SPLITS[k + 1 :])
+    for earlier, *following in (SPLITS[1:], SPLITS):
+        here = split == earlier
+        later = np.isin(split, following) & ~same & ~near
         same |= here & facts["observation_uuid"].isin(facts["observation_uuid"][later]).to_numpy()
         if (later & placed).any() and (here & placed).any():
             tree = cKDTree(points[later & placed])

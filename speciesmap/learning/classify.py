@@ -16,14 +16,13 @@ import torch
 import torch.nn.functional as F
 import yaml
 from numpy.typing import ArrayLike, NDArray
-from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from speciesmap.config import ClassifyConfig, SplitsConfig, ViewsConfig
 from speciesmap.datasets.birds import BirdDataset, open_dataset
 from speciesmap.datasets.nature_multi_view import chosen_rows, of_split, unrepeated
 from speciesmap.datasets.paired import PairedDataset
-from speciesmap.datasets.splits import SPLITS
+from speciesmap.datasets.splits import SPLITS, leaks
 from speciesmap.errors import ConfigError, ModelError
 from speciesmap.learning.data import Batch, PairedRows, middle
 from speciesmap.learning.fit import batches, learns_bfloat16
@@ -178,12 +177,15 @@ def split_rows(
     if isinstance(dataset, BirdDataset):  # opening it has left out what leaks
         notes |= {f"left out: {reason}": count for reason, count in dataset.left_out.items()}
     else:
-        side_m = dataset.window_px * dataset.resolution_m
-        for name, later in (("validation", ["test"]), ("train", ["validation", "test"])):
-            others = np.concatenate([rows[other] for other in later])
-            leaks = _leaks(facts, rows[name], others, side_m)
-            rows[name] = rows[name][~leaks]
-            notes[f"{name} rows left out that share an observation or ground"] = int(leaks.sum())
+        used = np.concatenate(list(rows.values()))
+        table = facts[["latitude", "longitude"]].iloc[used].assign(
+            split=np.repeat(SPLITS, [len(part) for part in rows.values()]),
+            observation_uuid=_identity(facts, used),
+        )
+        leaking = leaks(table, dataset.window_px * dataset.resolution_m)
+        notes |= {f"left out: {reason}": int(found.sum()) for reason, found in leaking.items()}
+        free = ~np.any(list(leaking.values()), axis=0)
+        rows = {name: used[free & (table["split"] == name).to_numpy()] for name in SPLITS}
     known = set(facts["name"].to_numpy()[rows["train"]])
     for name in ("validation", "test"):
         new = ~facts["name"].iloc[rows[name]].isin(known).to_numpy()
@@ -229,34 +231,6 @@ def _metres(facts: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float6
     latitude = facts["latitude"].to_numpy(np.float64)
     x = facts["longitude"].to_numpy(np.float64) * METRES_PER_DEGREE * np.cos(np.radians(latitude))
     return x, latitude * METRES_PER_DEGREE
-
-
-def _leaks(
-    facts: pd.DataFrame, rows: NDArray[np.int64], others: NDArray[np.int64], side_m: float
-) -> NDArray[np.bool_]:
-    """Which rows share an observation with others, or have a window that overlaps theirs.
-
-    Of rows without a place only the observation is known.
-    """
-    leaks = np.zeros(len(rows), dtype=bool)
-    if not len(others) or not len(rows):
-        return leaks
-    leaks |= np.isin(_identity(facts, rows), _identity(facts, others))
-    latitude = facts["latitude"].to_numpy(np.float64)
-    longitude = facts["longitude"].to_numpy(np.float64)
-    placed = np.isfinite(latitude) & np.isfinite(longitude)
-    others = others[placed[others]]
-    if not len(others):
-        return leaks
-    east = longitude * METRES_PER_DEGREE * np.cos(np.radians(latitude[placed].mean()))
-    widest = np.cos(np.radians(np.abs(latitude[placed]).max()))
-    stretch = np.cos(np.radians(latitude[placed].mean())) / widest
-    there = np.column_stack([east, latitude * METRES_PER_DEGREE])
-    tree = cKDTree(there[others])
-    here = placed[rows]
-    distance, _ = tree.query(there[rows[here]], p=np.inf, distance_upper_bound=side_m * stretch)
-    leaks[here] |= np.isfinite(distance)
-    return leaks
 
 
 def _compare(
