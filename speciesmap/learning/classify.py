@@ -178,9 +178,13 @@ def split_rows(
         notes |= {f"left out: {reason}": count for reason, count in dataset.left_out.items()}
     else:
         used = np.concatenate(list(rows.values()))
-        table = facts[["latitude", "longitude"]].iloc[used].assign(
-            split=np.repeat(SPLITS, [len(part) for part in rows.values()]),
-            observation_uuid=_identity(facts, used),
+        table = (
+            facts[["latitude", "longitude"]]
+            .iloc[used]
+            .assign(
+                split=np.repeat(SPLITS, [len(part) for part in rows.values()]),
+                observation_uuid=_identity(facts, used),
+            )
         )
         leaking = leaks(table, dataset.window_px * dataset.resolution_m)
         notes |= {f"left out: {reason}": int(found.sum()) for reason, found in leaking.items()}

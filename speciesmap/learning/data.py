@@ -98,6 +98,14 @@ class PairedRows(Dataset[Batch]):
         """Read the pixels of windows one by one, shape (B, P * P)."""
         return (self.aerial([k])[0].flatten(1).numpy() for k in np.asarray(positions))
 
+    def ground(self, positions: ArrayLike) -> Tensor:
+        """Read raw photos by positions in `rows`, shape (N, 3, S, S)."""
+        kept = self._photos
+        chosen = np.asarray(positions)
+        return (
+            self._read_photos(self.rows[chosen]) if kept is None else kept[torch.from_numpy(chosen)]
+        )
+
     @cached_property
     def _photos(self) -> Tensor | None:
         side = self.image_px or 0
@@ -124,10 +132,7 @@ class PairedRows(Dataset[Batch]):
         windows = self.dataset.aerial(rows) if self.dataset.has_aerial else None
         batch = self._batch(rows, windows)
         if self.image_px:
-            kept = self._photos
-            batch["ground"] = (
-                self._read_photos(rows) if kept is None else kept[list(positions)]
-            )  # (N, 3, S, S)
+            batch["ground"] = self.ground(positions)  # (N, 3, S, S)
         return batch
 
     def assemble(

@@ -204,8 +204,8 @@ def pair_scorer(model: SpeciesModel, rows: PairedRows, metadata: bool) -> Callab
         def rescore(query: int, candidates: NDArray[np.int64]) -> Tensor:
             one = np.array([query])
             photo, window = (one, candidates) if from_ground else (candidates, one)
-            photos = rows.__getitems__(photo.tolist())["ground"]
-            windows, facts = rows.aerial(window), rows.metadata[rows.rows[window]]
+            photos, windows = rows.ground(photo), rows.aerial(window)
+            facts = rows.metadata[rows.rows[window]]
             pairs = [
                 part.expand(len(candidates), *part.shape[1:]) for part in (photos, windows, facts)
             ]  # (candidates, ...)

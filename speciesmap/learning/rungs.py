@@ -179,9 +179,8 @@ def _photos(
             for j in np.unique(fold):
                 own = np.flatnonzero((labels == k) & (fold == j))
                 if own.size:
-                    own = rng.permutation(own)[:ASKING]
-                    batch = presences.__getitems__(own.tolist())
-                    found[k, int(j)] = np.asarray(encoder.encode_ground(batch["ground"]).numpy())
+                    photos = presences.ground(rng.permutation(own)[:ASKING])
+                    found[k, int(j)] = np.asarray(encoder.encode_ground(photos).numpy())
     return found
 
 
