@@ -205,7 +205,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
 
     class Interrupted(FakeModel):
         def encode_aerial(self, windows: torch.Tensor) -> torch.Tensor:
-            if len(self.batches) > 200:
+            if self.encoded > 1600:
                 raise KeyboardInterrupt
             return super().encode_aerial(windows)
 
@@ -699,8 +699,14 @@ def test_compiling_changes_no_vector_and_says_what_it_cost(
     with caplog.at_level(logging.INFO, "speciesmap"):
         store = embed(FakeModel(), path, tmp_path / "s.zarr", precision="float32", compiled=True)
     assert contents(store.path) == contents(whole.path)
-    assert set(shapes) == {(8, 3, 16, 16)}, "one shape is compiled"
+    assert set(shapes) == {(256, 3, 16, 16)}, "one shape is compiled"
     assert caplog.text.count("torch.compile took") == 1
+
+
+@pytest.mark.parametrize(("window", "most"), [(16, 256), (64, 128), (256, 8), (512, 2), (1024, 1)])
+def test_batches_of_large_windows_hold_fewer(window: int, most: int) -> None:
+    encoder = encode.Encoder(FakeModel(window_px=window), torch.device("cpu"))
+    assert encoder.windows == most
 
 
 def test_memory_of_batches_is_used_again_only_when_asked(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def encoding_options(command: F) -> F:
                 "--batch-size",
                 type=click.IntRange(min=1),
                 metavar="N",
-                help="Windows at once; 8 on a CPU, 256 on a GPU by default.",
+                help="Windows at once; 256 by default, fewer where windows are large.",
             ),
             click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1; chosen by default."),
             click.option(

@@ -87,7 +87,8 @@ def embed(
         min_valid: Windows with a smaller share of valid pixels are not encoded and come out as
             NaN. In other windows invalid pixels take the model's mean colour. 0.5 by default, or
             what an existing store has.
-        batch_size: Windows encoded at once; 8 on a CPU, 256 on a GPU by default.
+        batch_size: Windows encoded at once; by default as many pixels as 8 windows of 256 px have
+            on a CPU, 256 of them on a GPU, and 256 at most.
         device: Of torch, for example `"cuda"`; a GPU by default where there is one.
         precision: `"auto"` takes bfloat16 where the processor computes in it and it agrees with
             float32 (cosine at least 0.999) on the first 32 windows.

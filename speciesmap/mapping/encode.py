@@ -18,10 +18,12 @@ from speciesmap.errors import ModelError
 from speciesmap.mapping.cut import Layout, is_out_of_memory
 from speciesmap.models import SpeciesModel
 from speciesmap.models.encoders import computes_bfloat16
+from speciesmap.rasters.store import TILE
 
 LEAST_COSINE = 0.999  # of bfloat16 against float32, on every one of some real windows
-WINDOWS_CPU = 8  # few enough for what lies between two layers to stay in a processor's cache
-WINDOWS_GPU = 256
+BATCH_PX_CPU = 8 * 256**2  # few enough for what lies between two layers to stay in its caches
+BATCH_PX_GPU = 256 * 256**2
+MOST_WINDOWS = TILE**2 // 4  # of a batch by default: those of a tile's end are shorter
 KEPT_BYTES = 64 << 20  # of encoded pieces that neighbouring tiles share
 
 Item = TypeVar("Item")
@@ -94,8 +96,8 @@ class Encoder:
     Args:
         model: Whose aerial tower encodes; it is moved to the device.
         device: Where.
-        windows: Windows encoded at once; 8 on a CPU, 256 on a GPU by default. Halved for good
-            where memory runs out.
+        windows: Windows encoded at once; by default as many pixels as 8 windows of 256 px have on
+            a CPU, 256 of them on a GPU, and 256 at most. Halved for good where memory runs out.
         compiled: Use `torch.compile`.
         spent: Told how long copies take.
 
@@ -118,7 +120,9 @@ class Encoder:
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = device
         self.precision: str | None = None
-        self.windows = windows or (WINDOWS_CPU if device.type == "cpu" else WINDOWS_GPU)
+        batch_px = BATCH_PX_CPU if device.type == "cpu" else BATCH_PX_GPU
+        fitting = min(MOST_WINDOWS, max(1, batch_px // model.window_px**2))
+        self.windows = windows or fitting
         tower = model.factored
         self.piece_px = None if tower is None else tower.cell_px
         self.pieces = self.windows if tower is None else self.windows * tower.side**2
