@@ -216,8 +216,9 @@ def _known(result: dict[str, Any], model: SpeciesModel) -> dict[tuple[str, str, 
         ("Data", "Predictor variables", "Dimension reduction"): f"encoder to {a.dim} dimensions",
         ("Model", "Model settings", "Model settings (fitting)"): "assume-negative loss, L-BFGS; "
         f"seed {config['seed']}",
-        ("Model", "Model settings", "Model settings (extrapolation)"): "features clamped to the "
-        "range trained on; area of applicability masked",
+        ("Model", "Model settings", "Model settings (extrapolation)"): "embeddings are not clamped"
+        + ("; covariates are, to the range trained on" if covariates or data["location"] else "")
+        + ("; area of applicability masked" if trust and trust.applicability else ""),
         ("Model", "Model selection, averaging, ensembles", "Model selection"): "penalty by AUC "
         "within the training folds",
         ("Model", "Non-independence", "Spatial autocorrelation"): folds,

@@ -156,6 +156,8 @@ def test_files_agree_with_the_figures(appraisal: Appraisal) -> None:
     focal = table.loc[table["element"] == "Focal taxon", "value"].item()
     assert all(taxon.name in focal for taxon in TAXA)
     assert (table["value"] == "to be filled").sum() > 20
+    beyond = table.loc[table["element"] == "Model settings (extrapolation)", "value"].item()
+    assert beyond == "embeddings are not clamped; covariates are, to the range trained on"
 
 
 class Tags(HTMLParser):

@@ -136,6 +136,18 @@ def test_places_beyond_the_training_range_are_clamped_to_it(seed: int) -> None:
     assert features.std(0, correction=0).max() < 1.01
 
 
+def test_linear_heads_judge_places_beyond_the_training_range_as_a_map_by_their_weights_does() -> (
+    None
+):
+    records, _ = world()
+    heads = fit_linear(records, 30.0)
+    weight, offset = heads.linear()
+    beyond = torch.from_numpy(records.features).float() * 10
+    np.testing.assert_allclose(
+        heads.logits(beyond), beyond @ weight.T + offset, rtol=1e-3, atol=1e-3
+    )
+
+
 @pytest.mark.parametrize("categorical", [[], [0], [0, 1]])
 def test_an_expansion_comes_back_from_its_state(categorical: list[int]) -> None:
     table = np.random.default_rng(0).integers(0, 4, (50, 2)).astype(float)

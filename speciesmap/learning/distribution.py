@@ -109,7 +109,7 @@ class Heads:
             return np.asarray(self.network(self.expansion(table)).numpy())  # (N, T)
 
     def linear(self) -> tuple[Tensor, Tensor]:
-        """Weights (T, F) and offsets (T,) on the raw table, of linear heads without expansion."""
+        """Weights (T, F) and offsets (T,) on the raw table, of linear heads on `as_they_are`."""
         layer = self.network
         if not isinstance(layer, nn.Linear) or self.expansion.expands:
             raise ValueError("only linear heads on the table itself have weights on it")
@@ -125,6 +125,14 @@ class Heads:
         return np.asarray((self.logits(table) - centre) / spread)
 
 
+def as_they_are(records: Records) -> Expansion:
+    """Standardise features, and neither expand nor clamp them.
+
+    A map of embeddings is one product of theirs with `Heads.linear`.
+    """
+    return Expansion(records.features, records.categorical, clamped=False)
+
+
 def fit_linear(
     records: Records, penalty: float, *, expansion: Expansion | None = None, loss: Loss = "poisson"
 ) -> Heads:
@@ -134,10 +142,10 @@ def fit_linear(
         records: What was found where.
         penalty: Weight of the squared coefficients against the sum over a taxon's records, so
             that taxa with few records are held closer to no preference at all.
-        expansion: Of the table; linear by default.
+        expansion: Of the table; `as_they_are` by default.
         loss: Which.
     """
-    expansion = expansion or Expansion(records.features, records.categorical)
+    expansion = expansion or as_they_are(records)
     features = expansion(records.features)  # (N, F)
     head = nn.Linear(features.shape[1], records.presences.shape[1])
     nn.init.zeros_(head.weight)
@@ -179,11 +187,11 @@ def fit_network(
 
     Args:
         records: What was found where.
-        expansion: Of the table; linear by default.
+        expansion: Of the table; `as_they_are` by default.
         seed: Of weights, dropout and batches.
         loss: Which; of a batch it is that of its records among its own background.
     """
-    expansion = expansion or Expansion(records.features, records.categorical)
+    expansion = expansion or as_they_are(records)
     features = expansion(records.features)  # (N, F)
     presences = torch.from_numpy(np.asarray(records.presences, np.float32))
     background = torch.from_numpy(np.asarray(records.background, np.float32))
@@ -283,7 +291,7 @@ def choose_penalty(
         records: To train on; none of what is reported later.
         fold: Of each place, shape (N,); where all are in one, every fifth place makes a fold.
         rng: Draws the 4,000 places that are looked at where there are more; without it all are.
-        expand: Makes the expansion from the training part; linear by default.
+        expand: Makes the expansion from the training part; `as_they_are` by default.
         penalties: To choose from.
         loss: Which.
 
@@ -299,7 +307,7 @@ def choose_penalty(
     found: dict[float, list[float]] = {penalty: [] for penalty in penalties}
     for k in np.unique(folds):
         train, held = records.subset(folds != k), records.subset(folds == k)
-        expansion = expand(train) if expand else Expansion(train.features, train.categorical)
+        expansion = (expand or as_they_are)(train)
         features, there = expansion(train.features), expansion(held.features)  # (n, F), (m, F)
         head = nn.Linear(features.shape[1], train.presences.shape[1])
         nn.init.zeros_(head.weight)

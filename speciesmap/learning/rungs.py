@@ -296,7 +296,9 @@ def headed(
     beside: NDArray[np.float64] | None = None,
     drawn: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.float64]:
-    """Linear heads on embeddings, and on covariates or location, as `fit_heads` makes them.
+    """Linear heads on embeddings, and on covariates or location, assume-negative as the default.
+
+    They are what `fit_heads` makes for maps: covariates are clamped, embeddings are not.
 
     Of the taxa, or of null maps with the records `drawn`.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 class Expansion:
     """Turns a table into standardised features, remembering the table it was made from.
 
-    Continuous columns are clamped to the range they were fitted on, as MaxEnt does. Hinges are
+    Continuous columns may be clamped to the range they were fitted on, as MaxEnt does. Hinges are
     two at each knot, one for either side; an unknown category is none of the known ones.
 
     Args:
@@ -23,6 +23,7 @@ class Expansion:
         categorical: Columns that name categories.
         hinges: Knots per continuous column, at quantiles.
         quadratic: Whether squares are added.
+        clamped: Whether other rows' values are clamped to the range of the table's.
     """
 
     def __init__(
@@ -32,12 +33,15 @@ class Expansion:
         *,
         hinges: int = 0,
         quadratic: bool = False,
+        clamped: bool = True,
     ) -> None:
         values = np.asarray(table, np.float64)
         self.quadratic = quadratic
         self.continuous = [k for k in range(values.shape[1]) if k not in set(categorical)]
         part = values[:, self.continuous]
         self.low, self.high = part.min(0), part.max(0)
+        if not clamped:
+            self.low, self.high = np.full_like(self.low, -np.inf), np.full_like(self.high, np.inf)
         self.mean, self.sd = part.mean(0), part.std(0) + 1e-9
         levels = np.linspace(0, 1, hinges + 2)[1:-1]
         self.knots = np.quantile(part, levels, axis=0) if hinges else np.empty((0, part.shape[1]))
