@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from pyproj import CRS
+from torch import Tensor
 
 from speciesmap.config import DataConfig, FinetuneConfig, HeadConfig
 from speciesmap.errors import ConfigError
@@ -77,93 +79,158 @@ def cross_validate(
         ConfigError: A fold leaves nothing to train on.
     """
     assert config.validation is not None
-    imagery = background.imagery
-    facts = presences.dataset.facts.iloc[presences.rows]
-    rows, cols = imagery.rowcol(facts["longitude"].to_numpy(), facts["latitude"].to_numpy())
-    others = [background] if other is None else [background, other]
-    rows = np.concatenate([rows, *(places.rows for places in others)])
-    cols = np.concatenate([cols, *(places.cols for places in others)])
-    count, end = len(presences), len(presences) + len(background)
-    folds = make_folds(rows, cols, count, background, config)
-    taxa = len(presences.taxa)
-    labels = presences.labels[presences.rows]
-    drawn = np.zeros((len(rows), 0), bool)
-    kind = background_kind(config.data)
-    if kind == "random":
-        group = np.arange(len(rows)) >= end
-        if not group.any():
-            group[:count] = ~facts.duplicated(["longitude", "latitude"]).to_numpy()
-        counts = np.bincount(labels, minlength=taxa).tolist()
-        drawn = draw_null_maps(group, counts, np.random.default_rng(config.seed))  # (N, M)
-    negative = (np.arange(len(rows)) < end)[:, None] & ~drawn  # (N, M)
-    logits = np.empty((len(rows), taxa + drawn.shape[1]))
-    trained = np.empty(len(rows), dtype=np.int64)
+    laid = _lay(presences, [background] if other is None else [background, other], config)
+    count, end = len(presences), laid.end
+    logits = np.empty((len(laid.rows), len(presences.taxa) + laid.drawn.shape[1]))
+    trained = np.empty(len(laid.rows), dtype=np.int64)
+    window_px = presences.dataset.window_px
     uses = rows_to_train_on(
-        rows, cols, folds, presences.dataset.window_px, slice(count), slice(count, end)
+        laid.rows, laid.cols, laid.folds, window_px, slice(count), slice(count, end)
     )
     for k, use in track(list(uses.items()), "Cross-validating"):
-        held = folds == k
+        held = laid.folds == k
         trained[held] = use[:end].sum()
         kept = None if work is None else work / FOLDS / f"{k}.npy"
         if kept is not None and kept.exists():
             logits[held] = np.load(kept)
             continue
-        model, fitted = fit_taxa(
-            base,
-            presences.subset(use[:count]),
-            background.subset(use[count:end]),
-            config,
-            covariates=covariates,
-            fold=folds[:end][use[:end]],
-        )
-        accelerator = config.trainer.accelerator
-        wanted = held | use if drawn.shape[1] else held
-        parts = [read_places(model, presences.subset(wanted[:count]), covariates, accelerator)]
-        for places, part in zip(others, np.split(wanted[count:], [end - count]), strict=False):
-            parts.append(read_places(model, places.subset(part), covariates, accelerator))
-        features = torch.cat(parts)  # (n, D + F)
-        with torch.inference_mode():
-            logits[held, :taxa] = model.head(features[torch.from_numpy(held[wanted])]).numpy()
-        untrained = np.setdiff1d(np.arange(taxa), labels[use[:count]])
-        logits[np.ix_(held, untrained)] = np.nan
-        if drawn.shape[1]:
-            usable = (use & (drawn.any(1) | (np.arange(len(rows)) < end)))[wanted]
-            table = features.numpy()
-            logits[held, taxa:] = null_scores(
-                Records(
-                    table[usable],
-                    drawn[wanted][usable].astype(np.float32),
-                    negative[wanted][usable].astype(np.float32),
-                ),
-                table[held[wanted]],
-                fitted.get("penalty"),
-                folds[wanted][usable],
-                (config.head or HeadConfig()).loss,
-            )
+        logits[held] = _score_held_out(base, laid, use, held, config, covariates)
         if kept is not None and process_rank() == 0:
             with replacing(kept, overwrite=True) as beside:
                 np.save(beside, logits[held])
-    x, y = imagery.xy(rows, cols)
-    nothing = np.full(len(rows) - count, "", object)
-    names = np.r_[facts["name"].to_numpy(dtype=object), nothing]
-    kinds = [kind, "target-group" if kind == "random" else "random"]
-    table = pd.DataFrame(
-        {
-            "observation_id": np.r_[facts["observation_uuid"].to_numpy(dtype=object), nothing],
-            "longitude": x,
-            "latitude": y,
-            "taxon": names,
-            "background": np.repeat(["", *kinds], [count, end - count, len(rows) - end]),
-            "fold": folds,
-            "trained": trained,
-        }
-    )
-    columns = [taxon.name for taxon in presences.taxa]
+    names = [taxon.name for taxon in presences.taxa]
+    table = laid.table(background_kind(config.data)).assign(trained=trained)
     random = (table["background"] == "random").to_numpy()
     return (
-        table.join(pd.DataFrame(logits[:, :taxa], columns=columns)),
-        null_bounds(drawn, logits[:, taxa:], random, folds),
+        table.join(pd.DataFrame(logits[:, : len(names)], columns=names)),
+        null_bounds(laid.drawn, logits[:, len(names) :], random, laid.folds),
     )
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """Presences, then background to train on, then the other kind, as rows of one table.
+
+    Attributes:
+        presences: The first rows.
+        background: One or two kinds.
+        rows: Continuous rows in the imagery, shape (N,).
+        cols: Continuous columns, shape (N,).
+        folds: Shape (N,).
+        drawn: Records of each null map, shape (N, M).
+    """
+
+    presences: PairedRows
+    background: list[Places]
+    rows: NDArray[np.float64]
+    cols: NDArray[np.float64]
+    folds: NDArray[np.int64]
+    drawn: NDArray[np.bool_]
+
+    @property
+    def end(self) -> int:
+        """Where the rows that may be trained on end."""
+        return len(self.presences) + len(self.background[0])
+
+    def read(
+        self,
+        model: SpeciesModel,
+        wanted: NDArray[np.bool_],
+        covariates: Covariates | None,
+        accelerator: str,
+    ) -> Tensor:
+        """What a model's heads read at the rows of a mask, shape (n, D + F)."""
+        count = len(self.presences)
+        parts = [read_places(model, self.presences.subset(wanted[:count]), covariates, accelerator)]
+        cuts = [self.end - count]
+        for places, part in zip(self.background, np.split(wanted[count:], cuts), strict=False):
+            parts.append(read_places(model, places.subset(part), covariates, accelerator))
+        return torch.cat(parts)
+
+    def table(self, kind: str) -> pd.DataFrame:
+        """The rows as `cross_validate` gives them, with background of a kind, but for scores."""
+        count = len(self.presences)
+        facts = self.presences.dataset.facts.iloc[self.presences.rows]
+        x, y = self.background[0].imagery.xy(self.rows, self.cols)
+        nothing = np.full(len(self.rows) - count, "", object)
+        kinds = ["", kind, "target-group" if kind == "random" else "random"]
+        return pd.DataFrame(
+            {
+                "observation_id": np.r_[facts["observation_uuid"].to_numpy(dtype=object), nothing],
+                "longitude": x,
+                "latitude": y,
+                "taxon": np.r_[facts["name"].to_numpy(dtype=object), nothing],
+                "background": np.repeat(
+                    kinds, [count, self.end - count, len(self.rows) - self.end]
+                ),
+                "fold": self.folds,
+            }
+        )
+
+
+def _lay(presences: PairedRows, background: list[Places], config: FinetuneConfig) -> _Laid:
+    """Deal all places into folds, and draw null maps where background is random."""
+    imagery, count = background[0].imagery, len(presences)
+    end = count + len(background[0])
+    facts = presences.dataset.facts.iloc[presences.rows]
+    rows, cols = imagery.rowcol(facts["longitude"].to_numpy(), facts["latitude"].to_numpy())
+    rows = np.concatenate([rows, *(places.rows for places in background)])
+    cols = np.concatenate([cols, *(places.cols for places in background)])
+    drawn = np.zeros((len(rows), 0), bool)
+    if background_kind(config.data) == "random":
+        group = np.arange(len(rows)) >= end
+        if not group.any():
+            group[:count] = ~facts.duplicated(["longitude", "latitude"]).to_numpy()
+        labels = presences.labels[presences.rows]
+        counts = np.bincount(labels, minlength=len(presences.taxa)).tolist()
+        drawn = draw_null_maps(group, counts, np.random.default_rng(config.seed))  # (N, M)
+    folds = make_folds(rows, cols, count, background[0], config)
+    return _Laid(presences, background, rows, cols, folds, drawn)
+
+
+def _score_held_out(
+    base: SpeciesModel,
+    laid: _Laid,
+    use: NDArray[np.bool_],
+    held: NDArray[np.bool_],
+    config: FinetuneConfig,
+    covariates: Covariates | None,
+) -> NDArray[np.floating]:
+    """Logits of the taxa, then of null maps, at held-out rows, shape (n, T + M)."""
+    count, end, presences = len(laid.presences), laid.end, laid.presences
+    model, fitted = fit_taxa(
+        base,
+        presences.subset(use[:count]),
+        laid.background[0].subset(use[count:end]),
+        config,
+        covariates=covariates,
+        fold=laid.folds[:end][use[:end]],
+    )
+    maps = laid.drawn.shape[1]
+    wanted = held | use if maps else held
+    features = laid.read(model, wanted, covariates, config.trainer.accelerator)  # (n, D + F)
+    with torch.inference_mode():
+        logits = model.head(features[torch.from_numpy(held[wanted])]).numpy()  # (n, T)
+    labels = presences.labels[presences.rows][use[:count]]
+    logits[:, np.setdiff1d(np.arange(len(presences.taxa)), labels)] = np.nan
+    if not maps:
+        return np.asarray(logits)
+    trainable = np.arange(len(laid.rows)) < end
+    negative = trainable[:, None] & ~laid.drawn  # (N, M)
+    learned = use & (laid.drawn.any(1) | trainable)
+    table = features.numpy()
+    null = null_scores(
+        Records(
+            table[learned[wanted]],
+            laid.drawn[learned].astype(np.float32),
+            negative[learned].astype(np.float32),
+        ),
+        table[held[wanted]],
+        fitted.get("penalty"),
+        laid.folds[learned],
+        (config.head or HeadConfig()).loss,
+    )
+    return np.concatenate([logits, null], axis=1)
 
 
 def rows_to_train_on(
