@@ -177,6 +177,20 @@ def _not_streamed(data: DataConfig) -> DataConfig:
 
 DecodedConfig = Annotated[DataConfig, AfterValidator(_not_streamed)]
 
+LABELLED = ("dataset", "taxonomy", "one_per_observation", "supervised", "withheld", "window_px")
+
+
+def _labelled_rows(data: DataConfig) -> DataConfig:
+    for key, value in data:
+        if key not in LABELLED and value != DataConfig.model_fields[key].default:
+            raise ValueError(
+                f"stage classify does not read data.{key}, only {', '.join(LABELLED)}; leave it out"
+            )
+    return data
+
+
+LabelledConfig = Annotated[DecodedConfig, AfterValidator(_labelled_rows)]
+
 
 class OptimConfig(Strict):
     """AdamW with linear warm-up and cosine decay.
@@ -387,7 +401,7 @@ class ClassifyConfig(Strict):
     stage: Literal["classify"]
     init: str | dict[str, str]
     seed: Seed = 0
-    data: DecodedConfig
+    data: LabelledConfig
     splits: SplitsConfig = SplitsConfig()
     views: list[Literal["ground", "aerial", "both"]] = Field(
         default=["ground", "aerial", "both"], min_length=1

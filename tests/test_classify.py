@@ -289,7 +289,9 @@ def test_rows_without_the_number_of_an_observation_are_each_their_own(
     assert isinstance(checked, ClassifyConfig)
     numbered, _ = split_rows(dataset, checked)
     dataset.facts = dataset.facts.assign(observation_uuid=[None, ""] * 60)
-    rows, _ = split_rows(dataset, checked)
+    rows, notes = split_rows(dataset, checked)
+    told = "rows without observation_uuid, whose observation may be in two splits"
+    assert notes[told] == 120
     assert {name: part.tolist() for name, part in rows.items()} == {
         name: part.tolist() for name, part in numbered.items()
     }
@@ -346,8 +348,10 @@ def test_a_withheld_taxon_is_neither_trained_nor_tested(chips: Path, init: Path)
 
 def test_what_cannot_be_compared_is_refused(chips: Path, init: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with pytest.raises(ConfigError, match="has no rows for validation"):
+    with pytest.raises(ConfigError, match=r"no rows for validation \(nothing was left out\); name"):
         train(load_config(config(chips, init, splits={})), out)
+    with pytest.raises(ModelError, match="none is not a model"):
+        train(load_config(config(tmp_path / "no chips either", tmp_path / "none")), out)
     blind = tiny_model(taxa=(), ground=None)
     object.__setattr__(blind.architecture, "bands", BANDS)
     save_model(blind, tmp_path / "blind", {})
@@ -388,8 +392,12 @@ def test_a_configuration_evaluates_any_model(
     file = tmp_path / "classify.yaml"
     content = config(chips, "a model that is not there", views=["aerial"], modes=["probe"])
     file.write_text(json.dumps(content))
+    call = ["evaluate", str(init), "--data", str(file), "--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as end:
-        call = ["evaluate", str(init), "--data", str(file), "--out", str(tmp_path / "run")]
+        main([*call, "--covariates", "rain.tif"])
+    assert end.value.code == 1
+    assert "--covariates is not read to name taxa; leave it out" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
         main([*call, "--json", "-q"])
     assert end.value.code == 0
     assert json.loads(capsys.readouterr().out)["table"][0]["view"] == "aerial"

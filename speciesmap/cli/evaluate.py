@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -85,6 +86,7 @@ def command(
     if isinstance(config, ClassifyConfig):
         from speciesmap.learning.classify import classify, read_results
 
+        _refuse("to name taxa", covariates=covariates, surveys=surveys, reranker=reranker)
         asked = config.model_copy(update={"init": str(model)})
         path = classify(asked, out, overwrite=overwrite)
         print_result(path, as_json, **read_results(path))
@@ -93,6 +95,7 @@ def command(
     if config is None and (reranker is not None or trained.get("stage") == "pretrain"):
         from speciesmap.learning.retrieval import evaluate_retrieval, read_retrieval
 
+        _refuse("in retrieval", covariates=covariates, surveys=surveys)
         path = evaluate_retrieval(
             model, data, out, split=split, reranker=reranker, overwrite=overwrite
         )
@@ -100,7 +103,17 @@ def command(
         return
     from speciesmap.appraise import evaluate
 
+    _refuse("of maps", reranker=reranker)
     made = evaluate(
         model, data=data, out=out, covariates=covariates, surveys=surveys, overwrite=overwrite
     )
     print_result(made.path, as_json, html=made.html, odmap=made.odmap, report=made.result)
+
+
+def _refuse(what: str, **given: Any) -> None:
+    """Stop at options that this kind of evaluation does not read."""
+    from speciesmap.errors import ConfigError
+
+    for name, value in given.items():
+        if value:
+            raise ConfigError(f"--{name} is not read {what}; leave it out")

@@ -93,12 +93,13 @@ def classify(config: ClassifyConfig, out: Path | str, *, overwrite: bool = False
     refuse_existing(out, overwrite, config.data.dataset, *inits.values())
     if config.data.dataset is None:
         raise ConfigError("stage classify needs data.dataset with labelled rows")
+    models = {name: load_model(folder) for name, folder in inits.items()}
     dataset = open_dataset(config.data.dataset, None, config.data.taxonomy)
+    for name, model in models.items():
+        _check(model, dataset, config, str(inits[name]))
     part, notes = split_rows(dataset, config)
     table = []
-    for name, folder in inits.items():
-        model = load_model(folder)
-        _check(model, dataset, config, str(folder))
+    for name, model in models.items():
         table += [{"init": name, **row} for row in _compare(model, dataset, part, config)]
     results = pd.DataFrame(table)
     if not isinstance(config.init, Mapping):
@@ -178,6 +179,14 @@ def split_rows(
         notes |= {f"left out: {reason}": count for reason, count in dataset.left_out.items()}
     else:
         used = np.concatenate(list(rows.values()))
+        unnumbered = facts["observation_uuid"].fillna("").eq("").to_numpy()[used]
+        unplaced = facts[["latitude", "longitude"]].isna().any(axis=1).to_numpy()[used]
+        for lacking, count in (
+            ("observation_uuid, whose observation", int(unnumbered.sum())),
+            ("a place, whose ground", int(unplaced.sum())),
+        ):
+            if count:
+                notes[f"rows without {lacking} may be in two splits"] = count
         table = (
             facts[["latitude", "longitude"]]
             .iloc[used]
@@ -195,11 +204,12 @@ def split_rows(
         new = ~facts["name"].iloc[rows[name]].isin(known).to_numpy()
         rows[name] = rows[name][~new]
         notes[f"{name} rows left out of taxa without training rows"] = int(new.sum())
+    told = "; ".join(f"{count} {text}" for text, count in notes.items() if count)
     for name in SPLITS:
         if not len(rows[name]):
             raise ConfigError(
-                f"{dataset.path} has no rows for {name}: {notes}; name other splits, or set "
-                "splits.block_m to split by blocks"
+                f"{dataset.path} has no rows for {name} ({told or 'nothing was left out'}); name "
+                "other splits, or set splits.block_m to split by blocks"
             )
         notes[f"{name} rows"] = len(rows[name])
     notes["taxa"] = len(known)
@@ -294,8 +304,6 @@ def observations_of(facts: pd.DataFrame, rows: PairedRows) -> NDArray[np.int64]:
 def _identity(facts: pd.DataFrame, rows: NDArray[np.int64]) -> NDArray[Any]:
     """What tells the rows of one observation, shape (N,); a row without it is one by itself."""
     alone = np.char.add("row ", rows.astype(str))
-    if "observation_uuid" not in facts:
-        return alone
     told = facts["observation_uuid"].fillna("").astype(str).to_numpy()[rows].astype(str)
     return np.where(told == "", alone, told)
 
