@@ -252,6 +252,7 @@ def _raster(path: Path | str) -> dict[str, Any]:
                 "label": tags.get("TAXON"),
                 "query": tags["QUERY"],
                 "model": tags.get("MODEL"),
+                **({"caution": tags["CAUTION"]} if "CAUTION" in tags else {}),
                 **{
                     word: float(statistics[f"STATISTICS_{word.upper()}"])
                     for word in ("minimum", "mean", "maximum")

@@ -144,17 +144,19 @@ def find(name: str, taxa: Sequence[Taxon]) -> int:
     """Return the position of a named taxon.
 
     Args:
-        name: Scientific name in any letter case, with spaces or underscores.
+        name: Scientific name in any letter case, with spaces or underscores, with or without its
+            author.
         taxa: Where to look.
 
     Raises:
         QueryError: No taxon has this name; the message gives the nearest known ones.
     """
-    wanted = " ".join(name.replace("_", " ").split()).lower()
-    for position, taxon in enumerate(taxa):
-        if taxon.name.lower() == wanted:
-            return position
     known = [taxon.name for taxon in taxa]
+    folded = [other.lower() for other in known]
+    spaced = " ".join(name.replace("_", " ").split())
+    for wanted in (spaced.lower(), scientific_name(spaced).lower()):
+        if wanted in folded:
+            return folded.index(wanted)
     close = nearest(wanted, known)
     if close:
         hint = "did you mean " + " or ".join(repr(c) for c in close) + "?"

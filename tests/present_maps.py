@@ -29,9 +29,10 @@ def write_map(
     quantity: str = "suitability",
     crs: str = "EPSG:32610",
     transform: Affine = UTM,
+    **more: str,
 ) -> Path:
     values = np.asarray(values, np.float32)
-    tags = {"TAXON": label, "QUERY": query, "MODEL": "0123456789abcdef"}
+    tags = {"TAXON": label, "QUERY": query, "MODEL": "0123456789abcdef", **more}
     path.parent.mkdir(parents=True, exist_ok=True)
     geobox = GeoBox(values.shape, transform, crs)
     with MapWriter(path, geobox, bands=[quantity], tags=tags) as writer:

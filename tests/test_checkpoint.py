@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tiny import TAXA, architecture, tiny_model
 
 from speciesmap.errors import ModelError
 from speciesmap.models import SpeciesModel, load_model, read_facts, save_model
+from speciesmap.models.trust import Trust
 
 
 @pytest.fixture
@@ -53,6 +55,19 @@ def test_facts_are_read_without_weights_and_nothing_is_pickled(run: Path) -> Non
     facts = read_facts(run)
     assert facts["metrics"] == {"auc": 0.9}
     assert facts["fingerprint"] == tiny_model().fingerprint
+
+
+def test_who_may_read_the_facts_may_read_the_weights(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.trust = Trust(torch.zeros(len(TAXA), 2, model.architecture.dim), torch.zeros(2, 2))
+    before = os.umask(0o027)
+    try:
+        made = save_model(model, tmp_path / "run", {})
+    finally:
+        os.umask(before)
+    names = ("config.json", "model.safetensors", "taxa.json", "trust.safetensors")
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in made.iterdir()}
+    assert modes == dict.fromkeys(names, "0o640")
 
 
 def test_taxa_of_any_alphabet_come_back(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from affine import Affine
 from fake_model import FakeModel
 from loopback import serving
 from odc.geo.geobox import GeoBox
+from present_maps import ramp, write_map
 from tiny import tiny_model, tiny_scene
 
 from speciesmap import atlas, cli
@@ -76,6 +77,13 @@ def test_a_map_says_what_it_shows_and_its_range(made: Path) -> None:
     assert (facts["label"], facts["query"], facts["model"]) == ("Quercus lobata", "taxon", "fake")
     assert facts["bands"] == ["probability"]
     assert 0 < facts["minimum"] < facts["mean"] < facts["maximum"] < 1
+
+
+def test_a_map_passes_on_what_speaks_against_it(tmp_path: Path) -> None:
+    plain = write_map(tmp_path / "a.tif", ramp())
+    doubted = write_map(tmp_path / "b.tif", ramp(), CAUTION="learned from 12 presences")
+    assert "caution" not in describe(plain)
+    assert describe(doubted)["caution"] == "learned from 12 presences"
 
 
 def test_a_folder_of_maps(made: Path) -> None:

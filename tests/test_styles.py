@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import os
@@ -199,7 +200,7 @@ print("JSON" + json.dumps({
     "valid": layer.isValid(), "renderer": layer.renderer().type(), "band": layer.bandName(1),
     "crs": layer.crs().authid(), "title": layer.customProperty("legend/title-label"),
     "extent": [box.xMinimum(), box.yMinimum(), box.xMaximum(), box.yMaximum()],
-    "labels": nodes, "colours": colours}))
+    "notes": QgsLayerNotesUtils.layerNotes(layer), "labels": nodes, "colours": colours}))
 """
 
 
@@ -228,7 +229,7 @@ def run_qgis(tmp_path: Path, script: str, *arguments: str) -> Any:
 @pytest.mark.qgis
 def test_qgis_opens_a_map_styled_and_in_place(tmp_path: Path) -> None:
     values = ramp()
-    path = write_map(tmp_path / "oak.tif", values)
+    path = write_map(tmp_path / "oak.tif", values, CAUTION=f"few presences {HOSTILE}")
     write_qml(path)
     height, width = values.shape
     seen = run_qgis(tmp_path, QGIS, str(path), str(width * 10), str(height * 10))
@@ -238,6 +239,8 @@ def test_qgis_opens_a_map_styled_and_in_place(tmp_path: Path) -> None:
     assert seen["crs"] == "EPSG:32610"
     assert seen["extent"] == [560000, 4150000 - 40 * height, 560000 + 40 * width, 4150000]
     assert seen["title"] == "Quercus agrifolia (suitability)"
+    assert html.unescape(seen["notes"]) == f"few presences {HOSTILE}"
+    assert "<" not in seen["notes"]
     assert seen["labels"][0] == "0"
     assert seen["labels"][-1] == "1"
     colours = np.array(seen["colours"])

@@ -34,6 +34,10 @@ def test_a_prompt_is_the_lineage_without_repeating_the_genus() -> None:
 def test_any_spelling_of_a_known_name_is_found() -> None:
     assert find("QUERCUS  agrifolia", (PINE, OAK)) == 1
     assert find("pinus_sabiniana", (PINE, OAK)) == 0
+    assert find("Quercus agrifolia Née", (PINE, OAK)) == 1
+    assert find("Pinus sabiniana (Douglas ex D.Don) Loudon, 1832", (PINE, OAK)) == 0
+    authored = Taxon("Quercus agrifolia Née")  # as somebody's own table may name it
+    assert find("Quercus agrifolia née", (PINE, OAK, authored)) == 2
 
 
 def test_an_unknown_name_gets_help() -> None:

@@ -730,6 +730,26 @@ def test_maps_are_switched_faded_and_cut(browser: Any, scene: Path) -> None:
 
 
 @pytest.mark.chromium
+def test_what_speaks_against_a_map_stands_by_its_name(browser: Any, tmp_path: Path) -> None:
+    caution = f"learned from 12 presences {HOSTILE}"
+    maps = [
+        write_map(tmp_path / "a.tif", ramp(), CAUTION=caution),
+        write_map(tmp_path / "b.tif", ramp(), label="Betula nana"),
+    ]
+    html = make_map(maps, tmp_path / "m.html")
+    for width in (1200, 390):
+        with visit(browser, html, width) as seen:
+            page = seen.page
+            assert page.is_visible("#sm-caution")
+            assert page.text_content("#sm-caution") == caution[0].upper() + caution[1:]
+            if page.get_attribute("#sm-toggle", "aria-expanded") == "false":
+                page.click("#sm-toggle")
+            page.check("#sm-list input[value='1']")
+            assert page.is_hidden("#sm-caution")
+            assert seen.complaints == []
+
+
+@pytest.mark.chromium
 def test_two_maps_stand_beside_a_divider(browser: Any, scene: Path) -> None:
     with visit(browser, scene) as seen:
         page = seen.page

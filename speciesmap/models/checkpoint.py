@@ -52,6 +52,8 @@ def save_model(model: SpeciesModel, folder: Path | str, facts: Mapping[str, Any]
         **facts,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str))
+    for weights in folder.glob("*.safetensors"):  # which safetensors lets their owner alone read
+        weights.chmod((folder / CONFIG).stat().st_mode)
     taxa = [{"name": t.name, "lineage": list(t.lineage)} for t in model.taxa]
     (folder / TAXA).write_text(json.dumps(taxa, indent=2, ensure_ascii=False), encoding="utf-8")
     return folder

@@ -363,6 +363,8 @@ function speciesmapPage(map, parts) {
     name.textContent = layer.label;
     name.classList.toggle("sm-taxon", layer.query === "taxon");
     byId("apart").textContent = capital(apart(layer, "kind", "file"));
+    byId("caution").textContent = capital(layer.caution);
+    byId("caution").hidden = !layer.caution;
     byId("quantity").textContent = capital(layer.quantity);
     byId("range").textContent = range(layer);
     byId("bar").style.background = `linear-gradient(to right, ${data.palette.join(", ")})`;
@@ -744,7 +746,7 @@ function speciesmapPage(map, parts) {
     const asked = { taxon: "learned embedding", photo: "photos", text: "words" }[layer.query];
     about.append(make("dt", "", layer.label), make("dd", "", [
       `${layer.quantity}, ${layer.file}`, asked && `asked for by ${asked}`,
-      layer.model && `model ${layer.model.slice(0, 12)}`,
+      layer.model && `model ${layer.model.slice(0, 12)}`, layer.caution,
     ].filter(Boolean).join("; ")));
   }
   byId("about").append(make("p", "", "Each colour is the value of one cell of the map's GeoTIFF, "

@@ -77,6 +77,7 @@ class Overlay:
             "low": legend.low,
             "high": legend.high,
             "model": legend.model,
+            "caution": legend.caution,
             "file": self.file,
             "bounds_m": [grid.left, grid.bottom, grid.right, grid.top],
             "width": grid.width,

@@ -5,6 +5,7 @@ The palette is defined here once; the QGIS style, the HTML map and the pictures 
 
 from __future__ import annotations
 
+import html
 import math
 import struct
 import xml.etree.ElementTree as ET
@@ -74,6 +75,7 @@ class Legend:
         low: Value at the lower end of the colour scale.
         high: Value at the upper end of the colour scale.
         model: Fingerprint of the model that made it; may be empty.
+        caution: Why it should not be relied on, from the tag CAUTION; mostly empty.
     """
 
     label: str
@@ -82,6 +84,7 @@ class Legend:
     low: float
     high: float
     model: str = ""
+    caution: str = ""
 
     @property
     def breaks(self) -> list[float]:
@@ -119,6 +122,7 @@ def read_legend(dataset: Any) -> Legend:
         low=low,
         high=high,
         model=tags.get("MODEL", "").strip(),
+        caution=tags.get("CAUTION", "").strip(),
     )
 
 
@@ -261,7 +265,10 @@ def style_elements(legend: Legend) -> list[ET.Element]:
     properties = ET.Element("customproperties")
     custom = ET.SubElement(properties, "Option", type="Map")
     title = f"{legend.label} ({legend.quantity})"
-    for name, value in (("identify/format", "Value"), ("legend/title-label", title)):
+    words = {"identify/format": "Value", "legend/title-label": title}
+    if legend.caution:
+        words["userNotes"] = html.escape(legend.caution)  # QGIS marks the layer, notes are HTML
+    for name, value in words.items():
         ET.SubElement(custom, "Option", type="QString", name=name, value=xml_text(value))
     pipe = ET.Element("pipe")
     renderer = ET.SubElement(
