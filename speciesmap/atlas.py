@@ -22,7 +22,14 @@ from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 
 from speciesmap import __version__, outputs
-from speciesmap.errors import AreaError, ConfigError, ImageryError, ModelError, StoreError
+from speciesmap.errors import (
+    AreaError,
+    ConfigError,
+    ImageryError,
+    ModelError,
+    StoreError,
+    within_memory,
+)
 from speciesmap.mapping.embed import Precision, embed
 from speciesmap.mapping.fit import fit_imagery
 from speciesmap.mapping.predict import Map, write_maps
@@ -96,6 +103,7 @@ class Prediction:
         return xarray.Dataset(variables)
 
 
+@within_memory()
 def predict(
     model: SpeciesModel | Path | str,
     *,

@@ -6,6 +6,20 @@ prints it and exits with status 1; anything outside this tree is a bug and keeps
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+NO_MEMORY = (
+    "can't allocate memory",  # torch
+    "could not create a primitive",  # oneDNN
+    "out of memory",  # CUDA, GDAL
+    "alloc_failed",  # cuBLAS, cuDNN
+    "cannot allocate",  # the system, GDAL
+    "bad_alloc",
+    "failed to map segment",  # the loader of libraries
+    "can't start new thread",
+)
+
 
 class SpeciesmapError(Exception):
     """Base of every error a user can mend."""
@@ -53,3 +67,41 @@ class ClusterError(SpeciesmapError):
 
 class DependencyError(SpeciesmapError):
     """An optional dependency is not installed."""
+
+
+class ResourceError(SpeciesmapError):
+    """Memory or threads ran out."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell failures to allocate memory or to start a thread; few libraries raise MemoryError."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in said for words in NO_MEMORY)
+
+
+@contextmanager
+def within_memory() -> Iterator[None]:
+    """Tell a lack of memory or threads as such, wherever it strikes, also as a decorator.
+
+    Errors of the tree that come from one are told anew: what they blame is not at fault.
+
+    Raises:
+        ResourceError: What the block raises comes from such a lack.
+    """
+    try:
+        yield
+    except ResourceError:
+        raise
+    except Exception as error:
+        chain: list[BaseException] = [error]
+        while cause := chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(cause)
+        lacks = [cause for cause in chain if is_out_of_memory(cause)]
+        if not lacks:
+            raise
+        told = " ".join(str(lacks[-1]).split())[:300] or "none is left"
+        raise ResourceError(
+            f"memory or threads ran out ({told}); ask for less at once, such as a smaller area or "
+            "--batch-size, raise the limits that `ulimit -a` tells, or use a machine with more "
+            "memory"
+        ) from error

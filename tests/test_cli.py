@@ -247,5 +247,7 @@ def test_a_lack_of_memory_is_said_in_a_line(
     monkeypatch.setattr(room, "embed", embed)
     done = call(capfd, "embed", "run", "--imagery", "a.tif", "--out", "s.zarr")
     assert done.code == 1
-    assert done.err.startswith("error: memory ran out (Unable to allocate 1.00 EiB for an array")
+    assert done.err.startswith(
+        "error: memory or threads ran out (Unable to allocate 1.00 EiB for an"
+    )
     assert done.err.count("\n") == 1

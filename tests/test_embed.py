@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from odc.geo.geobox import GeoBox
 from rasterio.errors import RasterioIOError
+from safetensors import SafetensorError
 from tiny import tiny_model
 
-from speciesmap.errors import AreaError, ConfigError, ImageryError, ModelError, StoreError
+from speciesmap.errors import AreaError, ConfigError, ImageryError, ResourceError, StoreError
 from speciesmap.mapping import cut, encode
 from speciesmap.mapping import embed as engine
 from speciesmap.mapping.embed import embed
-from speciesmap.models import SpeciesModel
+from speciesmap.models import SpeciesModel, save_model
 from speciesmap.models.factored import FactoredTower
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import Imagery, open_imagery
@@ -579,7 +581,7 @@ def test_where_memory_runs_out_the_batch_halves_and_says_so(
         "out of memory with 16 windows at once; going on with 8",
     ]
     model.most = 0
-    with pytest.raises(ModelError, match="not even one window can be encoded"):
+    with pytest.raises(ResourceError, match="not even one window can be encoded"):
         embed(model, path, tmp_path / "t.zarr", precision="float32")
 
 
@@ -603,7 +605,7 @@ def test_where_memory_runs_out_for_batches_they_are_halved(
         "no memory for batches of 16; going on with 8",
     ]
     most[0] = 0
-    with pytest.raises(ImageryError, match=r"cannot be read in the memory there is .*9 bytes"):
+    with pytest.raises(ResourceError, match=r"cannot be read in the memory there is .*9 bytes"):
         embed(FakeModel(), path, tmp_path / "t.zarr", precision="float32")
 
 
@@ -621,13 +623,52 @@ def test_where_memory_runs_out_for_pixels_it_is_said_and_no_tile_is_skipped(
 
     with monkeypatch.context() as short:
         short.setattr("rasterio.DatasetReader.read", reads)
-        with pytest.raises(ImageryError, match=r"tile .* in the memory there is .*cannot allocate"):
+        with pytest.raises(
+            ResourceError, match=r"tile .* in the memory there is .*cannot allocate"
+        ):
             embed(
                 FakeModel(), path, tmp_path / "s.zarr", stride_px=2, skip_unreadable=skip_unreadable
             )
     embed(FakeModel(), path, tmp_path / "s.zarr", stride_px=2)
     embed(FakeModel(), path, tmp_path / "whole.zarr", stride_px=2)
     assert contents(tmp_path / "s.zarr") == contents(tmp_path / "whole.zarr")
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_where_no_thread_can_be_started_it_is_said_and_the_run_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    path, start, started = scene(tmp_path / "a.tif"), threading.Thread.start, [0]
+
+    def few(self: threading.Thread) -> None:
+        started[0] += 1
+        if started[0] > threads:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    whole = embed(FakeModel(), path, tmp_path / "whole.zarr")
+    (tmp_path / "whole.zarr/vectors/c/0/0/0").rename(tmp_path / "kept")
+    with monkeypatch.context() as short:
+        short.setattr(threading.Thread, "start", few)
+        with pytest.raises(
+            ResourceError, match=r"ran out \(can't start new thread\); ask for less"
+        ):
+            embed(FakeModel(), path, whole.path)
+    embed(FakeModel(), path, whole.path)
+    assert (tmp_path / "kept").read_bytes() == (whole.path / "vectors/c/0/0/0").read_bytes()
+
+
+def test_a_model_that_memory_has_no_room_for_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_model(tiny_model(bands=3), tmp_path / "model", {})
+    monkeypatch.setattr("speciesmap.models.checkpoint.safe_open", no_room)
+    with pytest.raises(ResourceError, match=r"ran out \(unable to mmap 9 bytes: Cannot allocate"):
+        embed(model, scene(tmp_path / "a.tif"), tmp_path / "s.zarr")
+
+
+def no_room(*words: Any, **named: Any) -> Any:
+    raise SafetensorError("unable to mmap 9 bytes: Cannot allocate memory (12)")
 
 
 def test_other_errors_of_the_encoder_are_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:

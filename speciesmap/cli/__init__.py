@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import click
 
-from speciesmap.errors import SpeciesmapError
+from speciesmap.errors import SpeciesmapError, within_memory
 
 COMMANDS = {
     "demo": "Map two scenes from raw input to HTML, one real and one simulated.",
@@ -71,21 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, as Ctrl-C
     try:
-        group.main(args=split_bbox(words), prog_name="speciesmap")
+        with within_memory():
+            group.main(args=split_bbox(words), prog_name="speciesmap")
     except SpeciesmapError as error:
         if logging.getLogger("speciesmap").isEnabledFor(logging.DEBUG):
             raise
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(1)
-    except MemoryError as error:
-        if logging.getLogger("speciesmap").isEnabledFor(logging.DEBUG):
-            raise
-        told = " ".join(str(error).split()) or "none is left"
-        click.echo(
-            f"error: memory ran out ({told}); ask for less at once, such as a smaller area, or use "
-            "a machine with more memory",
-            err=True,
-        )
         sys.exit(1)
 
 

@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from speciesmap.errors import ClusterError, DependencyError, SpeciesmapError
+from speciesmap.errors import (
+    ClusterError,
+    DependencyError,
+    SpeciesmapError,
+    within_memory,
+)
 from speciesmap.mapping.embed import Precision, encode_tiles
 from speciesmap.mapping.fit import fit_imagery
 from speciesmap.models import SpeciesModel, load_model
@@ -202,18 +207,19 @@ def _opened(job: Job) -> tuple[SpeciesModel, Imagery, EmbeddingStore, str | None
 def _encode(job: Job, tiles: Sequence[tuple[int, int]]) -> tuple[int, list[tuple[int, int]]]:
     """Encode the tiles that are not done, on a worker; give windows, and tiles not read."""
     try:
-        model, imagery, store, device = _opened(job)
-        windows = encode_tiles(
-            model,
-            imagery,
-            store,
-            [tile for tile in tiles if not store.has(tile)],
-            batch_size=job.batch_size,
-            device=device,
-            precision=job.precision,
-            compiled=job.compiled,
-            skip_unreadable=job.skip_unreadable,
-        )
+        with within_memory():
+            model, imagery, store, device = _opened(job)
+            windows = encode_tiles(
+                model,
+                imagery,
+                store,
+                [tile for tile in tiles if not store.has(tile)],
+                batch_size=job.batch_size,
+                device=device,
+                precision=job.precision,
+                compiled=job.compiled,
+                skip_unreadable=job.skip_unreadable,
+            )
         return windows, [tile for tile in tiles if not store.has(tile)]
     except SpeciesmapError as error:
         failure = type(error)(str(error))

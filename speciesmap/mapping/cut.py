@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from speciesmap.errors import ImageryError
+from speciesmap.errors import ImageryError, ResourceError, is_out_of_memory
 from speciesmap.rasters.imagery import Imagery
 from speciesmap.rasters.store import TILE, EmbeddingStore
 from speciesmap.rasters.windows import WindowGrid
@@ -22,7 +22,6 @@ from speciesmap.rasters.windows import WindowGrid
 BLOCK_BYTES = 8 << 20  # of pixels read at once; a tile of larger windows is read in strips
 log = logging.getLogger("speciesmap")
 
-NO_MEMORY = ("can't allocate memory", "could not create a primitive")  # torch's, oneDNN's
 EXACT_IN_TORCH = ("uint8", "int8", "int16", "int32", "int64", "float32", "float64")
 
 
@@ -95,6 +94,7 @@ def cut_windows(
 
     Raises:
         ImageryError: A tile cannot be read.
+        ResourceError: A tile cannot be read in the memory there is.
     """
     piece = piece_px or store.identity.window_px
     buffers = _buffers((batch_size, len(imagery.bands), piece, piece), imagery.dtype, pin, reuse)
@@ -110,7 +110,7 @@ def cut_windows(
             log.warning("tile %s stays empty: %s", tile, error)
             yield Batch(tile, None, readable=False)
         except MemoryError as error:
-            raise ImageryError(
+            raise ResourceError(
                 f"tile {tile} cannot be read in the memory there is ({error or 'none is left'}); "
                 "use a smaller --batch-size, fewer workers or a machine with more memory, and run "
                 "again: tiles that are done are kept"
@@ -260,9 +260,3 @@ def _filled(pixels: NDArray[Any], valid: NDArray[np.bool_], fill: Sequence[float
             else:
                 band[invalid] = value
     return pixels
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell torch's failures to allocate, which on a CPU are plain RuntimeErrors, from others."""
-    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
-    return isinstance(error, kinds) or any(words in str(error) for words in NO_MEMORY)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speciesmap.errors import ConfigError, StoreError
+from speciesmap.errors import ConfigError, StoreError, within_memory
 from speciesmap.mapping.cut import Batch, Layout, cut_windows
 from speciesmap.mapping.encode import Encoder, Stopwatch
 from speciesmap.mapping.fit import fit_imagery, fit_values, lay_out
@@ -48,6 +48,7 @@ WAITING_TILES = 2
 log = logging.getLogger("speciesmap")
 
 
+@within_memory()
 def embed(
     model: SpeciesModel | Path | str,
     imagery: Imagery | Path | str,
@@ -112,6 +113,7 @@ def embed(
         AreaError: The area is malformed or misses the imagery.
         StoreError: The store was made from something else.
         ClusterError: A cluster does not answer or loses its workers.
+        ResourceError: Memory or threads ran out; tiles that are done are kept.
     """
     named = [
         str(Path(given).absolute()) if Path(given).exists() else str(given)
@@ -234,7 +236,7 @@ def encode_tiles(
 
     Raises:
         ImageryError: A block of pixels cannot be read.
-        ModelError: Not even one window fits into memory.
+        ResourceError: Not even one window fits into memory.
         OutputError: A tile cannot be written.
         StoreError: The store was begun in another precision than the one asked for.
     """

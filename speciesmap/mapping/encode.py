@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speciesmap.errors import ModelError
-from speciesmap.mapping.cut import Layout, is_out_of_memory
+from speciesmap.errors import ResourceError, is_out_of_memory
+from speciesmap.mapping.cut import Layout
 from speciesmap.models import SpeciesModel
 from speciesmap.models.encoders import computes_bfloat16
 from speciesmap.rasters.store import TILE
@@ -238,7 +238,7 @@ class Encoder:
                     raise
                 if len(part) == 1:
                     reason = str(error).partition("\n")[0] or type(error).__name__
-                    raise ModelError(
+                    raise ResourceError(
                         f"not even one window can be encoded in the memory there is ({reason}); "
                         "use a smaller model, or another --device"
                     ) from error

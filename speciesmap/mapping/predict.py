@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from speciesmap.errors import QueryError, StoreError
+from speciesmap.errors import QueryError, StoreError, within_memory
 from speciesmap.mapping.applicability import applicable
 from speciesmap.mapping.query import Query, score, spread
 from speciesmap.mapping.surroundings import Surroundings
@@ -41,6 +41,7 @@ class Map:
     query: Query
 
 
+@within_memory()
 def write_maps(
     store: EmbeddingStore,
     queries: Sequence[Query],
@@ -82,6 +83,7 @@ def write_maps(
         StoreError: The store has nothing in the area, or is damaged.
         OutputError: A map cannot be written.
         QueryError: A query has another dimension than the store.
+        ResourceError: Memory or threads ran out.
     """
     for query in queries:
         if query.vector.shape != (store.dim,):

@@ -31,7 +31,7 @@ from odc.geo.geobox import GeoBox
 from zarr.codecs import BloscCodec
 
 from speciesmap import __version__, outputs
-from speciesmap.errors import OutputError, StoreError
+from speciesmap.errors import OutputError, StoreError, within_memory
 
 if TYPE_CHECKING:
     import xarray
@@ -363,10 +363,12 @@ def shared(cells: slice, wanted: slice) -> tuple[slice, slice]:
     return inside, slice(first - wanted.start, last - wanted.start)
 
 
+@within_memory()
 def open_store(path: Path | str) -> EmbeddingStore:
     """Open a store that exists.
 
     Raises:
+        ResourceError: Memory or threads ran out.
         StoreError: There is none, or it is damaged.
     """
     path = Path(path)
