@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 import rasterio
 from numpy.typing import NDArray
-from odc.geo.geobox import GeoBox
 
 from speciesmap import __version__, outputs
 from speciesmap.errors import (
@@ -31,7 +30,7 @@ from speciesmap.errors import (
     within_memory,
 )
 from speciesmap.mapping.embed import Precision, embed
-from speciesmap.mapping.fit import fit_imagery
+from speciesmap.mapping.fit import fit_imagery, refuse_poles, refuse_unseen
 from speciesmap.mapping.predict import Map, write_maps
 from speciesmap.mapping.query import Query, make_queries, without_calibration
 from speciesmap.mapping.ranges import draw_range, write_ranges
@@ -40,11 +39,9 @@ from speciesmap.models import SpeciesModel, load_model, read_facts
 from speciesmap.present.qgis import write_project
 from speciesmap.present.stac import write_item
 from speciesmap.present.styles import MONTHS, write_qml
-from speciesmap.present.warp import MAX_LATITUDE
 from speciesmap.present.webmap import make_map
 from speciesmap.rasters.imagery import Imagery, Opening
 from speciesmap.rasters.store import EmbeddingStore, open_store
-from speciesmap.rasters.windows import bounds_in, bounds_of
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -189,7 +186,7 @@ def predict(
     source = str(model) if isinstance(model, str | Path) else None
     outputs.refuse_existing(out, overwrite, source, pixels, kept, *photos)
     if bbox is not None:
-        _refuse_poles(bbox, bbox_crs)
+        refuse_poles(bbox, bbox_crs)
     seed: int | None = None
     if isinstance(model, str | Path):
         seed = read_facts(model).get("training", {}).get("seed")
@@ -212,7 +209,7 @@ def predict(
             any_resolution=any_resolution,
             **opening,
         )
-        _refuse_unseen(shown.source, shown.geobox)
+        refuse_unseen(shown.source, shown.geobox)
         encode = partial(
             embed,
             model,
@@ -241,7 +238,7 @@ def predict(
     else:
         filled = store if isinstance(store, EmbeddingStore) else open_store(store)
         _refuse_other_model(filled, model.fingerprint)
-        _refuse_unseen(filled.path, filled.geobox)
+        refuse_unseen(filled.path, filled.geobox)
     encoded = time.perf_counter()
     with outputs.replacing(out, overwrite=overwrite) as folder:
         folder.mkdir()
@@ -377,29 +374,6 @@ def _record(
         datetime=datetime.now(UTC),
         item_id=item_id,
     )
-
-
-def _refuse_poles(bbox: Sequence[float], crs: Any) -> None:
-    _, south, _, north = bounds_of(bbox, crs)
-    if south < -MAX_LATITUDE or north > MAX_LATITUDE:
-        reached = south if south < -MAX_LATITUDE else north
-        raise AreaError(
-            f"the area reaches latitude {reached:.6g}, the page's Web Mercator ends at "
-            f"{MAX_LATITUDE}; choose an area farther from the pole, or make a store of it with "
-            "`speciesmap embed --crs`"
-        )
-
-
-def _refuse_unseen(name: Path | str, grid: GeoBox) -> None:
-    """Stop where a page can show nothing of a raster; of one that reaches there it shows a part."""
-    _, south, _, north = bounds_in(grid)
-    if south >= MAX_LATITUDE or north <= -MAX_LATITUDE:
-        reached = south if south > 0 else north
-        raise AreaError(
-            f"{name} lies beyond latitude {reached:.6g}, the page's Web Mercator ends at "
-            f"{MAX_LATITUDE}; choose imagery farther from the pole, or make a store of it with "
-            "`speciesmap embed`"
-        )
 
 
 def seasonal_vectors(model: SpeciesModel, months: Sequence[int]) -> dict[str, NDArray[np.float32]]:

@@ -25,6 +25,7 @@ from test_styles import run_qgis
 from speciesmap.atlas import Prediction, predict
 from speciesmap.errors import AreaError
 from speciesmap.mapping.embed import embed
+from speciesmap.mapping.plan import plan
 from speciesmap.mapping.query import Query
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.windows import bounds_in
@@ -266,6 +267,8 @@ def test_areas_that_a_web_map_cannot_show_are_refused_before_anything_is_read(
 ) -> None:
     with pytest.raises(AreaError, match=f"reaches latitude {reached}, .* ends at 85.0511"):
         predict(BlobModel(), imagery=tmp_path / "none.tif", bbox=bbox, out=tmp_path / "maps")
+    with pytest.raises(AreaError, match=f"reaches latitude {reached}, .* ends at 85.0511"):
+        plan(tmp_path / "no_model", tmp_path / "none.tif", bbox=bbox)
     assert not list(tmp_path.iterdir())
 
 
@@ -283,6 +286,8 @@ def test_imagery_that_a_web_map_cannot_show_is_refused_before_it_is_encoded(
     model = BlobModel(bands=BANDS, resolution_m=1.0)
     with pytest.raises(AreaError, match=f"pole.tif lies beyond latitude {reached}.* ends at 85.05"):
         predict(model, imagery=scene, queries=[OAK], out=tmp_path / "maps")
+    with pytest.raises(AreaError, match=f"pole.tif lies beyond latitude {reached}.* ends at 85.05"):
+        plan(model, scene)
     assert [path.name for path in tmp_path.iterdir()] == ["pole.tif"]
     store = embed(model, scene, tmp_path / "s.zarr", stride_px=32)
     with pytest.raises(AreaError, match=f"s.zarr lies beyond latitude {reached}"):

@@ -9,11 +9,18 @@ from typing import Any, Unpack
 
 from odc.geo.geobox import GeoBox
 
-from speciesmap.errors import ConfigError, ImageryError
+from speciesmap.errors import AreaError, ConfigError, ImageryError
 from speciesmap.models import SpeciesModel
 from speciesmap.rasters.imagery import Imagery, Opening, open_imagery
 from speciesmap.rasters.values import Values, conventional_factor, sample_values, tagged_gains
-from speciesmap.rasters.windows import WindowGrid, cells_in, coverage
+from speciesmap.rasters.windows import (
+    MAX_LATITUDE,
+    WindowGrid,
+    bounds_in,
+    bounds_of,
+    cells_in,
+    coverage,
+)
 
 MOST_RESOLUTION_RATIO = 1.5  # beyond it an encoder sees objects of sizes it was not shown
 LEAST_COVERAGE = 0.95  # share of the area asked for; imagery that covers less is warned of
@@ -189,3 +196,35 @@ def lay_out(
             rows, cols = (slice(0, count) for count in cells.shape)
     log.info("grid: %s", words)
     return imagery, cells, (rows, cols)
+
+
+def refuse_poles(bbox: Sequence[float], crs: Any) -> None:
+    """Stop where an area reaches beyond what a page can show.
+
+    Raises:
+        AreaError: It does.
+    """
+    _, south, _, north = bounds_of(bbox, crs)
+    if south < -MAX_LATITUDE or north > MAX_LATITUDE:
+        reached = south if south < -MAX_LATITUDE else north
+        raise AreaError(
+            f"the area reaches latitude {reached:.6g}, the page's Web Mercator ends at "
+            f"{MAX_LATITUDE}; choose an area farther from the pole, or make a store of it with "
+            "`speciesmap embed --crs`"
+        )
+
+
+def refuse_unseen(name: Path | str, grid: GeoBox) -> None:
+    """Stop where a page can show nothing of a raster; of one that reaches there it shows a part.
+
+    Raises:
+        AreaError: It lies beyond the page's latitudes.
+    """
+    _, south, _, north = bounds_in(grid)
+    if south >= MAX_LATITUDE or north <= -MAX_LATITUDE:
+        reached = south if south > 0 else north
+        raise AreaError(
+            f"{name} lies beyond latitude {reached:.6g}, the page's Web Mercator ends at "
+            f"{MAX_LATITUDE}; choose imagery farther from the pole, or make a store of it with "
+            "`speciesmap embed`"
+        )

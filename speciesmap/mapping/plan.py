@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from speciesmap.mapping.benchmark import benchmark
-from speciesmap.mapping.fit import fit_imagery, fit_values, lay_out
+from speciesmap.mapping.fit import fit_imagery, fit_values, lay_out, refuse_poles, refuse_unseen
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.rasters.imagery import Imagery, Opening
 from speciesmap.rasters.store import TILE
@@ -79,8 +79,10 @@ def plan(
         opening: As for `embed`.
 
     Raises:
-        SpeciesmapError: As `embed` does, where an input does not fit.
+        SpeciesmapError: As `predict` does, where an input does not fit.
     """
+    if bbox is not None:
+        refuse_poles(bbox, bbox_crs)
     if isinstance(model, str | Path):
         model = load_model(model)
     imagery = fit_imagery(
@@ -92,6 +94,7 @@ def plan(
         any_resolution=any_resolution,
         **opening,
     )
+    refuse_unseen(imagery.source, imagery.geobox)
     side = model.window_px
     stride = max(1, side // 4) if stride_px is None else stride_px
     imagery, cells, (rows, cols) = lay_out(imagery, side, stride, bbox, bbox_crs)

@@ -24,7 +24,7 @@ from rasterio.windows import Window, intersect
 from speciesmap.errors import ImageryError
 from speciesmap.rasters.imagery import Imagery, open_imagery, open_raster
 from speciesmap.rasters.scenes import list_files
-from speciesmap.rasters.windows import transformed
+from speciesmap.rasters.windows import MAX_LATITUDE, transformed
 
 RADIUS_M = 6378137.0
 """Radius of Web Mercator's sphere, EPSG:3857."""
@@ -35,7 +35,6 @@ HALF_M = math.pi * RADIUS_M
 SHIFTED = "+proj=merc +a=6378137 +b=6378137 +lon_0=180 +units=m +nadgrids=@null +no_defs"
 """Web Mercator about the 180th meridian, for maps that cross it."""
 
-MAX_LATITUDE = 85.0511
 COLOURS = ("red", "green", "blue")
 OVERSAMPLE = 16  # grid pixels along a cell's side, where cells must be warped
 

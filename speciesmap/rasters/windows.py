@@ -16,6 +16,7 @@ from odc.geo.geobox import GeoBox
 
 from speciesmap.errors import AreaError, ImageryError
 
+MAX_LATITUDE = 85.0511  # of Web Mercator
 EDGE_POINTS = 33  # along each side of an area's outline when it is projected
 
 
