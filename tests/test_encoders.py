@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,6 +15,7 @@ from safetensors.torch import save_file
 from speciesmap.errors import ModelError
 from speciesmap.models import encoders
 from speciesmap.models.encoders import ImageTower, computes_bfloat16
+from speciesmap.models.text import HubTextTower
 
 
 def tower(
@@ -113,6 +117,44 @@ def test_weights_that_cannot_be_had_are_one_line(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ModelError, match=r"no route to the hub.*pretrained: false") as caught:
         tower(pretrained=True)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine whose hub does not answer, and its empty cache; nothing may wait for it."""
+
+    def refuse(seconds: float) -> None:
+        raise AssertionError(f"asks again after {seconds} s")
+
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", refuse)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: tower(pretrained=True), lambda: HubTextTower(8, "hf-hub:imageomics/bioclip")],
+    ids=["image", "text"],
+)
+def test_a_hub_that_does_not_answer_is_asked_once(no_hub: Path, make: Callable[[], Any]) -> None:
+    with pytest.raises(ModelError, match=r"127\.0\.0\.1:9 does not answer, and .* lacks them\)"):
+        make()
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE, "others may ask again"
+
+
+def test_weights_in_the_cache_are_taken_where_the_hub_does_not_answer(no_hub: Path) -> None:
+    learned = tower(bands=3).backbone.state_dict()
+    kept = (
+        no_hub
+        / f"models--{encoders.timm.get_pretrained_cfg('test_resnet').hf_hub_id.replace('/', '--')}"
+    )
+    (kept / "snapshots" / "0").mkdir(parents=True)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("0")
+    save_file(learned, kept / "snapshots" / "0" / "model.safetensors")
+    taken = tower(bands=3, pretrained=True).backbone.state_dict()
+    torch.testing.assert_close(taken["conv1.0.weight"], learned["conv1.0.weight"])
 
 
 def test_bfloat16_is_reported_where_the_processor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import timm
@@ -11,6 +12,7 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from speciesmap.errors import ModelError
+from speciesmap.models.hub import hub_or_cache
 from speciesmap.taxa import nearest
 
 MOST_OF_KWARGS = 100_000
@@ -85,9 +87,10 @@ class ImageTower(nn.Module):
         if fixed:
             options.setdefault("img_size", image_px)
         try:
-            self.backbone = timm.create_model(
-                backbone, pretrained=pretrained, in_chans=len(mean), num_classes=0, **options
-            )
+            with hub_or_cache() if pretrained else nullcontext():
+                self.backbone = timm.create_model(
+                    backbone, pretrained=pretrained, in_chans=len(mean), num_classes=0, **options
+                )
         except (TypeError, AssertionError, ValueError) as error:
             raise ModelError(f"timm cannot build {backbone!r} with {options}: {error}") from error
         except Exception as error:  # the hub's client raises many kinds

@@ -7,6 +7,7 @@ tower of an open_clip model such as BioCLIP, by its name.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 
 import open_clip
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from speciesmap.errors import ModelError
+from speciesmap.models.hub import hub_or_cache
 
 MOST_CHARACTERS = 1000
 """Of a prompt; the time of splitting a word into tokens grows with the square of its length."""
@@ -82,8 +84,9 @@ class HubTextTower(nn.Module):
     def __init__(self, dim: int, name: str) -> None:
         super().__init__()
         try:
-            model = open_clip.create_model(name, require_pretrained=True)
-            self.tokenizer = open_clip.get_tokenizer(name)
+            with nullcontext() if name.startswith("local-dir:") else hub_or_cache():
+                model = open_clip.create_model(name, require_pretrained=True)
+                self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # the hub's client raises many kinds
             raise ModelError(
                 f"text model {name!r} cannot be loaded ({type(error).__name__}: "
