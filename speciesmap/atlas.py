@@ -246,10 +246,10 @@ def predict(
             filled, model, asked, folder, bbox=bbox, bbox_crs=bbox_crs, months=season, around=around
         )
         scored = time.perf_counter()
-        tifs = [m.path for m in maps]
-        _present(tifs, folder, shown, observations, title)
+        tifs, total = [m.path for m in maps], [*folder.glob(RICHNESS)]
+        _present(tifs, total, folder, shown, observations, title)
         if qgis_project:
-            write_project(folder / "maps.qgz", tifs, title=out.name)
+            write_project(folder / "maps.qgz", [*tifs, *total], title=out.name)
         spent = {
             "encode": round(encoded - started, 3),
             "score": round(scored - encoded, 3),
@@ -306,18 +306,23 @@ def _score(
 
 def _present(
     tifs: Sequence[Path],
+    total: Sequence[Path],
     folder: Path,
     imagery: Imagery | None,
     observations: gpd.GeoDataFrame | None,
     title: str,
 ) -> None:
     """Write the maps' styles and their page, with imagery under them where that can be had."""
-    for tif in tifs:
+    for tif in (*tifs, *total):
         write_qml(tif)
     if len(tifs) > PAGE_MAPS:
         log.warning("map.html shows the first %d of %d maps", PAGE_MAPS, len(tifs))
     page = partial(
-        make_map, tifs[:PAGE_MAPS], folder / "map.html", observations=observations, title=title
+        make_map,
+        [*tifs[:PAGE_MAPS], *total],
+        folder / "map.html",
+        observations=observations,
+        title=title,
     )
     if imagery is not None and imagery.remote:
         log.info("map.html has no imagery under the maps, which would be read from afar again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -314,7 +315,9 @@ def test_a_trained_model_maps_all_of_it(tmp_path: Path) -> None:
     trust = read_facts(model)["trust"]
     assert trust["presences"] == {taxon.name: 20 for taxon in TAXA}
     assert trust["applicability"]["threshold"] > 0
-    made = predict(model, imagery=scene.imagery, out=tmp_path / "maps", stride_px=8)
+    made = predict(
+        model, imagery=scene.imagery, out=tmp_path / "maps", stride_px=8, qgis_project=True
+    )
     for m in made.maps:
         with rasterio.open(m.path) as raster:
             assert raster.descriptions == ("probability", "uncertainty", "applicability")
@@ -336,6 +339,10 @@ def test_a_trained_model_maps_all_of_it(tmp_path: Path) -> None:
     layers = [rasterio.open(m.path).read(1) for m in made.maps]
     known = np.isfinite(total)
     assert total[known] == pytest.approx(np.sum(layers, axis=0)[known], abs=1e-5)
+    assert "Species richness (richness)" in (made.path / "richness.qml").read_text()
+    assert '"label":"Species richness"' in made.html.read_text()
+    with zipfile.ZipFile(made.path / "maps.qgz") as project:
+        assert b"./richness.tif" in project.read("maps.qgs")
     ranges = gpd.read_file(made.path / "ranges.gpkg")
     assert len(ranges) == 9
     assert ranges.crs == "EPSG:32610"

@@ -22,11 +22,12 @@ function speciesmapPage(map, parts) {
   /* Words that tell maps of one name apart, each only where it is needed. */
   const kinds = { taxon: "as learned", photo: "by photos", text: "in words" };
   const groups = [...new Set(layers.map((l) => l.query))];
+  const several = groups.filter((query) => query !== "richness").length > 1;
   const quantities = [...new Set(layers.map((l) => l.quantity))];
   for (const layer of layers) {
     const others = layers.filter((l) => l !== layer && l.label === layer.label && l.query === layer.query);
     layer.apart = {
-      kind: groups.length > 1 && (kinds[layer.query] || layer.query || "raster"),
+      kind: several && layer.query !== "richness" && (kinds[layer.query] || layer.query || "raster"),
       quantity: others.some((l) => l.quantity !== layer.quantity) && layer.quantity,
       file: others.some((l) => l.quantity === layer.quantity) && layer.file,
     };
@@ -355,6 +356,7 @@ function speciesmapPage(map, parts) {
       + "found. It is not the chance of finding it.",
     probability: "Probability is the chance that it is present, calibrated against the "
       + "prevalence that the model was given.",
+    richness: "Richness is how many of the mapped taxa to expect there: the sum of their probabilities.",
   };
 
   function legend() {
@@ -388,7 +390,9 @@ function speciesmapPage(map, parts) {
 
   /* ---- the list ---- */
 
-  const headings = { taxon: "Species", photo: "Asked for by photos", text: "Asked for in words" };
+  const headings = {
+    taxon: "Species", photo: "Asked for by photos", text: "Asked for in words", richness: "Richness",
+  };
 
   function list() {
     const rows = [];

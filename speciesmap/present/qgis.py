@@ -14,7 +14,12 @@ from speciesmap.outputs import replacing
 from speciesmap.present.styles import Legend, read_legend, style_elements, xml_text
 from speciesmap.present.warp import open_map
 
-GROUPS = {"taxon": "Species", "photo": "Asked for by photos", "text": "Asked for in words"}
+GROUPS = {
+    "taxon": "Species",
+    "photo": "Asked for by photos",
+    "text": "Asked for in words",
+    "richness": "Richness",
+}
 
 ID_PREFIX = "speciesmap_layer_"
 """QGIS replaces a layer's identity of ten letters or fewer, and then its list lacks the layer."""
