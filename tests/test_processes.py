@@ -5,8 +5,11 @@ As a program this file is one process of the two: `test_processes.py FOLDER`.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import zlib
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 
 from speciesmap.config import load_config
+from speciesmap.datasets.paired import open_paired
 from speciesmap.errors import ConfigError
 from speciesmap.learning import crossview, fit, modules
 from speciesmap.learning.train import train
@@ -59,14 +63,42 @@ def learn(folder: Path, processes: int) -> None:
         patch.setattr(modules.Stage, "on_train_end", draw)
         for name, method in METHODS.items():
             train(configured(method, folder, processes), folder / f"{name}_{processes}")
+        stream_in(folder, processes, patch)
 
 
-def configured(method: dict[str, Any], folder: Path, processes: int) -> Any:
-    data: dict[str, Any] = {"dataset": str(folder / "chips")}
+def stream_in(folder: Path, processes: int, patch: pytest.MonkeyPatch) -> None:
+    """Train on a stream, three batches an epoch, and keep what each process saw at what rate."""
+    seen: dict[int, list[int]] = defaultdict(list)
+    rates: list[float] = []
+    step = modules.Masked.training_step
+
+    def watched(stage: modules.Masked, batch: dict[str, Tensor], index: int) -> Tensor:
+        seen[stage.current_epoch] += digests(batch["aerial"])
+        rates.append(stage.trainer.optimizers[0].param_groups[0]["lr"])
+        return step(stage, batch, index)
+
+    def write(stage: modules.Stage) -> None:
+        content = {"seen": list(seen.values()), "rates": rates}
+        (folder / f"streamed_{processes}_{stage.global_rank}").write_text(json.dumps(content))
+
+    patch.setattr(modules.Masked, "training_step", watched)
+    patch.setattr(modules.Stage, "on_train_end", write)
+    config = configured(METHODS["aerial_mae"], folder, processes, batch=ROWS // 3, stream={})
+    train(config, folder / f"streamed_{processes}")
+
+
+def digests(windows: Tensor) -> list[int]:
+    return [zlib.crc32(window.numpy().tobytes()) for window in windows]
+
+
+def configured(
+    method: dict[str, Any], folder: Path, processes: int, batch: int = ROWS, **data: Any
+) -> Any:
+    data |= {"dataset": str(folder / "chips")}
     if method["stage"] == "finetune":
         data |= {"imagery": str(folder / "aerial.tif"), "background": ROWS}
         method = {**method, "init": str(folder / "init")}
-    optim = {"epochs": 2, "batch_size": ROWS // processes, "lr": 1e-4, "warmup": 0}
+    optim = {"epochs": 2, "batch_size": batch // processes, "lr": 1e-4, "warmup": 0}
     trainer = {"accelerator": "cpu", "devices": processes, "precision": "32-true"}
     return load_config({**method, "data": data, "optim": optim, "trainer": trainer})
 
@@ -116,6 +148,28 @@ def test_two_processes_learn_what_one_learns_from_the_joined_batch(method: str, 
 def test_each_process_draws_its_own_views(runs: Path) -> None:
     first, second = ((runs / f"drawn_2_{rank}").read_text() for rank in range(2))
     assert first != second
+
+
+def test_of_a_stream_each_process_sees_its_own_rows_and_every_epoch_all(runs: Path) -> None:
+    every = sorted(digests(torch.from_numpy(open_paired(runs / "chips").aerial())))
+    assert len(set(every)) == ROWS
+    first, second = (json.loads((runs / f"streamed_2_{rank}").read_text()) for rank in range(2))
+    assert len(first["seen"]) == len(second["seen"]) == 2
+    for mine, theirs in zip(first["seen"], second["seen"], strict=True):
+        assert len(mine) == len(theirs) == ROWS // 2
+        assert sorted(mine + theirs) == every
+    assert first["seen"][0] != first["seen"][1]
+
+
+def test_of_a_stream_the_learning_rate_falls_as_in_one_process(runs: Path) -> None:
+    one, first, second = (
+        json.loads((runs / f"streamed_{told}").read_text())["rates"]
+        for told in ("1_0", "2_0", "2_1")
+    )
+    assert first == second == one
+    assert len(one) == read_facts(runs / "streamed_2")["metrics"]["steps"] == 6
+    assert one == sorted(one, reverse=True)
+    assert 0 < one[-1] < 0.2 * one[0]
 
 
 def test_processes_that_cannot_fill_a_batch_each_learn_nothing_and_say_so(
