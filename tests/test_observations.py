@@ -304,6 +304,29 @@ def test_vector_files_of_any_crs(tmp_path: Path) -> None:
         read_observations(tmp_path / "areas.gpkg")
 
 
+def test_names_that_a_shapefile_cuts_are_known_where_only_one_is_meant(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    points = gpd.GeoDataFrame(
+        {
+            "scientific": ["Acer negundo L.", "Acer rubrum L."],
+            "positional": [12.0, 30.0],
+            "coordinate": [5.0, 6.0],
+        },
+        geometry=gpd.points_from_xy([-120.5, -120.25], [37.0, 37.25]),
+        crs="EPSG:4326",
+    )
+    points.to_file(tmp_path / "a.shp")
+    got = read_observations(tmp_path / "a.shp")
+    assert got["taxon"].tolist() == ["Acer negundo", "Acer rubrum"]
+    assert got["uncertainty_m"].tolist() == [12.0, 30.0]
+    [told] = caplog.messages
+    assert "coordinate may be coordinateuncertaintyinmeters or coordinatesobscured" in told
+    points.to_file(tmp_path / "a.gpkg")
+    with pytest.raises(ObservationsError, match="names no taxa among scientific"):
+        read_observations(tmp_path / "a.gpkg")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 def test_plain_tables_of_any_delimiter(tmp_path: Path, encoding: str, delimiter: str) -> None:
@@ -347,6 +370,10 @@ DEFECTS: dict[str, tuple[str, str]] = {
         r"row 1 \(1,000\): uncertainty_m is no number",
     ),
     "no latitude": ("species,longitude,x\nA b,1,2\n", r"no column for latitude among species"),
+    "x and y": (
+        "species,x,y\nA b,560000,4150000\n",
+        r"in decimal degrees, or give a vector file",
+    ),
     "no taxon": ("latitude,longitude\n1,2\n", r"names no taxa .*--taxon"),
     "no rows": ("species,latitude,longitude\n", "has no rows"),
     "nothing usable": (

@@ -249,7 +249,8 @@ def _relative(
 
 def _open_photo(path: Path) -> Image.Image:
     if not path.is_file():
-        raise QueryError(f"photo {path} does not exist; check the name")
+        what = "is a folder; name its files" if path.is_dir() else "does not exist; check the name"
+        raise QueryError(f"photo {path} {what}")
     try:
         return open_photo(path)
     except ValueError as error:

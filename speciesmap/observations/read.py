@@ -230,6 +230,24 @@ class _Rows:
             re.sub(r"[^a-z0-9]", "", str(column).lower()): column
             for column in reversed(self.frame.columns)
         }
+        if path.suffix.lower() == ".shp":
+            self._lengthen()
+
+    def _lengthen(self) -> None:
+        """Know columns whose names a shapefile cut to ten letters, where only one can be meant."""
+        cut = {name: column for name, column in self._columns.items() if len(str(column)) == 10}
+        for name, column in cut.items():
+            whole = [a for known in ALIASES.values() for a in known if a.startswith(name)]
+            if len(whole) == 1:
+                self._columns.setdefault(whole[0], column)
+            elif whole and name not in whole and self.first == 1:
+                log.warning(
+                    "%s: the column %s may be %s, cut to ten letters, and is not read; save the "
+                    "records as a GeoPackage",
+                    self.path,
+                    column,
+                    " or ".join(whole),
+                )
 
     def has(self, fact: str) -> bool:
         return any(alias in self._columns for alias in ALIASES[fact])
@@ -322,7 +340,8 @@ class _Rows:
         for fact in ("longitude", "latitude"):
             if not self.has(fact):
                 raise ObservationsError(
-                    f"{self.path} has no column for {fact} among {self._named()}; name one `{fact}`"
+                    f"{self.path} has no column for {fact} among {self._named()}; name one "
+                    f"`{fact}`, in decimal degrees, or give a vector file that says its CRS"
                 )
 
     def _presence(self) -> pd.Series:

@@ -310,5 +310,6 @@ def _max_zoom(grids: Sequence[Grid], extent: Grid) -> int:
 def _title(overlays: Sequence[Overlay]) -> str:
     if len(overlays) == 1:
         return f"{overlays[0].legend.quantity.capitalize()} map"
-    quantities = sorted({o.legend.quantity for o in overlays})
-    return f"{len(overlays)} maps of {' and '.join(quantities)}"
+    *others, last = sorted({o.legend.quantity for o in overlays})
+    quantities = f"{', '.join(others)} and {last}" if others else last
+    return f"{len(overlays)} maps of {quantities}"
