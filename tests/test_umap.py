@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+import torch
+import torch.nn.functional as F
 from affine import Affine
 from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
@@ -19,7 +21,13 @@ from tiny import BANDS, TAXA, tiny_model, tiny_scene
 from speciesmap.cli import main
 from speciesmap.datasets.paired import open_paired
 from speciesmap.errors import OutputError, QueryError, StoreError
-from speciesmap.mapping.umap import group_colours, photo_points, umap_colours, umap_points
+from speciesmap.mapping.umap import (
+    group_colours,
+    photo_points,
+    place,
+    umap_colours,
+    umap_points,
+)
 from speciesmap.models import save_model
 from speciesmap.rasters.store import EmbeddingStore, Identity
 from speciesmap.taxa import Taxon
@@ -106,6 +114,23 @@ def test_a_landmark_is_within_half_a_cell(tmp_path: Path) -> None:
     assert np.abs(np.subtract(middle, (x, y))).max() <= 5
 
 
+def test_cells_are_placed_where_umap_placed_their_nearest_neighbours() -> None:
+    rng = np.random.default_rng(0)
+    fitted = F.normalize(torch.from_numpy(rng.normal(size=(200, 8)).astype(np.float32)), dim=1)
+    places = torch.from_numpy(rng.normal(size=(200, 3)).astype(np.float32))
+    others = F.normalize(fitted[:50] + 0.01, dim=1)
+    for count in (5, 1000):
+        placed = place(others, fitted, places, count)
+        numbers = (others @ fitted.T).argsort(dim=1, descending=True)[:, :count]
+        near = places[numbers]
+        assert (placed >= near.amin(1) - 1e-5).all() and (placed <= near.amax(1) + 1e-5).all()
+    one = place(others, fitted, places, 1)
+    np.testing.assert_allclose(one, places[:50], atol=1e-6)
+    alike = torch.ones(40, 8) / 8**0.5
+    placed = place(alike[:3], alike, places[:40], 40)
+    np.testing.assert_allclose(placed, places[:40].mean(0).expand(3, 3), atol=1e-5)
+
+
 def test_an_area_next_to_empty_is_refused(tmp_path: Path) -> None:
     vectors = np.full((6, 6, 8), np.nan, np.float16)
     vectors[0, :3] = 0.3
@@ -148,7 +173,7 @@ def test_points_gather_by_group_and_tell_their_names(
     vectors, groups, names = points()
     with caplog.at_level(logging.INFO, logger="speciesmap"):
         page = umap_points(vectors, groups, names, tmp_path / "a.html", title="Photos </script>")
-    assert "Fitting UMAP to 60 vectors; compiling it first may take a minute" in caplog.text
+    assert "Fitting UMAP to 60 vectors" in caplog.text
     text = page.read_text()
     assert "<b>&" not in text
     assert text.count("</script>") == 2

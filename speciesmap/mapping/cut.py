@@ -111,9 +111,9 @@ def cut_windows(
             yield Batch(tile, None, readable=False)
         except MemoryError as error:
             raise ResourceError(
-                f"tile {tile} cannot be read in the memory there is ({str(error) or 'none is left'}); "
-                "use a smaller --batch-size, fewer workers or a machine with more memory, and run "
-                "again: tiles that are done are kept"
+                f"tile {tile} cannot be read in the memory there is "
+                f"({str(error) or 'none is left'}); use a smaller --batch-size, fewer workers or a "
+                "machine with more memory, and run again: tiles that are done are kept"
             ) from error
 
 

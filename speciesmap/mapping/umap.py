@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import json
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from rasterio.enums import ColorInterp
+from torch import Tensor
 
 from speciesmap.datasets.birds import BirdDataset
 from speciesmap.datasets.paired import PairedDataset
@@ -25,7 +28,7 @@ from speciesmap.rasters.store import open_store
 
 log = logging.getLogger("speciesmap")
 
-BLOCK = 20_000  # vectors transformed at once
+BLOCK = 1024  # vectors whose neighbours are sought at once
 FEWEST = 8
 DEFAULT_RANK = -2  # the name above the genus, the family in iNaturalist's lineages
 
@@ -87,23 +90,17 @@ def umap_colours(
         if len(inside):
             fitted_on.append(opened.read(*opened.cells(tile))[mask][inside])
         first += int(mask.sum())
-    reducer = fit_umap(np.concatenate(fitted_on), 3, neighbours, min_distance, seed)
-    low, high = np.percentile(reducer.embedding_, percentiles, axis=0)
+    fitted = torch.from_numpy(np.concatenate(fitted_on)).float()
+    places = fit_umap(fitted, 3, neighbours, min_distance, seed)
+    low, high = np.percentile(places, percentiles, axis=0)
 
     pixels = np.zeros((3, height, width), np.uint8)
-    held: list[tuple[tuple[slice, slice], NDArray[np.bool_], NDArray[np.float32]]] = []
-    for k, (tile, mask) in enumerate(track(there.items(), "Placing cells", len(there)), 1):
-        cells = opened.cells(tile)
-        held.append((cells, mask, opened.read(*cells)[mask].astype(np.float32)))
-        if sum(len(vectors) for _, _, vectors in held) < BLOCK and k < len(there):
-            continue
-        placed = reducer.transform(np.concatenate([vectors for _, _, vectors in held]))
+    for tile, mask in track(there.items(), "Placing cells", len(there)):
+        rows, cols = cells = opened.cells(tile)
+        vectors = torch.from_numpy(opened.read(*cells)[mask]).float()
+        placed = place(vectors, fitted, torch.from_numpy(places), neighbours).numpy()
         tone = np.clip((placed - low) / np.maximum(high - low, 1e-9), 0, 1)  # (n, 3)
-        colour = (1 + np.rint(254 * tone)).astype(np.uint8)
-        for (rows, cols), inside, vectors in held:
-            pixels[:, rows, cols][:, inside] = colour[: len(vectors)].T
-            colour = colour[len(vectors) :]
-        held = []
+        pixels[:, rows, cols][:, mask] = (1 + np.rint(254 * tone)).astype(np.uint8).T
     return write_geotiff(
         out,
         pixels,
@@ -116,36 +113,65 @@ def umap_colours(
 
 
 def fit_umap(
-    vectors: NDArray[np.floating[Any]],
-    dimensions: int,
-    neighbours: int,
-    min_distance: float,
-    seed: int,
-) -> Any:
-    """Fit UMAP with the cosine on unit vectors, shape (N, D).
+    vectors: Tensor, dimensions: int, neighbours: int, min_distance: float, seed: int
+) -> NDArray[np.float32]:
+    """Place unit vectors, shape (N, D), by UMAP with the cosine.
 
-    umap-learn compiles itself anew in each process, before it fits.
+    Neighbours are found here, exactly: umap-learn's search for them compiles itself anew in each
+    process, which takes minutes.
+
+    Returns:
+        Places, shape (N, dimensions).
 
     Raises:
         DependencyError: umap-learn is not installed.
     """
-    log.info("Fitting UMAP to %d vectors; compiling it first may take a minute", len(vectors))
+    log.info("Fitting UMAP to %d vectors", len(vectors))
     try:
         import umap
     except ImportError as error:
         raise DependencyError(
             "umap-learn is not installed; run `pip install 'speciesmap[umap]'`"
         ) from error
-    reducer = umap.UMAP(
-        n_components=dimensions,
-        n_neighbors=max(2, min(neighbours, len(vectors) - 1)),
-        min_dist=min_distance,
-        metric="cosine",
-        init="random" if len(vectors) < 10 * dimensions else "spectral",
-        random_state=seed,
-        n_jobs=1,
-    )
-    return reducer.fit(vectors.astype(np.float32))
+    neighbours = max(2, min(neighbours, len(vectors) - 1))
+    found = [nearest(block, vectors, neighbours) for block in torch.split(vectors, BLOCK)]
+    numbers, cosines = (torch.cat(part) for part in zip(*found, strict=True))  # (N, neighbours)
+    with warnings.catch_warnings():  # it will not place other vectors, nor is it asked to
+        warnings.filterwarnings("ignore", "precomputed_knn")
+        reducer = umap.UMAP(
+            n_components=dimensions,
+            n_neighbors=neighbours,
+            min_dist=min_distance,
+            metric="cosine",
+            init="random" if len(vectors) < 10 * dimensions else "spectral",
+            random_state=seed,
+            n_jobs=1,
+            precomputed_knn=(numbers.int().numpy(), (1 - cosines).clamp(min=0).numpy()),
+            force_approximation_algorithm=True,  # else it measures all distances again
+        )
+        placed: NDArray[np.float32] = reducer.fit_transform(vectors.numpy())
+    return placed
+
+
+def nearest(vectors: Tensor, fitted: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the fitted vectors nearest to each of others, and cosines, shape (N, count)."""
+    cosines, numbers = (vectors @ fitted.T).topk(count)
+    return numbers, cosines
+
+
+def place(vectors: Tensor, fitted: Tensor, places: Tensor, neighbours: int) -> Tensor:
+    """Place unit vectors, shape (N, D), among those that UMAP placed: where their neighbours are.
+
+    Neighbours count by how much farther they are than the nearest one, as where umap-learn begins
+    to place new vectors.
+
+    Returns:
+        Places, shape (N, dimensions).
+    """
+    numbers, cosines = nearest(vectors, fitted, min(neighbours, len(fitted)))
+    beyond = cosines[:, :1] - cosines  # (N, neighbours)
+    weights = torch.softmax(-beyond / beyond.mean(1, keepdim=True).clamp(min=1e-6), 1)
+    return (weights[..., None] * places[numbers]).sum(1)
 
 
 def photo_points(
@@ -243,7 +269,8 @@ def umap_points(
             f"UMAP needs {FEWEST} points or more with a group and a name each, got {len(vectors)} "
             f"points, {len(groups)} groups and {len(names)} names"
         )
-    places = fit_umap(np.asarray(vectors), 2, neighbours, min_distance, seed).embedding_
+    unit = F.normalize(torch.from_numpy(np.asarray(vectors, np.float32)), dim=1)
+    places = fit_umap(unit, 2, neighbours, min_distance, seed)
     low, high = places.min(0), places.max(0)
     places = (places - low) / np.maximum(high - low, 1e-9)
     colours = group_colours(groups)
