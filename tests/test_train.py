@@ -543,7 +543,19 @@ def test_a_resumed_validation_repeats_no_fold(
     assert torch.equal(weights(run)["head.weight"], weights(whole)["head.weight"])
 
 
-@pytest.mark.parametrize("changed", ["chips", "imagery"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "data.dataset",
+        "data.imagery",
+        "data.bias",
+        "data.covariates",
+        "data.background",
+        "data.target_group",
+        "init",
+        "validation.surveys",
+    ],
+)
 def test_a_run_is_not_resumed_on_other_data(
     untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
@@ -555,20 +567,47 @@ def test_a_run_is_not_resumed_on_other_data(
     for name in ("before", "after"):
         (tmp_path / name).mkdir()
     here = tiny_scene(tmp_path / "before")
-    config = load_config(tune(here, untrained))
+    given = {
+        "data.bias": tmp_path / "bias.tif",
+        "data.covariates": tmp_path / "covariates.tif",
+        "data.background": tmp_path / "background.csv",
+        "data.target_group": tmp_path / "archive" / "records.csv",
+        "validation.surveys": tmp_path / "surveys.csv",
+        "init": tmp_path / "init" / "model.safetensors",
+    }
+    shutil.copytree(untrained, tmp_path / "init")
+    (tmp_path / "archive").mkdir()
+    for path in given.values():
+        if path.suffix == ".tif":
+            path.write_bytes(here.imagery.read_bytes())
+        elif path.suffix == ".csv":
+            path.write_text("before")
+    data = {
+        "dataset": str(here.chips),
+        "imagery": str(here.imagery),
+        "background": str(given["data.background"]),
+        "bias": str(given["data.bias"]),
+        "covariates": [f"green={given['data.covariates']}"],
+        "target_group": str(tmp_path / "archive"),
+    }
+    folds = {"block_m": 40, "surveys": str(given["validation.surveys"])}
+    config = load_config(tune(here, tmp_path / "init", data=data, validation=folds))
     for resume in (False, True):
         with pytest.raises(Interrupted):
             train(config, tmp_path / "run", resume=resume)
-    if changed == "chips":
+    path = given.get(changed, here.imagery)
+    if changed == "data.dataset":
         other = tiny_scene(tmp_path / "after", rows=30)
         shutil.rmtree(here.chips)
         other.chips.rename(here.chips)
-    else:
-        imagery = open_imagery(here.imagery)
+    elif path.suffix == ".tif":
+        imagery = open_imagery(path)
         pixels = 255 - imagery.read(0, 0, SIDE, SIDE)[0]
-        here.imagery.unlink()
-        write_geotiff(here.imagery, pixels, imagery.geobox, bands=BANDS)
-    with pytest.raises(ConfigError, match=r"run in .* had another data set or imagery .*overwrite"):
+        path.unlink()
+        write_geotiff(path, pixels, imagery.geobox, bands=BANDS)
+    else:
+        path.write_bytes(path.read_bytes() + b"after")
+    with pytest.raises(ConfigError, match=rf"run in .* had another {changed} than .*overwrite"):
         train(config, tmp_path / "run", resume=True)
     assert (tmp_path / ".run.training" / FOLDS).exists()
     with pytest.raises(Interrupted):

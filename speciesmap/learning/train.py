@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 import yaml
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from speciesmap.config import AnyConfig, ClassifyConfig, ModelConfig, PretrainConfig
+from speciesmap.config import AnyConfig, ClassifyConfig, FinetuneConfig, ModelConfig, PretrainConfig
 from speciesmap.datasets.paired import PairedDataset
 from speciesmap.errors import ConfigError, OutputError
 from speciesmap.learning.classify import classify
@@ -46,6 +48,8 @@ from speciesmap.models import Architecture, SpeciesModel, save_model
 from speciesmap.models.encoders import ImageTower
 from speciesmap.models.masked import MaskedAutoencoder
 from speciesmap.outputs import refuse_existing, replacing
+from speciesmap.rasters.covariates import open_covariates
+from speciesmap.rasters.imagery import open_imagery
 from speciesmap.rasters.messages import without_credentials
 
 log = logging.getLogger("speciesmap")
@@ -106,7 +110,7 @@ def train(
     try:
         sources = open_sources(config.data)
         if first:
-            refuse_other_data(work, sources)
+            refuse_other_data(work, config, sources)
         procedure = pretrain if isinstance(config, PretrainConfig) else finetune
         model, metrics = procedure(config, sources, work)  # type: ignore[arg-type]
     except BaseException:
@@ -131,30 +135,63 @@ def train(
     return out
 
 
-def refuse_other_data(work: Path, sources: Sources) -> None:
+def refuse_other_data(
+    work: Path, config: PretrainConfig | FinetuneConfig, sources: Sources
+) -> None:
     """Keep what tells a run's data apart in its folder, and stop where it was kept of others.
 
-    It is that of the imagery, and of a data set the names and places of its rows and the sizes of
-    its files.
+    It is that of rasters, the bytes of tables and of the initial model, and of a data set the names
+    and places of its rows and the sizes of its files.
 
     Raises:
-        ConfigError: The interrupted run had another data set or imagery of the same name.
+        ConfigError: Of the interrupted run something of the same name was another.
     """
-    digest = hashlib.sha256(sources.imagery.fingerprint.encode() if sources.imagery else b"")
-    dataset = sources.dataset
+    found = {name: digest.hexdigest() for name, digest in _digests(config, sources)}
+    kept = work / "data.json"
+    before = json.loads(kept.read_text()) if kept.exists() else found
+    changed = [name for name in found if found[name] != before.get(name)]
+    if changed:
+        raise ConfigError(
+            f"the interrupted run in {work} had another {' and '.join(changed)} than lies there "
+            "now; pass --overwrite to start anew, or put back what it had"
+        )
+    kept.write_text(json.dumps(found))
+
+
+def _digests(
+    config: PretrainConfig | FinetuneConfig, sources: Sources
+) -> Iterator[tuple[str, hashlib._Hash]]:
+    """What tells apart whatever a configuration names, by its key."""
+    data, dataset = config.data, sources.dataset
     if dataset is not None:
         told = dataset.facts[["name", "latitude", "longitude"]]
-        digest.update(pd.util.hash_pandas_object(told, index=False).to_numpy().tobytes())
-    if isinstance(dataset, PairedDataset):
-        files = [file for file in dataset.files.files if isinstance(file, Path)]
-        digest.update(repr([file.stat().st_size for file in files]).encode())
-    kept = work / "data.sha256"
-    if kept.exists() and kept.read_text() != digest.hexdigest():
-        raise ConfigError(
-            f"the interrupted run in {work} had another data set or imagery than lies there now; "
-            "pass --overwrite to start anew, or put back what it had"
+        rows = pd.util.hash_pandas_object(told, index=False).to_numpy().tobytes()
+        files = dataset.files.files if isinstance(dataset, PairedDataset) else []
+        sizes = [file.stat().st_size for file in files if isinstance(file, Path)]
+        yield "data.dataset", hashlib.sha256(rows + repr(sizes).encode())
+    if sources.imagery is not None:
+        yield "data.imagery", hashlib.sha256(sources.imagery.fingerprint.encode())
+    if data.bias is not None:
+        yield "data.bias", hashlib.sha256(open_imagery(data.bias).fingerprint.encode())
+    if data.covariates:
+        yield (
+            "data.covariates",
+            hashlib.sha256(open_covariates(data.covariates).fingerprint.encode()),
         )
-    kept.write_text(digest.hexdigest())
+    named = {"data.background": data.background, "data.target_group": data.target_group}
+    if isinstance(config, FinetuneConfig):
+        named["init"] = config.init
+        named["validation.surveys"] = config.validation.surveys if config.validation else None
+    else:
+        named["crossview.aerial_init"] = config.crossview.aerial_init
+    for name, path in named.items():
+        if isinstance(path, str):
+            digest = hashlib.sha256()
+            for file in sorted([Path(path), *Path(path).rglob("*")]):
+                if file.is_file():
+                    with file.open("rb") as content:
+                        digest.update(hashlib.file_digest(content, "sha256").digest())
+            yield name, digest
 
 
 def unfinished(out: Path) -> Path:
