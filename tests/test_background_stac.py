@@ -32,7 +32,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> TinyScene:
 
 @pytest.fixture(scope="module")
 def collection(scene: TinyScene, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A static catalog with a scene of each year, larger than the data set."""
+    """A static catalog with a scene of each year, larger than the data set.
+
+    Beside the collection of one UTM zone there is one that has scenes of two.
+    """
     folder = tmp_path_factory.mktemp("catalog")
     with rasterio.open(scene.imagery) as raster:
         middle, transform = raster.read(), raster.transform
@@ -53,8 +56,16 @@ def collection(scene: TinyScene, tmp_path_factory: pytest.TempPathFactory) -> st
         )
         item.add_asset("image", pystac.Asset(str(path), media_type=pystac.MediaType.COG))
         naip.add_item(item)
+    mixed = naip.clone()
+    mixed.id, mixed.links = "mixed", []
+    neighbour = grid.to_crs("EPSG:32611", resolution=20)
+    older = np.full((len(BANDS), *neighbour.shape), 7, np.uint8)
+    path = write_geotiff(folder / "zone11.tif", older, neighbour, bands=BANDS)
+    item = pystac.Item("zone11", mapping(box(*bounds)), list(bounds), datetime(2010, 6, 1), {})
+    item.add_asset("image", pystac.Asset(str(path), media_type=pystac.MediaType.COG))
+    mixed.add_items([item, *(other.clone() for other in naip.get_items())])
     catalog = pystac.Catalog("here", "scenes")
-    catalog.add_child(naip)
+    catalog.add_children([naip, mixed])
     catalog.normalize_and_save(str(folder / "stac"), pystac.CatalogType.SELF_CONTAINED)
     return f"stac+{folder}/stac/catalog.json#naip"
 
@@ -91,12 +102,31 @@ def test_background_is_of_the_year_asked_for_and_around_the_data_set(
     assert ((drawn.rows >= 0) & (drawn.rows < newest.shape[0])).all()
 
 
+def test_scenes_of_two_utm_zones_are_read_on_one_grid_and_too_wide_an_area_is_told(
+    scene: TinyScene, collection: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = collection.replace("#naip", "#mixed")
+    sources = opened(scene, imagery=mixed, datetime="2010/2018")
+    assert sources.imagery is not None and sources.dataset is not None
+    assert str(sources.imagery.geobox.crs) == "EPSG:32610"
+    facts = sources.dataset.facts.iloc[sources.rows]
+    rows, cols = sources.imagery.rowcol(facts["longitude"], facts["latitude"])
+    side = sources.window_px
+    for k, row, col in zip(sources.rows, np.rint(rows), np.rint(cols), strict=True):
+        there, _ = sources.imagery.read(int(row) - side // 2, int(col) - side // 2, side, side)
+        np.testing.assert_array_equal(there, sources.dataset.aerial([k])[0])
+    monkeypatch.setattr("speciesmap.rasters.grid.WIDEST_UTM_DEG", 0.001)
+    with pytest.raises(AreaError, match=r"degrees wide, .*; name scenes of one CRS") as caught:
+        opened(scene, imagery=mixed, datetime="2010/2018")
+    assert "--" not in str(caught.value), "a configuration has no such option"
+
+
 def test_what_cannot_be_found_is_said(scene: TinyScene, collection: str) -> None:
     with pytest.raises(
         AreaError, match=r"has nothing in .* in 2010; check that it has a collection naip"
     ):
         opened(scene, imagery=collection, datetime="2010")
-    with pytest.raises(ConfigError, match=r"choose items of STAC; .*aerial\.tif has none"):
+    with pytest.raises(ConfigError, match=r"data\.query choose items of STAC; .*tif has none"):
         opened(scene, imagery=str(scene.imagery), query=["eo:cloud_cover<10"])
     with pytest.raises(ConfigError, match=r"only a data set says where; add data\.dataset"):
         opened(scene, dataset=None, imagery=collection, window_px=16)

@@ -20,7 +20,7 @@ from speciesmap.config import DataConfig
 from speciesmap.datasets.birds import BirdDataset, open_dataset
 from speciesmap.datasets.nature_multi_view import chosen_rows, unrepeated
 from speciesmap.datasets.paired import PairedDataset
-from speciesmap.errors import ConfigError, DatasetError, ObservationsError
+from speciesmap.errors import AreaError, ConfigError, DatasetError, ObservationsError
 from speciesmap.mapping.fit import MOST_RESOLUTION_RATIO
 from speciesmap.models.crisp import to_square
 from speciesmap.observations.background import (
@@ -382,7 +382,7 @@ def open_sources(data: DataConfig) -> Sources:
             f"data.imagery = {public(data.imagery)} must not be read as a whole, and only a data "
             "set says where; add data.dataset, or name a folder of scenes"
         )
-    imagery = open_imagery(data.imagery, datetime=data.datetime, query=data.query, first=data.first)
+    imagery = _open(data)
     none = np.empty(0, dtype=np.int64)
     return Sources(
         None,
@@ -401,26 +401,45 @@ def _around(
     dataset: PairedDataset | BirdDataset, rows: NDArray[np.int64], data: DataConfig
 ) -> Imagery:
     """Open the imagery that background is drawn from; of a STAC collection, around a data set."""
-    assert data.imagery is not None
-    choice: dict[str, Any] = {"datetime": data.datetime, "query": data.query, "first": data.first}
-    if not data.imagery.startswith(STAC):
-        return open_imagery(data.imagery, **choice)
+    if not str(data.imagery).startswith(STAC):
+        return _open(data)
     places = dataset.facts.iloc[rows][["longitude", "latitude"]].to_numpy(np.float64)
     west, south = places.min(axis=0) - MARGIN_DEG
     east, north = places.max(axis=0) + MARGIN_DEG
     bbox = (west, south, east, north)
-    imagery = open_imagery(
-        data.imagery,
+    imagery = _open(
+        data,
         bbox=bbox,
         wanted=dataset.bands,
         preferred_m=dataset.resolution_m,
         around_m=dataset.window_px * dataset.resolution_m,
-        **choice,
+        datetime=data.datetime,
+        query=data.query,
     )
     down, across = cells_in(bbox, imagery.geobox)
     return imagery.crop(
         down.start, across.start, down.stop - down.start, across.stop - across.start
     )
+
+
+def _open(data: DataConfig, **more: Any) -> Imagery:
+    """Open the imagery of a configuration, which has no grid to choose, and say so."""
+    source = str(data.imagery)
+    if not source.startswith(STAC) and (data.datetime is not None or data.query):
+        raise ConfigError(
+            f"data.datetime and data.query choose items of STAC; {public(source)} has none; leave "
+            "them out"
+        )
+    try:
+        return open_imagery(source, first=data.first, **more)
+    except AreaError as error:
+        fact, _, remedy = str(error).partition("; ")
+        if "--crs" not in remedy:
+            raise
+        raise AreaError(
+            f"{fact}; name scenes of one CRS, or a VRT of them, as data.imagery, or train on a "
+            "smaller area"
+        ) from error
 
 
 def usable(
