@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import webbrowser
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import click
+import geopandas as gpd
 import numpy as np
+import pandas as pd
 import pytest
+import rasterio
+import shapely
+import torch
 from click.testing import CliRunner
 from fuzz_observations import GBIF, INAT
 from odc.geo.geobox import GeoBox
@@ -25,6 +33,7 @@ from speciesmap.config import load_config
 from speciesmap.mapping import benchmark as benchmark_room
 from speciesmap.mapping import umap as umap_room
 from speciesmap.models import SpeciesModel, save_model
+from speciesmap.models.encoders import ImageTower
 from speciesmap.present import view as view_room
 from speciesmap.rasters.geotiff import write_geotiff
 
@@ -119,7 +128,8 @@ def test_the_examples_of_help_run(
 
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("examples/**/*.*"))]
+RECIPES = ROOT / "docs/recipes.md"
+PAGES = [ROOT / "README.md", RECIPES, *sorted(ROOT.glob("examples/**/*.*"))]
 
 
 def calls(text: str) -> list[list[str]]:
@@ -142,6 +152,48 @@ def test_calls_in_the_pages_and_scripts_parse_and_configurations_are_read(page: 
         for word in words[1:]:
             if word.startswith(("configs/", "examples/")):
                 assert (ROOT / word).is_file(), word
+        if words[0] == "train" and (ROOT / words[1]).is_file():
+            changes = [value for word, value in pairwise(words) if word == "--set"]
+            load_config(ROOT / words[1], changes)
+
+
+def test_the_python_of_the_recipes_runs(
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    here = tmp_path / "here"
+    shutil.copytree(project, here)
+    (here / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(here)
+    (here / "photos").mkdir(exist_ok=True)
+    for photo in ("oak.jpg", "jay.jpg"):
+        shutil.copy(photo, "photos")
+    with rasterio.open("maps/quercus_agrifolia.tif") as raster:
+        crs, step, values = raster.crs, raster.res[0], raster.read(1, masked=True)
+        middle = shapely.Point(*raster.xy(values.shape[0] // 2, values.shape[1] // 2))
+        quantity = raster.descriptions[0]
+        at_middle = next(raster.sample([(middle.x, middle.y)]))[0]
+    county = gpd.GeoDataFrame(geometry=[middle.buffer(6 * step)], crs=crs)
+    county.to_crs("EPSG:4326").to_file("county.gpkg")
+    plots = [middle, shapely.Point(middle.x + 5 * step, middle.y)]
+    gpd.GeoDataFrame({"habitat": ["wood", "scrub"]}, geometry=plots, crs=crs).to_file("plots.gpkg")
+    names: dict[str, Any] = {"__name__": __name__}  # timm keeps the module of what it is given
+    code = re.findall(r"```python\n(.*?)```", RECIPES.read_text(), re.S)
+    for block in code:
+        exec(block.replace("suitability", quantity), names)
+    table = pd.read_csv("quercus_agrifolia.csv")
+    assert len(table) == values.count()
+    assert {"x", "y", quantity} <= set(table.columns)
+    with rasterio.open("quercus_agrifolia_county.tif") as raster:
+        assert 0 < raster.read(1, masked=True).count() < values.count()
+    assert names["plots"][quantity][0] == at_middle
+    assert names["found"].shape == (2, 16)
+    listed = capfd.readouterr().out.split()
+    assert {"photos/oak.jpg", "photos/jay.jpg"} <= set(listed)
+    tower = ImageTower("my_small", image_px=32, mean=[1.0] * 4, std=[1.0] * 4, dim=8)
+    assert tower(torch.zeros(2, 4, 32, 32)).shape == (2, 8)
 
 
 def test_the_pages_do_call_the_program() -> None:

@@ -304,6 +304,30 @@ def test_vector_files_of_any_crs(tmp_path: Path) -> None:
         read_observations(tmp_path / "areas.gpkg")
 
 
+def test_photos_that_qgis_imported_are_records_with_a_date_and_a_file(tmp_path: Path) -> None:
+    """The columns that QGIS 3's algorithm `Import geotagged photos` writes."""
+    photos = gpd.GeoDataFrame(
+        {
+            "photo": ["/home/me/walk/IMG_1.jpg"],
+            "filename": ["IMG_1"],
+            "directory": ["/home/me/walk"],
+            "altitude": [12.5],
+            "direction": [np.nan],
+            "rotation": [np.nan],
+            "longitude": ["-120.5"],
+            "latitude": ["37.0"],
+            "timestamp": pd.to_datetime(["2024-05-03 10:00:00"]),
+        },
+        geometry=gpd.points_from_xy([-120.5], [37.0], [12.5]),
+        crs="EPSG:4326",
+    )
+    photos.to_file(tmp_path / "photos.gpkg")
+    [row] = read_observations(tmp_path / "photos.gpkg", taxon="Acer rubrum").itertuples()
+    assert (row.longitude, row.latitude) == (-120.5, 37.0)
+    assert row.date == pd.Timestamp("2024-05-03")
+    assert row.photo == "/home/me/walk/IMG_1.jpg"
+
+
 def test_names_that_a_shapefile_cuts_are_known_where_only_one_is_meant(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

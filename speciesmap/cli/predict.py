@@ -70,7 +70,8 @@ def command(
     """Map species, photos or text over an area.
 
     MODEL is a folder that `speciesmap train` wrote. DIR gets a Cloud-Optimized GeoTIFF with a QGIS
-    style for each query, map.html, run.json and a STAC item. Without --species, --photo and --text
+    style for each query, ranges.gpkg and richness.tif where the model has thresholds and
+    probabilities, map.html, run.json and a STAC item. Without --species, --photo and --text
     every taxon of the model is mapped. Embeddings are kept in DIR.store.zarr, or in --store, so
     that further maps of the same area encode nothing.
 
