@@ -8,6 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def refuse_other_data(
     Raises:
         ConfigError: Of the interrupted run something of the same name was another.
     """
-    found = {name: digest.hexdigest() for name, digest in _digests(config, sources)}
+    found = dict(_digests(config, sources))
     kept = work / "data.json"
     before = json.loads(kept.read_text()) if kept.exists() else found
     changed = [name for name in found if found[name] != before.get(name)]
@@ -160,7 +161,7 @@ def refuse_other_data(
 
 def _digests(
     config: PretrainConfig | FinetuneConfig, sources: Sources
-) -> Iterator[tuple[str, hashlib._Hash]]:
+) -> Iterator[tuple[str, str]]:
     """What tells apart whatever a configuration names, by its key."""
     data, dataset = config.data, sources.dataset
     if dataset is not None:
@@ -168,16 +169,13 @@ def _digests(
         rows = pd.util.hash_pandas_object(told, index=False).to_numpy().tobytes()
         files = dataset.files.files if isinstance(dataset, PairedDataset) else []
         sizes = [file.stat().st_size for file in files if isinstance(file, Path)]
-        yield "data.dataset", hashlib.sha256(rows + repr(sizes).encode())
+        yield "data.dataset", hashlib.sha256(rows + repr(sizes).encode()).hexdigest()
     if sources.imagery is not None:
-        yield "data.imagery", hashlib.sha256(sources.imagery.fingerprint.encode())
+        yield "data.imagery", sources.imagery.fingerprint
     if data.bias is not None:
-        yield "data.bias", hashlib.sha256(open_imagery(data.bias).fingerprint.encode())
+        yield "data.bias", open_imagery(data.bias).fingerprint
     if data.covariates:
-        yield (
-            "data.covariates",
-            hashlib.sha256(open_covariates(data.covariates).fingerprint.encode()),
-        )
+        yield "data.covariates", open_covariates(data.covariates).fingerprint
     named = {"data.background": data.background, "data.target_group": data.target_group}
     if isinstance(config, FinetuneConfig):
         named["init"] = config.init
@@ -187,11 +185,12 @@ def _digests(
     for name, path in named.items():
         if isinstance(path, str):
             digest = hashlib.sha256()
-            for file in sorted([Path(path), *Path(path).rglob("*")]):
-                if file.is_file():
-                    with file.open("rb") as content:
-                        digest.update(hashlib.file_digest(content, "sha256").digest())
-            yield name, digest
+            with suppress(OSError, ValueError):  # whoever needs it says why it cannot be read
+                for file in sorted([Path(path), *Path(path).rglob("*")]):
+                    if file.is_file():
+                        with file.open("rb") as content:
+                            digest.update(hashlib.file_digest(content, "sha256").digest())
+            yield name, digest.hexdigest()
 
 
 def unfinished(out: Path) -> Path:
