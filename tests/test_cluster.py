@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,13 @@ from affine import Affine
 from odc.geo.geobox import GeoBox
 from tiny import tiny_model
 
-from speciesmap.errors import ClusterError, ConfigError, DependencyError, ImageryError
+from speciesmap.errors import (
+    ClusterError,
+    ConfigError,
+    DependencyError,
+    ImageryError,
+    OutputError,
+)
 from speciesmap.mapping.embed import embed
 from speciesmap.models import save_model
 from speciesmap.rasters.geotiff import write_geotiff
@@ -118,6 +125,24 @@ def test_a_cluster_that_runs_already_makes_the_same_bytes(
     assert contents(store.path) == contents(whole)
     after = {p: p.stat().st_mtime_ns for p in store.path.rglob("c/*/*/0")}
     assert {p: after[p] for p in before} == before, "only what was missing was encoded"
+    for stride in (None, 8):  # workers that go on know nothing of the store that was there
+        shutil.rmtree(store.path)
+        embed(model, scene, store.path, scheduler=address, stride_px=stride)
+        alone = embed(model, scene, tmp_path / f"{stride}.zarr", stride_px=stride)
+        assert contents(store.path) == contents(alone.path)
+
+
+def test_a_tile_that_workers_cannot_write_is_named_and_the_store_can_be_resumed(
+    model: Path, scene: Path, whole: Path, tmp_path: Path, address: str
+) -> None:
+    out = Path(shutil.copytree(whole, tmp_path / "s.zarr"))
+    shutil.rmtree(out / "vectors/c/2")
+    (out / "vectors/c/2").touch()  # where a folder must be made
+    with pytest.raises(OutputError, match=r"cannot write tile \(2, \d\) in .*make room or choose"):
+        embed(model, scene, out, scheduler=address)
+    (out / "vectors/c/2").unlink()
+    embed(model, scene, out, scheduler=address)
+    assert contents(out) == contents(whole)
 
 
 @pytest.mark.parametrize("where", ["scheduler", "workers"])

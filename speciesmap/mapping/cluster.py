@@ -28,7 +28,7 @@ from speciesmap.mapping.fit import fit_imagery
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.progress import track
 from speciesmap.rasters.imagery import Imagery
-from speciesmap.rasters.store import EmbeddingStore, open_store
+from speciesmap.rasters.store import EmbeddingStore, Identity, open_store
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -49,6 +49,7 @@ class Job:
         model: Folder of the model.
         imagery: Closed, with the paths of its files.
         store: Path of the store.
+        identity: The store's.
         bands: As for `embed`.
         any_resolution: As for `embed`.
         batch_size: As for `embed`.
@@ -63,6 +64,7 @@ class Job:
     model: str
     imagery: Imagery
     store: str
+    identity: Identity
     bands: tuple[str, ...] | None
     any_resolution: bool
     batch_size: int | None
@@ -180,35 +182,35 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Client]:
 
 
 @lru_cache(maxsize=1)
-def _opened(job: Job) -> tuple[SpeciesModel, Imagery, EmbeddingStore, str | None]:
-    """What a worker keeps open from task to task."""
+def _opened(job: Job) -> tuple[SpeciesModel, Imagery, str | None]:
+    """What a worker keeps open from task to task: no store, which may be begun anew meanwhile."""
     from distributed import get_worker
 
     model = load_model(job.model)
     imagery = fit_imagery(model, job.imagery, bands=job.bands, any_resolution=job.any_resolution)
-    store = open_store(job.store)
-    store.refuse_other(
-        replace(
-            store.identity,
-            model=model.fingerprint,
-            imagery=imagery.fingerprint,
-            bands=imagery.bands,
-        )
-    )
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     device, name = job.device, get_worker().name
     gpus = torch.cuda.device_count()
     if device is None and gpus > 1 and isinstance(name, int):
         device = f"cuda:{name % gpus}"
-    return model, imagery, store, device
+    return model, imagery, device
 
 
 def _encode(job: Job, tiles: Sequence[tuple[int, int]]) -> tuple[int, list[tuple[int, int]]]:
     """Encode the tiles that are not done, on a worker; give windows, and tiles not read."""
     try:
         with within_memory():
-            model, imagery, store, device = _opened(job)
+            model, imagery, device = _opened(job)
+            store = open_store(job.store)
+            store.refuse_other(
+                replace(
+                    job.identity,
+                    model=model.fingerprint,
+                    imagery=imagery.fingerprint,
+                    bands=imagery.bands,
+                )
+            )
             windows = encode_tiles(
                 model,
                 imagery,

@@ -180,6 +180,7 @@ def embed(
             model=named[0],
             imagery=imagery,
             store=str(place.absolute()),
+            identity=identity,
             bands=None if bands is None else tuple(bands),
             any_resolution=any_resolution,
             **settings,
