@@ -102,6 +102,23 @@ def test_a_wrong_call_exits_with_2(words: list[str], capfd: pytest.CaptureFixtur
     assert "Traceback" not in done.err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["predict", "run", "--species", "Quercus", "agrifolia", "--out", "maps"],
+        ["embed", "run", "--imagery", "a.tif", "b.tif", "c.tif", "--out", "s.zarr"],
+    ],
+    ids=" ".join,
+)
+def test_words_that_lack_their_quotes_are_explained(
+    words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    done = call(capfd, *words)
+    assert (done.code, done.out) == (2, "")
+    assert "unexpected extra argument" in done.err
+    assert """in quotes: "Quercus agrifolia", 'naip/*.tif'""" in done.err
+
+
 def test_an_error_to_mend_is_one_line_and_exits_with_1(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -156,7 +156,10 @@ def test_a_taxon_with_few_presences_is_warned_of(caplog: pytest.LogCaptureFixtur
     assert "learned from 8 presences, fewer than 25" in caplog.text
     model.trust = replace(model.trust, uninformative=[TAXA[1].name])
     assert "fewer than" in taxon_query(model, TAXA[0].name).caution
-    assert "no better than null maps" in taxon_query(model, TAXA[1].name).caution
+    assert (
+        "no better than chance, or than maps of random records"
+        in taxon_query(model, TAXA[1].name).caution
+    )
     assert "null maps" not in taxon_query(model, TAXA[2].name).caution
 
 

@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -43,6 +44,18 @@ class LazyGroup(click.Group):
         module = importlib.import_module(f"speciesmap.cli.{cmd_name}")
         command: click.Command = module.command
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; of words too many say what mostly makes them."""
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            if "unexpected extra argument" in error.message:
+                error.message += (
+                    '. Put names of several words, and patterns of files, in quotes: "Quercus '
+                    "agrifolia\", 'naip/*.tif'"
+                )
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing any."""

@@ -154,7 +154,8 @@ def taxon_query(model: SpeciesModel, name: str) -> Query:
             )
         if label in trust.uninformative:
             cautions.append(
-                "uninformative: on held-out blocks its map does no better than null maps, or chance"
+                "uninformative: on held-out blocks its map does no better than chance, or than "
+                "maps of random records of its group"
             )
         for caution in cautions:
             log.warning("%s: %s", label, caution)
