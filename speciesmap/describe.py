@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from odc.geo.geobox import GeoBox
 
 from speciesmap.errors import ModelError, OutputError
+from speciesmap.rasters.files import Opened
 from speciesmap.rasters.imagery import SUFFIXES, open_imagery, open_raster
 from speciesmap.rasters.messages import public
 from speciesmap.rasters.scenes import list_files
@@ -233,6 +234,14 @@ def _counts(taxa: pd.Series[Any]) -> dict[str, int]:
     return {str(name): int(count) for name, count in taxa.value_counts().items()}
 
 
+def _missing(opened: Opened) -> str:
+    """Say how a file marks pixels that hold nothing."""
+    if not (opened.masked or opened.alpha or opened.nodata is not None):
+        return "not marked, every pixel counts"
+    nodata = opened.raster.nodata
+    return "by a mask or an alpha band" if nodata is None else f"nodata {nodata:g}"
+
+
 def _raster(path: Path | str) -> dict[str, Any]:
     imagery = open_imagery(path)
     facts = {
@@ -246,6 +255,7 @@ def _raster(path: Path | str) -> dict[str, Any]:
     if list_files(str(path)) == [str(path)]:
         with open_raster(path) as raster:
             tags, statistics = raster.tags(), raster.tags(1)
+            facts["missing"] = _missing(Opened.of(raster, len(imagery.bands) == raster.count))
         if "QUERY" in tags:
             facts |= {
                 "kind": "map",

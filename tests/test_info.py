@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from affine import Affine
 from fake_model import FakeModel
@@ -69,6 +70,29 @@ def test_imagery(made: Path) -> None:
     west, south, east, north = facts["west_south_east_north"]
     assert -122.44 < west < east < -122.42
     assert 37.76 < south < north < 37.77
+
+
+def test_imagery_says_how_it_marks_pixels_that_are_missing(tmp_path: Path) -> None:
+    form = {"height": 32, "width": 32, "dtype": "uint8", "crs": GRID.crs, "transform": GRID.affine}
+    colours = np.random.default_rng(0).integers(1, 200, (4, 32, 32)).astype(np.uint8)
+    opaque = colours.copy()
+    opaque[3] = np.where(np.arange(32) < 9, 0, 255)
+
+    def missing(pixels: Any, mask: Any = None, **more: Any) -> Any:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.tif"
+        with rasterio.open(path, "w", count=len(pixels), **form, **more) as raster:
+            raster.write(pixels)
+            if mask is not None:
+                raster.write_mask(mask)
+        return describe(path)["missing"]
+
+    assert missing(colours[:3]) == "not marked, every pixel counts"
+    assert missing(colours[:3], nodata=0) == "nodata 0"
+    called_alpha = {"photometric": "RGB", "ALPHA": "YES"}
+    assert missing(opaque, **called_alpha) == "by a mask or an alpha band"
+    assert missing(colours, **called_alpha) == "not marked, every pixel counts"  # as NAIP's is nir
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+        assert missing(colours[:3], mask=opaque[3]) == "by a mask or an alpha band"
 
 
 def test_a_map_says_what_it_shows_and_its_range(made: Path) -> None:

@@ -50,12 +50,13 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
-            if "unexpected extra argument" in error.message:
-                error.message += (
-                    '. Put names of several words, and patterns of files, in quotes: "Quercus '
-                    "agrifolia\", 'naip/*.tif'"
-                )
-            raise
+            if "unexpected extra argument" not in error.message:
+                raise
+            raise click.UsageError(
+                f"{error.message}. Put names of several words, and patterns of files, in quotes: "
+                "\"Quercus agrifolia\", 'naip/*.tif'",
+                error.ctx,
+            ) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing any."""
