@@ -86,19 +86,22 @@ def chips(folder: Path, city: str) -> Tensor:
     return torch.from_numpy(np.stack([[pixels(y, n) for y in YEARS] for n in numbers]))
 
 
-def queries(places: Tensor, rng: np.random.Generator) -> Tensor:
-    """A random crop of each place, turned by a random quarter, (N, 4, 256, 256) to (N, 4, P, P)."""
+def queries(places: Tensor, rng: np.random.Generator, step: int = 1) -> Tensor:
+    """A random crop of each place, turned by a random quarter, (N, 4, 256, 256) to (N, 4, P, P).
+
+    Crops begin at multiples of `step`.
+    """
     crops = []
     for place in places:
-        top, left = rng.integers(0, CHIP_PX - CROP_PX + 1, 2)
+        top, left = rng.integers(0, (CHIP_PX - CROP_PX) // step + 1, 2) * step
         crop = place[:, top : top + CROP_PX, left : left + CROP_PX]
         crops.append(torch.rot90(crop, int(rng.integers(4)), (1, 2)))
     return torch.stack(crops)
 
 
-def gallery(places: Tensor) -> Tensor:
-    """The middle of each place, (N, 4, 256, 256) to (N, 4, P, P)."""
-    start = (CHIP_PX - CROP_PX) // 2
+def gallery(places: Tensor, step: int = 1) -> Tensor:
+    """The middle of each place, or what begins at a multiple of `step` before it, (N, 4, P, P)."""
+    start = (CHIP_PX - CROP_PX) // 2 // step * step
     return places[..., start : start + CROP_PX, start : start + CROP_PX]
 
 

@@ -1,13 +1,14 @@
 """What sharing work costs in accuracy: the factored encoder against the plain one, trained alike.
 
     python benchmarks/engine/accuracy.py simulated --out runs/accuracy [--seeds 0 1 2]
-    python benchmarks/engine/accuracy.py naip PATH/TO/naip_pairs [--seeds 0 1 2]
+    python benchmarks/engine/accuracy.py naip PATH/TO/naip_pairs [--backbone test_vit] [--on-grid]
 
 `simulated` is the demo's scene: the same pairs, epochs, rates and seeds, another aerial encoder;
 windows of 64 px, cells of 16. Spearman's rho to the truth, and windows per second of the engine.
 
 `naip` is a place found again two years later, as in benchmarks/naip_pairs.py: learned on the
 places of Santa Monica from scratch, asked for those of Palm Springs; crops of 192 px, cells of 64.
+Crops begin anywhere, or with `--on-grid` at multiples of a cell's side, as the windows of maps do.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 
 from speciesmap.config import load_config, shipped_config
 from speciesmap.demo import simulated
+from speciesmap.learning.fit import learns_bfloat16
 from speciesmap.learning.train import train
 from speciesmap.mapping.benchmark import benchmark
 from speciesmap.models import Architecture, SpeciesModel
@@ -33,7 +35,6 @@ from speciesmap.models.losses import info_nce
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import naip_pairs as pairs
 
-BACKBONE = "test_resnet"
 SCENE_SHAPE = {"cell_px": 16, "width": 96, "layers": 2, "heads": 4}
 NAIP_SHAPE = {"cell_px": 64, "width": 96, "layers": 2, "heads": 4}
 NAIP_STEPS, NAIP_BATCH, NAIP_LR = 300, 46, 2e-3
@@ -64,8 +65,9 @@ def on_scene(out: Path, seed: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def on_pairs(folder: Path, seed: int) -> dict[str, dict[str, float]]:
+def on_pairs(folder: Path, seed: int, backbone: str, on_grid: bool) -> dict[str, dict[str, float]]:
     """Train both on pairs of years and find the places of another city."""
+    step = NAIP_SHAPE["cell_px"] if on_grid else 1
     trained, asked = (pairs.chips(folder, city) for city in pairs.CITIES)
     found = {}
     for name, more in {"plain": {}, "factored": {"factored": NAIP_SHAPE}}.items():
@@ -78,16 +80,17 @@ def on_pairs(folder: Path, seed: int) -> dict[str, dict[str, float]]:
                 resolution_m=0.6,
                 mean=(0.0,) * 4,
                 std=(1.0,) * 4,
-                aerial={"backbone": BACKBONE, **more},
+                aerial={"backbone": backbone, **more},
             )
         )
-        learn(model, trained, seed)
+        learn(model, trained, seed, step)
         model.eval()
         figures = []
         with torch.inference_mode():
             for year in (0, 1):
-                query = pairs.queries(asked[:, year], np.random.default_rng([seed, year]))
-                place = pairs.gallery(asked[:, 1 - year])
+                rng = np.random.default_rng([seed, year])
+                query = pairs.queries(asked[:, year], rng, step)
+                place = pairs.gallery(asked[:, 1 - year], step)
                 left, right = (
                     torch.cat([model.encode_aerial(pairs.relit(p)) for p in part.split(50)])
                     for part in (query, place)
@@ -97,19 +100,23 @@ def on_pairs(folder: Path, seed: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def learn(model: SpeciesModel, places: torch.Tensor, seed: int) -> None:
+def learn(model: SpeciesModel, places: torch.Tensor, seed: int, step: int) -> None:
     """Pull the two years of a place together and all other places away."""
     rng = np.random.default_rng(seed)
     log_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.07)))
     parameters = [*model.aerial.parameters(), log_scale]
     optimiser = torch.optim.AdamW(parameters, lr=NAIP_LR, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, NAIP_LR, total_steps=NAIP_STEPS)
+    quick = learns_bfloat16(torch.device("cpu"), model)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     for _ in range(NAIP_STEPS):
         some = places[torch.from_numpy(rng.choice(len(places), NAIP_BATCH, replace=False))]
-        left, right = (
-            model.encode_aerial(pairs.relit(pairs.queries(some[:, year], rng))) for year in (0, 1)
-        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=quick):
+            left, right = (
+                model.encode_aerial(pairs.relit(pairs.queries(some[:, year], rng, step)))
+                for year in (0, 1)
+            )
         loss = info_nce(left, right, log_scale.exp().clamp(max=100))
         optimiser.zero_grad()
         loss.backward()
@@ -137,12 +144,14 @@ def main() -> None:
     parser.add_argument("what", choices=("simulated", "naip"))
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
+    parser.add_argument("--backbone", default="test_resnet", help="of naip")
+    parser.add_argument("--on-grid", action="store_true", help="crops of naip as maps cut them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     arguments = parser.parse_args()
     runs: list[dict[str, Any]] = []
     for seed in arguments.seeds:
         if arguments.what == "naip":
-            runs.append(on_pairs(arguments.folder, seed))
+            runs.append(on_pairs(arguments.folder, seed, arguments.backbone, arguments.on_grid))
         else:
             runs.append(on_scene(arguments.out / str(seed), seed))
         print(json.dumps({"seed": seed, **runs[-1]}), flush=True)
