@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -177,19 +177,22 @@ def _not_streamed(data: DataConfig) -> DataConfig:
 
 DecodedConfig = Annotated[DataConfig, AfterValidator(_not_streamed)]
 
+OF_HEADS = ("background_kind", "bias", "target_group", "covariates", "categorical", "location")
 LABELLED = ("dataset", "taxonomy", "one_per_observation", "supervised", "withheld", "window_px")
 
 
-def _labelled_rows(data: DataConfig) -> DataConfig:
-    for key, value in data:
-        if key not in LABELLED and value != DataConfig.model_fields[key].default:
-            raise ValueError(
-                f"stage classify does not read data.{key}, only {', '.join(LABELLED)}; leave it out"
-            )
-    return data
+def _reads(stage: str, keys: Container[str]) -> AfterValidator:
+    def refuse(data: DataConfig) -> DataConfig:
+        for key, value in data:
+            if key not in keys and value != DataConfig.model_fields[key].default:
+                raise ValueError(f"stage {stage} does not read data.{key}; leave it out")
+        return data
+
+    return AfterValidator(refuse)
 
 
-LabelledConfig = Annotated[DecodedConfig, AfterValidator(_labelled_rows)]
+SeenConfig = Annotated[DataConfig, _reads("pretrain", set(DataConfig.model_fields) - set(OF_HEADS))]
+LabelledConfig = Annotated[DecodedConfig, _reads("classify", LABELLED)]
 
 
 class OptimConfig(Strict):
@@ -339,7 +342,7 @@ class PretrainConfig(Strict):
     stage: Literal["pretrain"]
     method: Literal["crisp", "mae", "cve_mae", "cvm_mae"] = "crisp"
     seed: Seed = 0
-    data: DataConfig
+    data: SeenConfig
     model: ModelConfig
     masked: MaskedConfig = MaskedConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()

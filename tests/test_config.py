@@ -95,9 +95,10 @@ def test_a_mapping_is_read_and_left_as_it_is() -> None:
         ),
         (
             classify(data={"dataset": "chips", "covariates": ["rain.tif"]}),
-            r"stage classify does not read data.covariates, only dataset, .*; leave it out",
+            "stage classify does not read data.covariates; leave it out",
         ),
         (classify(data={"percent": 5.0}), "stage classify does not read data.percent"),
+        (pretrain(data={"bias": "effort.tif"}), "stage pretrain does not read data.bias"),
         (classify(data={"steam": {}}), r"unknown key 'data.steam'; did you mean 'stream'\?"),
         (pretrain(data=3), "data = 3"),
         (pretrain(data={"background": 0}), r"data.background = 0: input should be greater"),
