@@ -185,7 +185,8 @@ def _reads(stage: str, keys: Container[str]) -> AfterValidator:
     def refuse(data: DataConfig) -> DataConfig:
         for key, value in data:
             if key not in keys and value != DataConfig.model_fields[key].default:
-                raise ValueError(f"stage {stage} does not read data.{key}; leave it out")
+                where = ", it is for stage finetune" if key in OF_HEADS else ""
+                raise ValueError(f"stage {stage} does not read data.{key}{where}; leave it out")
         return data
 
     return AfterValidator(refuse)
@@ -350,12 +351,6 @@ class PretrainConfig(Strict):
     views: ViewsConfig = ViewsConfig()
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = TrainerConfig()
-
-    @model_validator(mode="after")
-    def _covariates_are_for_heads(self) -> PretrainConfig:
-        if self.data.covariates or self.data.location:
-            raise ValueError("covariates and location are read by heads, in stage finetune")
-        return self
 
 
 class FinetuneConfig(Strict):

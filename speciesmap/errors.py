@@ -6,6 +6,7 @@ prints it and exits with status 1; anything outside this tree is a bug and keeps
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -79,6 +80,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in said for words in NO_MEMORY)
 
 
+def causes(error: BaseException, earlier: BaseException | None = None) -> Iterator[BaseException]:
+    """Give an error and what led to it, without what was being handled `earlier`."""
+    seen: set[int] = {id(earlier)}
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
 @contextmanager
 def within_memory() -> Iterator[None]:
     """Tell a lack of memory or threads as such, wherever it strikes, also as a decorator.
@@ -88,15 +99,13 @@ def within_memory() -> Iterator[None]:
     Raises:
         ResourceError: What the block raises comes from such a lack.
     """
+    earlier = sys.exception()  # what is being handled already, and is no cause of what follows
     try:
         yield
     except ResourceError:
         raise
     except Exception as error:
-        chain: list[BaseException] = [error]
-        while cause := chain[-1].__cause__ or chain[-1].__context__:
-            chain.append(cause)
-        lacks = [cause for cause in chain if is_out_of_memory(cause)]
+        lacks = [cause for cause in causes(error, earlier) if is_out_of_memory(cause)]
         if not lacks:
             raise
         told = " ".join(str(lacks[-1]).split())[:300] or "none is left"

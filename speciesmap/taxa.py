@@ -84,6 +84,9 @@ def well_cased(text: str) -> str:
     return text.capitalize() if binomial and (text.isupper() or text[0].islower()) else text
 
 
+BELOW_SPECIES = ("var.", "var", "subsp.", "ssp.", "forma", "subvar.")
+
+
 def scientific_name(text: str, *, trinomial: bool = False) -> str:
     """Cut the author, and what stands below the species, off a scientific name.
 
@@ -111,7 +114,7 @@ def scientific_name(text: str, *, trinomial: bool = False) -> str:
         return words[0]
     if not epithet or len(words) == 2:
         return " ".join(words)
-    marker = words[2].lower() in ("var.", "subsp.", "ssp.", "f.", "forma", "subvar.", "var")
+    marker = words[2].lower() in (*BELOW_SPECIES, "f.")
     authored = re.match(r"[A-Z(&\[]", words[2]) is not None
     lower_author = words[2] in ("de", "von", "van", "ex", "f.", "d'", "et")
     if marker or authored or lower_author or (trinomial and words[2].islower()):
@@ -154,7 +157,8 @@ def find(name: str, taxa: Sequence[Taxon]) -> int:
     known = [taxon.name for taxon in taxa]
     folded = [other.lower() for other in known]
     spaced = " ".join(name.replace("_", " ").split())
-    for wanted in (spaced.lower(), scientific_name(spaced).lower()):
+    another = {"cf.", "aff.", *BELOW_SPECIES} & set(spaced.lower().split())
+    for wanted in (spaced.lower(), *([] if another else [scientific_name(spaced).lower()])):
         if wanted in folded:
             return folded.index(wanted)
     close = nearest(wanted, known)

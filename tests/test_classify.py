@@ -393,10 +393,11 @@ def test_a_configuration_evaluates_any_model(
     content = config(chips, "a model that is not there", views=["aerial"], modes=["probe"])
     file.write_text(json.dumps(content))
     call = ["evaluate", str(init), "--data", str(file), "--out", str(tmp_path / "run")]
-    with pytest.raises(SystemExit) as end:
-        main([*call, "--covariates", "rain.tif"])
-    assert end.value.code == 1
-    assert "--covariates is not read to name taxa; leave it out" in capsys.readouterr().err
+    for option in ("covariates", "split"):
+        with pytest.raises(SystemExit) as end:
+            main([*call, f"--{option}", "rain.tif"])
+        assert end.value.code == 1
+        assert f"--{option} is not read to name taxa; leave it out" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:
         main([*call, "--json", "-q"])
     assert end.value.code == 0

@@ -95,7 +95,7 @@ def test_a_mapping_is_read_and_left_as_it_is() -> None:
         ),
         (
             classify(data={"dataset": "chips", "covariates": ["rain.tif"]}),
-            "stage classify does not read data.covariates; leave it out",
+            "stage classify does not read data.covariates, it is for stage finetune; leave it out",
         ),
         (classify(data={"percent": 5.0}), "stage classify does not read data.percent"),
         (pretrain(data={"bias": "effort.tif"}), "stage pretrain does not read data.bias"),

@@ -269,7 +269,8 @@ def test_the_command_line_adds_covariates_to_a_configuration(
         with pytest.raises(SystemExit):
             main(["train", str(shipped_config(name)), "--out", str(tmp_path / "run"), *rasters])
     assert len(found) == 1, "of pre-training they are refused"
-    assert "covariates and location are read by heads" in capsys.readouterr().err
+    refused = "stage pretrain does not read data.covariates, it is for stage finetune; leave it out"
+    assert refused in capsys.readouterr().err.replace("\n", " ")
     assert found[0].data.covariates == ["dem=a b.tif", "rain.tif"]
     assert found[0].data.location
 

@@ -40,6 +40,12 @@ def test_any_spelling_of_a_known_name_is_found() -> None:
     assert find("Quercus agrifolia née", (PINE, OAK, authored)) == 2
 
 
+@pytest.mark.parametrize("name", ["Quercus agrifolia var. oxyadenia", "Quercus cf. agrifolia"])
+def test_another_taxon_than_the_known_one_is_not_taken_for_it(name: str) -> None:
+    with pytest.raises(QueryError, match="does not know"):
+        find(name, (PINE, OAK, Taxon("Quercus")))
+
+
 def test_an_unknown_name_gets_help() -> None:
     with pytest.raises(QueryError, match=r"'Quercus agrifola'; did you mean 'Quercus agrifolia'\?"):
         find("Quercus agrifola", (PINE, OAK))

@@ -22,6 +22,7 @@ from speciesmap.cli import main
 from speciesmap.datasets.paired import open_paired
 from speciesmap.errors import OutputError, QueryError, StoreError
 from speciesmap.mapping.umap import (
+    fit_umap,
     group_colours,
     photo_points,
     place,
@@ -129,6 +130,30 @@ def test_cells_are_placed_where_umap_placed_their_nearest_neighbours() -> None:
     alike = torch.ones(40, 8) / 8**0.5
     placed = place(alike[:3], alike, places[:40], 40)
     np.testing.assert_allclose(placed, places[:40].mean(0).expand(3, 3), atol=1e-5)
+
+
+def test_umap_is_told_exact_neighbours_also_of_rounded_vectors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: dict[str, Any] = {}
+
+    class Fake:
+        def __init__(self, **options: Any) -> None:
+            given.update(options)
+
+        def fit_transform(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+            return vectors[:, :2]
+
+    monkeypatch.setattr("umap.UMAP", Fake)
+    rng = np.random.default_rng(0)
+    vectors = F.normalize(torch.from_numpy(rng.normal(size=(1500, 8))), dim=1).half().float()
+    fit_umap(vectors, 2, 5, 0.1, 0)
+    numbers, distances = given["precomputed_knn"]
+    assert (numbers[:, 0] == np.arange(1500)).all()
+    assert (distances[:, 0] == 0).all(), "else umap-learn takes it for the nearest neighbour's"
+    exact = vectors.double() / vectors.double().norm(dim=1, keepdim=True)
+    farthest = 1 - (exact @ exact.T).sort(descending=True).values[:, 4]
+    np.testing.assert_allclose(distances[:, 4], farthest, atol=1e-6)
 
 
 def test_an_area_next_to_empty_is_refused(tmp_path: Path) -> None:

@@ -41,8 +41,7 @@ from speciesmap.cli.options import (
 )
 @click.option(
     "--split",
-    default="test",
-    show_default=True,
+    show_default="test",
     help="Of retrieval: which rows, where the data set says.",
 )
 @out_option("DIR", "Folder to create.")
@@ -55,7 +54,7 @@ def command(
     covariates: tuple[str, ...],
     surveys: Path | None,
     reranker: Path | None,
-    split: str,
+    split: str | None,
     out: Path,
     overwrite: bool,
     as_json: bool,
@@ -86,7 +85,9 @@ def command(
     if isinstance(config, ClassifyConfig):
         from speciesmap.learning.classify import classify, read_results
 
-        _refuse("to name taxa", covariates=covariates, surveys=surveys, reranker=reranker)
+        _refuse(
+            "to name taxa", covariates=covariates, surveys=surveys, reranker=reranker, split=split
+        )
         asked = config.model_copy(update={"init": str(model)})
         path = classify(asked, out, overwrite=overwrite)
         print_result(path, as_json, **read_results(path))
@@ -97,13 +98,13 @@ def command(
 
         _refuse("in retrieval", covariates=covariates, surveys=surveys)
         path = evaluate_retrieval(
-            model, data, out, split=split, reranker=reranker, overwrite=overwrite
+            model, data, out, split=split or "test", reranker=reranker, overwrite=overwrite
         )
         print_result(path, as_json, **read_retrieval(path))
         return
     from speciesmap.appraise import evaluate
 
-    _refuse("of maps", reranker=reranker)
+    _refuse("of maps", reranker=reranker, split=split)
     made = evaluate(
         model, data=data, out=out, covariates=covariates, surveys=surveys, overwrite=overwrite
     )

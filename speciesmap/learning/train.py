@@ -156,7 +156,8 @@ def refuse_other_data(
             f"the interrupted run in {work} had another {' and '.join(changed)} than lies there "
             "now; pass --overwrite to start anew, or put back what it had"
         )
-    kept.write_text(json.dumps(found))
+    with replacing(kept, overwrite=True) as file:
+        file.write_text(json.dumps(found))
 
 
 def _digests(

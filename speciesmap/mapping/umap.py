@@ -134,8 +134,11 @@ def fit_umap(
             "umap-learn is not installed; run `pip install 'speciesmap[umap]'`"
         ) from error
     neighbours = max(2, min(neighbours, len(vectors) - 1))
+    vectors = F.normalize(vectors, dim=1)  # (N, D); those of stores are rounded
     found = [nearest(block, vectors, neighbours) for block in torch.split(vectors, BLOCK)]
     numbers, cosines = (torch.cat(part) for part in zip(*found, strict=True))  # (N, neighbours)
+    itself = numbers == torch.arange(len(vectors))[:, None]  # (N, neighbours)
+    distances = (1 - cosines).clamp(min=0).masked_fill(itself, 0)  # (N, neighbours)
     with warnings.catch_warnings():  # it will not place other vectors, nor is it asked to
         warnings.filterwarnings("ignore", "precomputed_knn")
         reducer = umap.UMAP(
@@ -146,8 +149,7 @@ def fit_umap(
             init="random" if len(vectors) < 10 * dimensions else "spectral",
             random_state=seed,
             n_jobs=1,
-            precomputed_knn=(numbers.int().numpy(), (1 - cosines).clamp(min=0).numpy()),
-            force_approximation_algorithm=True,  # else it measures all distances again
+            precomputed_knn=(numbers.int().numpy(), distances.numpy()),
         )
         placed: NDArray[np.float32] = reducer.fit_transform(vectors.numpy())
     return placed

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from speciesmap.errors import causes
+
 
 @contextmanager
 def hub_or_cache() -> Iterator[None]:
@@ -25,10 +27,8 @@ def hub_or_cache() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error
-        while cause and not isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
+        lacking = (LocalEntryNotFoundError, OfflineModeIsEnabled)
+        if not any(isinstance(cause, lacking) for cause in causes(error)):
             raise
         raise ConnectionError(
             f"{constants.ENDPOINT} does not answer, and {constants.HF_HUB_CACHE} lacks them"

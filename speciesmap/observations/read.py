@@ -54,7 +54,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "lineage": ("lineage", "ancestry"),
     "longitude": ("decimallongitude", "longitude", "lon", "long", "lng"),
     "latitude": ("decimallatitude", "latitude", "lat"),
-    "date": ("date", "eventdate", "observedon", "glimagedate", "timestamp", "year"),
+    "date": ("date", "eventdate", "observedon", "glimagedate", "year", "timestamp"),
     "uncertainty_m": (
         "uncertaintym",
         "coordinateuncertaintyinmeters",
