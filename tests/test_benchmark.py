@@ -39,7 +39,8 @@ def test_the_numbers_add_up(
     assert found["share_of_product"] == pytest.approx(found["tflops"] / found["product_tflops"])
     assert set(found["seconds"]) == {"read", "copy", "encode", "write", "wait"}
     assert all((value > 0) == (name != "copy") for name, value in found["seconds"].items())
-    assert found["seconds"]["encode"] <= found["windows"] / found["windows_per_s"]
+    assert found["seconds"]["encode"] <= found["engine_s"]
+    assert found["engine_s"] == pytest.approx(found["windows"] / found["windows_per_s"])
     assert found["peak_memory_mb"] > 100
     assert not list(tmp_path.iterdir()), "the noise and the store are thrown away"
 
@@ -59,6 +60,11 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
     assert run.exit_code == 0
     for heading in ("processor", "encoder alone", "ratio", "achieved", "peak memory"):
         assert heading in run.stdout
+
+
+def test_imagery_too_small_to_measure_on_is_said_so(caplog: pytest.LogCaptureFixture) -> None:
+    benchmark(tiny_model(), precision="float32", stride_px=16, batch_size=8, seconds=4)
+    assert "too few to tell the engine's speed by; give larger --imagery" in caplog.text
 
 
 def test_imagery_without_a_valid_window_is_said_so(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def command(model: Path, as_json: bool, **options: Any) -> None:
             f"{found['tflops']:.3g} TFLOP/s, {found['share_of_product']:.0%} of a matrix product's "
             f"{found['product_tflops']:.3g}",
         ),
-        ("time", stages),
+        ("time", f"{found['engine_s']:.1f} s of the engine; side by side {stages}"),
         ("peak memory", f"{found['peak_memory_mb']:.0f} MB" + (f", GPU {gpu:.0f}" if gpu else "")),
     ):
         click.echo(f"{name:14} {value}")

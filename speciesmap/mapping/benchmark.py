@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import resource
 import tempfile
@@ -36,6 +37,8 @@ from speciesmap.rasters.windows import WindowGrid
 
 PRODUCT = 2048  # side of the square matrices whose product is the yardstick
 PRODUCT_SECONDS = 1.0
+
+log = logging.getLogger("speciesmap")
 
 
 def benchmark(
@@ -72,7 +75,8 @@ def benchmark(
     Returns:
         `windows_per_s` and `encoder_windows_per_s` with their `ratio`; `tflops` achieved by the
         encoder, of `product_tflops` by a product of square matrices, and their `share_of_product`;
-        `seconds` of the engine by stage, where `wait` is the time the encoder waited for pixels;
+        `engine_s` that the engine was measured, and its `seconds` by stage, which overlap, where
+        `wait` is the time the encoder waited for pixels;
         `peak_memory_mb` of the process and `peak_gpu_memory_mb`; and what was measured.
 
     Raises:
@@ -112,6 +116,13 @@ def benchmark(
         )
         stages = watch.settle()
         elapsed = time.perf_counter() - started
+    if elapsed < seconds / 4:
+        log.warning(
+            "the imagery's %d tiles were encoded in %.1f s, too few to tell the engine's speed by; "
+            "give larger --imagery, or fewer --seconds",
+            len(tiles),
+            elapsed,
+        )
     product = _product_tflops(place, chosen)
     result: dict[str, Any] = {
         "device": _name(place),
@@ -126,6 +137,7 @@ def benchmark(
         "stride_px": store.identity.stride_px,
         "tiles": len(tiles),
         "windows": count,
+        "engine_s": elapsed,
         "windows_per_s": count / elapsed,
         "encoder_windows_per_s": alone,
         "ratio": count / elapsed / alone,
