@@ -84,7 +84,7 @@ def well_cased(text: str) -> str:
     return text.capitalize() if binomial and (text.isupper() or text[0].islower()) else text
 
 
-BELOW_SPECIES = ("var.", "var", "subsp.", "ssp.", "forma", "subvar.")
+CONNECTING_TERMS = ("var.", "var", "subsp.", "ssp.", "forma", "subvar.")
 
 
 def scientific_name(text: str, *, trinomial: bool = False) -> str:
@@ -114,7 +114,7 @@ def scientific_name(text: str, *, trinomial: bool = False) -> str:
         return words[0]
     if not epithet or len(words) == 2:
         return " ".join(words)
-    marker = words[2].lower() in (*BELOW_SPECIES, "f.")
+    marker = words[2].lower() in (*CONNECTING_TERMS, "f.")
     authored = re.match(r"[A-Z(&\[]", words[2]) is not None
     lower_author = words[2] in ("de", "von", "van", "ex", "f.", "d'", "et")
     if marker or authored or lower_author or (trinomial and words[2].islower()):
@@ -157,8 +157,9 @@ def find(name: str, taxa: Sequence[Taxon]) -> int:
     known = [taxon.name for taxon in taxa]
     folded = [other.lower() for other in known]
     spaced = " ".join(name.replace("_", " ").split())
-    another = {"cf.", "aff.", *BELOW_SPECIES} & set(spaced.lower().split())
-    for wanted in (spaced.lower(), *([] if another else [scientific_name(spaced).lower()])):
+    another = {"cf.", "aff.", *CONNECTING_TERMS} & set(spaced.lower().split())
+    spellings = [spaced] if another else [spaced, scientific_name(spaced)]
+    for wanted in map(str.lower, spellings):
         if wanted in folded:
             return folded.index(wanted)
     close = nearest(wanted, known)

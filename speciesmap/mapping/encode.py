@@ -121,8 +121,7 @@ class Encoder:
         self.device = device
         self.precision: str | None = None
         batch_px = BATCH_PX_CPU if device.type == "cpu" else BATCH_PX_GPU
-        fitting = min(MOST_WINDOWS, max(1, batch_px // model.window_px**2))
-        self.windows = windows or fitting
+        self.windows = windows or min(MOST_WINDOWS, max(1, batch_px // model.window_px**2))
         tower = model.factored
         self.piece_px = None if tower is None else tower.cell_px
         self.pieces = self.windows if tower is None else self.windows * tower.side**2

@@ -115,7 +115,7 @@ def umap_colours(
 def fit_umap(
     vectors: Tensor, dimensions: int, neighbours: int, min_distance: float, seed: int
 ) -> NDArray[np.float32]:
-    """Place unit vectors, shape (N, D), by UMAP with the cosine.
+    """Place vectors of any length, shape (N, D), by UMAP with the cosine.
 
     Neighbours are found here, exactly: umap-learn's search for them compiles itself anew in each
     process, which takes minutes.
@@ -134,7 +134,7 @@ def fit_umap(
             "umap-learn is not installed; run `pip install 'speciesmap[umap]'`"
         ) from error
     neighbours = max(2, min(neighbours, len(vectors) - 1))
-    vectors = F.normalize(vectors, dim=1)  # (N, D); those of stores are rounded
+    vectors = F.normalize(vectors, dim=1)
     found = [nearest(block, vectors, neighbours) for block in torch.split(vectors, BLOCK)]
     numbers, cosines = (torch.cat(part) for part in zip(*found, strict=True))  # (N, neighbours)
     itself = numbers == torch.arange(len(vectors))[:, None]  # (N, neighbours)
@@ -271,8 +271,8 @@ def umap_points(
             f"UMAP needs {FEWEST} points or more with a group and a name each, got {len(vectors)} "
             f"points, {len(groups)} groups and {len(names)} names"
         )
-    unit = F.normalize(torch.from_numpy(np.asarray(vectors, np.float32)), dim=1)
-    places = fit_umap(unit, 2, neighbours, min_distance, seed)
+    given = torch.from_numpy(np.asarray(vectors, np.float32))
+    places = fit_umap(given, 2, neighbours, min_distance, seed)
     low, high = places.min(0), places.max(0)
     places = (places - low) / np.maximum(high - low, 1e-9)
     colours = group_colours(groups)
