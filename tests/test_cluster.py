@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -89,26 +90,28 @@ def test_workers_make_the_bytes_of_one_process_though_one_is_killed(
     assert contents(out) == contents(whole)
 
 
+def dask(what: str, file: Path, *more: str, **variables: str) -> subprocess.Popen[bytes]:
+    """A scheduler or a worker, which meet through a file, in a process and a folder of its own."""
+    words = [sys.executable, "-m", f"distributed.cli.dask_{what}", "--scheduler-file", str(file)]
+    silent = {"stderr": subprocess.DEVNULL, "cwd": file.parent}
+    return subprocess.Popen([*words, *more], env=os.environ | variables, **silent)  # type: ignore[call-overload, no-any-return]
+
+
+SCHEDULER = ("--port", "0", "--dashboard-address", ":0")
+WORKER = ("--nthreads", "1", "--no-dashboard", "--no-nanny")
+
+
+def address_in(file: Path) -> str:
+    while not (told := file.read_text() if file.exists() else "").rstrip().endswith("}"):
+        time.sleep(0.1)
+    return str(json.loads(told)["address"])
+
+
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A scheduler and a worker, each a process that was started by its own command."""
-    folder = tmp_path_factory.mktemp("dask")
-    file = folder / "scheduler.json"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "distributed.cli." + name, "--scheduler-file", str(file), *more],
-            cwd=folder,
-            stderr=subprocess.DEVNULL,
-        )
-        for name, more in (
-            ("dask_scheduler", ["--port", "0", "--dashboard-address", ":0"]),
-            ("dask_worker", ["--nthreads", "1", "--no-dashboard", "--no-nanny"]),
-        )
-    ]
-    while not (told := file.read_text() if file.exists() else "").rstrip().endswith("}"):
-        assert started[0].poll() is None
-        time.sleep(0.1)
-    yield json.loads(told)["address"]
+    file = tmp_path_factory.mktemp("dask") / "scheduler.json"
+    started = [dask("scheduler", file, *SCHEDULER), dask("worker", file, *WORKER)]
+    yield address_in(file)
     for process in started:
         process.kill()
         process.wait()
@@ -143,6 +146,22 @@ def test_a_tile_that_workers_cannot_write_is_named_and_the_store_can_be_resumed(
     (out / "vectors/c/2").unlink()
     embed(model, scene, out, scheduler=address)
     assert contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize("source", ["a.tif", "*.tif", "."])
+def test_a_store_tells_its_source_as_the_user_did_whoever_encodes(
+    model: Path,
+    scene: Path,
+    tmp_path: Path,
+    address: str,
+    source: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(scene.parent)  # where no worker is
+    alone = embed(model, source, tmp_path / "alone.zarr")
+    store = embed(model, source, tmp_path / "s.zarr", scheduler=address)
+    assert store.source == source
+    assert contents(store.path) == contents(alone.path)
 
 
 @pytest.mark.parametrize("where", ["scheduler", "workers"])
@@ -207,6 +226,57 @@ def test_ctrl_c_leaves_a_store_that_can_be_resumed(
     assert process.returncode == 1, said
     assert "run again to go on: tiles that are done are kept" in said
     assert "Traceback" not in said
+    assert len(list(out.glob("vectors/c/*/*/0"))) == 1
+    embed(model, scene, out)
+    assert contents(out) == contents(whole)
+
+
+def test_a_cluster_that_has_no_fit_workers_or_is_lost_says_so(
+    model: Path,
+    scene: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("speciesmap.mapping.cluster.CONNECT_S", 2)
+    file, out = tmp_path / "scheduler.json", tmp_path / "s.zarr"
+    other, stops = tmp_path / "other.py", tmp_path / "stops.py"
+    other.write_text("import speciesmap\nspeciesmap.__version__ = '0.0.1'\n")
+    stops.write_text(FIRST_TILE_ONLY)
+    started = [dask("scheduler", file, *SCHEDULER)]
+    place = address_in(file)
+
+    def when(happened: Callable[[], object], act: Callable[[], object]) -> threading.Thread:
+        def wait() -> None:
+            while not happened():
+                time.sleep(0.02)
+            act()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        return thread
+
+    def begin(preload: Path) -> None:
+        loads = {"DASK_DISTRIBUTED__WORKER__PRELOAD": str(preload)}
+        started.append(dask("worker", file, *WORKER, **loads))
+
+    try:
+        starter = when(lambda: "there are none yet" in caplog.text, lambda: begin(other))
+        with pytest.raises(ClusterError, match=r"has speciesmap 0\.0\.1, this machine .*the same"):
+            embed(model, scene, out, scheduler=place)
+        starter.join()
+        started[1].kill()
+        started[1].wait()
+        begin(stops)
+        killer = when(lambda: out.exists() and open_store(out).done(), started[0].kill)
+        with pytest.raises(ClusterError, match=r"connection to the cluster was lost; .*are kept"):
+            embed(model, scene, out, scheduler=place)
+        killer.join()
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
     assert len(list(out.glob("vectors/c/*/*/0"))) == 1
     embed(model, scene, out)
     assert contents(out) == contents(whole)

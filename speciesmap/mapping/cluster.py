@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from speciesmap import __version__
 from speciesmap.errors import (
     ClusterError,
     DependencyError,
@@ -37,6 +40,7 @@ CONNECT_S = 30
 TASK_TILES = 4  # at most: within a task, reading and writing go on beside encoding
 NAMED = 20  # tiles in a message
 TASKS_PER_WORKER = 4  # at least, so that workers end at about the same time
+WATCH_S = 10
 
 log = logging.getLogger("speciesmap")
 
@@ -96,7 +100,7 @@ def encode_on_cluster(
         Number of windows encoded.
 
     Raises:
-        ClusterError: The scheduler does not answer, or workers keep dying.
+        ClusterError: The scheduler does not answer, workers keep dying or cannot take tasks.
         DependencyError: `distributed` is not installed.
         SpeciesmapError: What `encode_tiles` raises, on a worker.
     """
@@ -114,27 +118,36 @@ def encode_on_cluster(
     if scheduler is None:
         job = replace(job, threads=max(1, len(os.sched_getaffinity(0)) // workers))
     encode, windows, lost = partial(_encode, job), 0, list[tuple[int, int]]()
-    with store.writing(), _client(workers, scheduler) as client:
+    with store.writing(), _client(workers, scheduler) as client, _watched(client):
         try:
+            _refuse_unlike(client)
             # the first worker settles the precision, as a single process does by its first tile
             windows, lost = client.submit(encode, tiles[:1], pure=False).result()
             known = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
             size = max(1, min(TASK_TILES, len(tiles) // (known * TASKS_PER_WORKER)))
             rest = [tiles[k : k + size] for k in range(1, len(tiles), size)]
             futures = client.map(encode, rest, pure=False)
-            for _, (done, empty) in track(
-                distributed.as_completed(futures, with_results=True), "Encoding", len(futures)
-            ):
+            for future in track(distributed.as_completed(futures), "Encoding", len(futures)):
+                done, empty = future.result()
                 windows, lost = windows + done, lost + empty
+        except SpeciesmapError:
+            raise
         except distributed.KilledWorker as error:
             raise ClusterError(
-                f"workers died again and again ({error}); give them more memory or a smaller "
-                "--batch-size, and run again: tiles that are done are kept"
+                f"{error.allowed_failures + 1} workers died of the same tiles, the last at "
+                f"{error.last_worker.address}; give them more memory or a smaller --batch-size, "
+                "and run again: tiles that are done are kept"
             ) from error
         except (CommClosedError, FutureCancelledError) as error:
             raise ClusterError(
-                f"the connection to the cluster was lost ({error}); run again: tiles that are done "
-                "are kept"
+                "the connection to the cluster was lost; see that its scheduler runs, and run "
+                "again: tiles that are done are kept"
+            ) from error
+        except Exception as error:
+            raise ClusterError(
+                f"a worker could not do its task ({type(error).__name__}: {error}); see that it "
+                "has the same speciesmap and libraries as this machine, and memory enough; its own "
+                "log says more, and tiles that are done are kept"
             ) from error
     log.info("encoded %d windows of %d tiles on %d workers", windows, len(tiles), known)
     if lost:
@@ -155,6 +168,7 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Client]:
 
     dask.config.set({"distributed.comm.timeouts.connect": f"{CONNECT_S}s"})
     if scheduler is not None:
+        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # errors are raised here
         try:
             client = Client(scheduler, timeout=CONNECT_S)
         except (OSError, ValueError) as error:
@@ -163,8 +177,6 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Client]:
                 "or use --workers"
             ) from error
         with client:
-            if not client.scheduler_info(n_workers=-1)["workers"]:
-                log.warning("the scheduler at %s has no workers yet; waiting for some", scheduler)
             yield client
         return
     with (
@@ -179,6 +191,50 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Client]:
         Client(cluster) as client,
     ):
         yield client
+
+
+def _refuse_unlike(client: Client) -> None:
+    """Refuse workers that have no speciesmap or another one: a task could only kill them."""
+
+    def version() -> str:  # travels as code, being no function of a module
+        import speciesmap
+
+        return speciesmap.__version__
+
+    client.submit(version, pure=False).result()  # waits for a first worker
+    for address, found in client.run(version).items():
+        if found != __version__:
+            raise ClusterError(
+                f"the worker at {address} has speciesmap {found}, this machine {__version__}; "
+                "install the same on both"
+            )
+
+
+@contextmanager
+def _watched(client: Client) -> Iterator[None]:
+    """Say so where no worker is left that runs: the scheduler waits for others without a word."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        had, waited = False, False
+        while not ended.is_set():
+            with suppress(Exception):  # a lost connection is told to who waits for results
+                workers = client.scheduler_info(n_workers=-1)["workers"].values()
+                states = Counter(worker["status"] for worker in workers)
+                waits = not states["running"]
+                if waits and not waited:
+                    why = "are none left, and their logs may say why" if had else "are none yet"
+                    if states["paused"]:
+                        why = f"are {states['paused']}, paused near their memory limit"
+                    log.warning("waiting for workers: there %s; Ctrl-C keeps what is done", why)
+                had, waited = had or bool(workers), waits
+            ended.wait(WATCH_S)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 @lru_cache(maxsize=1)

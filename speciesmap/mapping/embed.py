@@ -115,12 +115,8 @@ def embed(
         ClusterError: A cluster does not answer or loses its workers.
         ResourceError: Memory or threads ran out; tiles that are done are kept.
     """
-    named = [
-        str(Path(given).absolute()) if Path(given).exists() else str(given)
-        for given in (model, imagery)
-        if isinstance(given, str | Path)
-    ]
-    if (workers or scheduler) and len(named) < 2:
+    folder = Path(model).absolute() if isinstance(model, str | Path) else None
+    if (workers or scheduler) and (folder is None or isinstance(imagery, Imagery)):
         raise ConfigError(
             "workers open the model and the imagery themselves; give both as paths, or leave out "
             "workers and scheduler"
@@ -129,7 +125,7 @@ def embed(
         model = load_model(model)
     imagery = fit_imagery(
         model,
-        named[1] if workers or scheduler else imagery,
+        imagery,
         bands=bands,
         bbox=bbox,
         bbox_crs=bbox_crs,
@@ -177,7 +173,7 @@ def embed(
         from speciesmap.mapping.cluster import Job, encode_on_cluster
 
         job = Job(
-            model=named[0],
+            model=str(folder),
             imagery=imagery,
             store=str(place.absolute()),
             identity=identity,

@@ -81,7 +81,7 @@ class Scene:
 
 
 def list_files(source: str) -> list[str]:
-    """Paths of the rasters that a source names, in order.
+    """Paths of the rasters that a source names, in order; of files absolute, for other processes.
 
     Args:
         source: A raster here or on a server, a folder, a glob, or a tile index.
@@ -93,18 +93,18 @@ def list_files(source: str) -> list[str]:
         return [source]
     path = Path(source)
     if path.is_dir():
-        found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        found = sorted(str(p.absolute()) for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
         if not found:
             raise ImageryError(f"{source} holds no rasters ({', '.join(SUFFIXES)}); check the name")
         return found
     if not path.exists() and glob.has_magic(source):
-        found = sorted(glob.glob(source))  # noqa: PTH207  (the pattern may be absolute)
+        found = sorted(str(Path(p).absolute()) for p in glob.glob(source))  # noqa: PTH207
         if not found:
             raise ImageryError(f"no file matches {source}; check the pattern")
         return found
     if path.exists() and path.suffix.lower() in TILE_INDEXES:
-        return _indexed(path)
-    return [source]
+        return _indexed(path.absolute())
+    return [str(path.absolute()) if path.exists() else source]
 
 
 def _indexed(index: Path) -> list[str]:
