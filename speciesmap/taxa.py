@@ -136,11 +136,34 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", ascii_text.lower()).strip("_")[:80] or "unnamed"
 
 
+def every_name(taxa: Iterable[Taxon]) -> tuple[str, ...]:
+    """List the names of taxa and of all that is in their lineages, each once."""
+    return tuple(dict.fromkeys(name for taxon in taxa for name in (taxon.name, *taxon.lineage)))
+
+
+def words(text: str) -> set[str]:
+    """Words of a text, as a tokenizer that knows no case parts them.
+
+    >>> sorted(words("Quercus x_alvordiana, 1905"))
+    ['alvordiana', 'quercus', 'x']
+    """
+    return set(re.findall(r"[^\W\d_]+", text.casefold()))
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """List the known names closest to a misspelt one, best first."""
     by_lower = {k.lower(): k for k in known}
-    matches = difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=0.5)
+    matches = difflib.get_close_matches(name.lower(), by_lower, n=count)
     return [by_lower[m] for m in matches]
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """Say which known names a strange one may stand for, else what is known at all."""
+    close = nearest(name, known)
+    if close:
+        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+    more = f" and {len(known) - 5} more" if len(known) > 5 else ""
+    return "it knows " + ", ".join(known[:5]) + more
 
 
 def find(name: str, taxa: Sequence[Taxon]) -> int:
@@ -162,12 +185,7 @@ def find(name: str, taxa: Sequence[Taxon]) -> int:
     for wanted in map(str.lower, spellings):
         if wanted in folded:
             return folded.index(wanted)
-    close = nearest(wanted, known)
-    if close:
-        hint = "did you mean " + " or ".join(repr(c) for c in close) + "?"
-    elif known:
-        more = f" and {len(known) - 5} more" if len(known) > 5 else ""
-        hint = "it knows " + ", ".join(known[:5]) + more
-    else:
-        hint = "it knows no taxa; train it with `speciesmap train` or ask with --text or --photo"
+    hint = "it knows no taxa; train it with `speciesmap train` or ask with --text or --photo"
+    if known:
+        hint = suggestion(wanted, known)
     raise QueryError(f"the model does not know the species {name!r}; {hint}")

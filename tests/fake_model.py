@@ -42,7 +42,7 @@ class FakeModel(nn.Module):
         self.prevalence = {"Quercus lobata": 0.5}
         self.reference = F.normalize(torch.randn(64, dim, generator=torch.manual_seed(1)), dim=1)
         self.ground = self.text = self.factored = None
-        self.joined = True
+        self.joined, self.names = True, ()
         self.trust = self.environment = self.values = None
         self.architecture = SimpleNamespace(aerial={"backbone": "fake"})
         self.batches: list[int] = []

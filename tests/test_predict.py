@@ -25,7 +25,7 @@ from fake_model import BlobModel, FakeModel
 from odc.geo.geobox import GeoBox
 from PIL import Image
 from rio_cogeo.cogeo import cog_validate
-from tiny import tiny_model
+from tiny import TAXA, tiny_model
 
 from speciesmap import atlas
 from speciesmap.errors import ConfigError, QueryError, StoreError
@@ -38,13 +38,15 @@ from speciesmap.mapping.query import (
     score,
     taxon_query,
     text_query,
+    without_calibration,
 )
-from speciesmap.models import Architecture, SpeciesModel, save_model
+from speciesmap.models import Architecture, SpeciesModel, load_model, save_model
+from speciesmap.models.crisp import START_LOG_SCALE
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import open_imagery
 from speciesmap.rasters.store import open_store
 from speciesmap.rasters.windows import bounds_in
-from speciesmap.taxa import Taxon
+from speciesmap.taxa import Taxon, every_name
 
 ORIGIN = Affine(1, 0, 550_000, 0, -1, 4_180_000)
 BANDS = ("red", "green", "blue")
@@ -185,12 +187,36 @@ def test_a_map_of_photos_that_no_training_joined_to_windows_is_said_to_say_nothi
 ) -> None:
     model = tiny_model()
     with caplog.at_level(logging.WARNING, logger="speciesmap"):
-        photo_query(model, [photo(tmp_path / "a.jpg")])
-        assert "its map of 'a' says nothing" in caplog.text
+        query = photo_query(model, [photo(tmp_path / "a.jpg")])
+        assert "so its map says nothing" in query.caution
+        assert f"a: {query.caution}" in caplog.messages
         caplog.clear()
         torch.nn.init.ones_(model.log_scale)
         photo_query(model, [photo(tmp_path / "a.jpg")])
     assert "says nothing" not in caplog.text
+
+
+def test_words_that_training_never_saw_are_said_to_mean_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model()
+    model.reference = F.normalize(torch.randn(8, 16, generator=torch.manual_seed(0)), dim=1)
+    torch.nn.init.ones_(model.log_scale)
+    assert text_query(model, "xyzzy").caution == "", "an old checkpoint does not know"
+    model.names = every_name(TAXA)
+    read = load_model(save_model(model, tmp_path / "model", {}))
+    for known in ("Quercus kelloggii", "QUERCUS_sp", "oaks (Fagaceae)", "sabiniana"):
+        assert text_query(read, known).caution == "", known
+    assert not caplog.text
+    near = text_query(read, "Qurcus agrifola")
+    assert "saw no word of this name in training, so its map says nothing" in near.caution
+    assert "; did you mean 'Quercus agrifolia'" in near.caution
+    assert caplog.messages == [f"Qurcus agrifola: {near.caution}"]
+    assert without_calibration(near).caution == near.caution
+    far = text_query(read, "12")
+    assert "; it knows Quercus agrifolia, Plantae, Fagaceae" in far.caution
+    read.log_scale.data.fill_(START_LOG_SCALE)
+    assert "no contrastive loss" in text_query(read, "xyzzy").caution
 
 
 def test_scores_are_logistic_in_the_cosine_and_nodata_stays() -> None:

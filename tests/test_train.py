@@ -55,7 +55,7 @@ from speciesmap.learning.validation import FOLDS, make_folds
 from speciesmap.models import load_model, read_facts, save_model
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import open_imagery
-from speciesmap.taxa import Taxon
+from speciesmap.taxa import Taxon, words
 
 NAMES = [taxon.name for taxon in TAXA]
 CPU = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
@@ -158,6 +158,7 @@ def test_finetuning_validates_by_folds_and_calibrates(
     run = train(load_config(config), tmp_path / "tuned")
     model = load_model(run)
     assert model.taxa == TAXA
+    assert set(model.names) == {*NAMES, *(name for taxon in TAXA for name in taxon.lineage)}
     assert model.prevalence == stated
     assert model.fingerprint != load_model(pretrained).fingerprint
     validation = read_facts(run)["metrics"]["validation"]
@@ -313,6 +314,20 @@ def test_a_frozen_encoder_keeps_its_embeddings(
     ):
         assert torch.equal(old, new), name
     assert all(parameter.requires_grad for parameter in after.parameters())
+
+
+def test_a_text_tower_that_is_trained_further_learns_the_names_beside_those_it_knew(
+    scene: TinyScene, untrained: Path, tmp_path: Path
+) -> None:
+    base = load_model(untrained)
+    base.names = ("Fagaceae", "Fagus sylvatica")
+    start = save_model(base, tmp_path / "start", {})
+    frozen = train(load_config(tune(scene, start, freeze_encoder=True)), tmp_path / "frozen")
+    assert load_model(frozen).names == base.names
+    moved = load_model(train(load_config(tune(scene, start)), tmp_path / "moved")).names
+    assert moved[:2] == base.names
+    assert {*NAMES, "Pinaceae"} < set(moved)
+    assert len(set(moved)) == len(moved)
 
 
 def test_the_same_seed_gives_the_same_weights(scene: TinyScene, tmp_path: Path) -> None:
@@ -728,6 +743,11 @@ def test_withheld_taxa_are_never_seen(
     assert read == {row for row in range(36) if row % 3 != 1}
     assert not [prompt for prompt in prompts if "lobata" in prompt]
     assert [prompt for prompt in prompts if "agrifolia" in prompt]
+    spoken_of = {word for prompt in prompts for word in prompt.casefold().split()}
+    for made in (run, tuned):
+        learned = words(" ".join(load_model(made).names))
+        assert "lobata" not in learned
+        assert learned < spoken_of, "which holds made-up epithets too"
     assert set(pd.read_parquet(tuned / "folds.parquet")["taxon"]) == {NAMES[0], NAMES[2], ""}
 
 

@@ -26,6 +26,7 @@ from speciesmap.models.heads import TaxonHead
 from speciesmap.observations.folds import kmeans_folds
 from speciesmap.rasters.covariates import Covariates, open_covariates
 from speciesmap.rasters.imagery import Imagery
+from speciesmap.taxa import every_name
 
 INNER_FOLDS = 4  # where none are given
 
@@ -239,6 +240,8 @@ def _fine_tune(
         for k in torch.unique(labels).tolist():
             model.head.weight[k] = F.normalize(here[labels == k].mean(0) - away, dim=0)
     model.train()
+    if model.names and config.align > 0 and not config.freeze_encoder:
+        model.names = tuple(dict.fromkeys((*model.names, *every_name(model.taxa))))
     if config.freeze_encoder:
         for tower in (model.aerial, model.ground, model.text):
             if tower is not None:

@@ -48,10 +48,12 @@ from speciesmap.learning.validation import FOLDS
 from speciesmap.models import Architecture, SpeciesModel, save_model
 from speciesmap.models.encoders import ImageTower
 from speciesmap.models.masked import MaskedAutoencoder
+from speciesmap.models.text import TextTower
 from speciesmap.outputs import refuse_existing, replacing
 from speciesmap.rasters.covariates import open_covariates
 from speciesmap.rasters.imagery import open_imagery
 from speciesmap.rasters.messages import without_credentials
+from speciesmap.taxa import every_name
 
 log = logging.getLogger("speciesmap")
 
@@ -298,6 +300,8 @@ def pretrain(
         stage = Masked(network, config.optim, steps, config.views)
     save_steps = stream.save_steps if stream is not None else None
     metrics = fit(stage, loader, config.optim, config.trainer, work, save_steps)
+    if isinstance(model.text, TextTower):
+        model.names = every_name(sources.taxa)
     set_reference(model, sample, rng, config.trainer.accelerator)
     return model, metrics
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from speciesmap.datasets.photos import open_photo
 from speciesmap.errors import QueryError
 from speciesmap.models import SpeciesModel
-from speciesmap.taxa import find, slug
+from speciesmap.taxa import find, slug, suggestion, words
 
 TOGETHER = 16  # queries of one matrix product
 PLACES = 1024  # places of one are a multiple; a tile has as many
@@ -75,7 +75,9 @@ class Query:
 def without_calibration(query: Query) -> Query:
     """Give a query whose values only rank places, for embeddings other than calibrated on."""
     plain = {f.name: getattr(query, f.name) for f in fields(Query)[:5]}
-    return Query(**plain, quantity="suitability", covariates=query.covariates)
+    return Query(
+        **plain, quantity="suitability", caution=query.caution, covariates=query.covariates
+    )
 
 
 def make_queries(
@@ -157,9 +159,7 @@ def taxon_query(model: SpeciesModel, name: str) -> Query:
                 "uninformative: on held-out blocks its map does no better than chance, or than "
                 "maps of random records of its group"
             )
-        for caution in cautions:
-            log.warning("%s: %s", label, caution)
-        known["caution"] = "; ".join(cautions)
+        known["caution"] = _warned(label, cautions)
     return Query(
         label=label,
         kind="taxon",
@@ -220,11 +220,28 @@ def text_query(model: SpeciesModel, text: str, *, label: str | None = None) -> Q
     model.eval()
     with torch.inference_mode():
         vector = model.encode_text([text])[0].float()
-    return _relative(model, label or " ".join(text.split()), "text", vector)
+    cautions = []
+    if model.names and words(text).isdisjoint(words(" ".join(model.names))):
+        cautions.append(
+            "the model saw no word of this name in training, so its map says nothing; "
+            + suggestion(text, model.names)
+        )
+    return _relative(model, label or " ".join(text.split()), "text", vector, cautions)
+
+
+def _warned(label: str, cautions: Sequence[str]) -> str:
+    """Give cautions as a query keeps them, after telling each."""
+    for caution in cautions:
+        log.warning("%s: %s", label, caution)
+    return "; ".join(cautions)
 
 
 def _relative(
-    model: SpeciesModel, label: str, kind: Literal["photo", "text"], vector: Tensor
+    model: SpeciesModel,
+    label: str,
+    kind: Literal["photo", "text"],
+    vector: Tensor,
+    cautions: Sequence[str] = (),
 ) -> Query:
     """Scale a query's cosines by those it has over the training landscape.
 
@@ -232,11 +249,10 @@ def _relative(
     values compare between areas and queries.
     """
     if not model.joined:
-        log.warning(
+        cautions = [
             "no contrastive loss has brought photos, names and windows together in this model, so "
-            "its map of %r says nothing; train one with method: crisp or cve_mae",
-            label,
-        )
+            "its map says nothing; train one with method: crisp or cve_mae"
+        ]
     if len(model.reference):
         cosines = model.reference.float() @ vector.to(model.reference.device)
         mean, spread = float(cosines.mean()), float(cosines.std(correction=0))
@@ -245,7 +261,15 @@ def _relative(
         mean, spread = 0.0, 0.0
         log.warning("the model keeps no reference landscape: values of %r rank places only", label)
     gain = PROBIT_TO_LOGIT / (spread if spread > 1e-6 else 1 / math.sqrt(model.dim))
-    return Query(label, kind, _array(vector), gain, -gain * mean, "suitability")
+    return Query(
+        label,
+        kind,
+        _array(vector),
+        gain,
+        -gain * mean,
+        "suitability",
+        caution=_warned(label, cautions),
+    )
 
 
 def _open_photo(path: Path) -> Image.Image:

@@ -49,6 +49,7 @@ def save_model(model: SpeciesModel, folder: Path | str, facts: Mapping[str, Any]
         "environment": model.environment.save() if model.environment else None,
         "trust": model.trust.save(folder) if model.trust else None,
         "values": asdict(model.values) if model.values else None,
+        "names": model.names,
         **facts,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str))
@@ -169,6 +170,7 @@ def load_model(folder: Path | str) -> SpeciesModel:
             )
         if facts.get("values"):
             model.values = Values.read(facts["values"])
+        model.names = tuple(map(str, facts.get("names", ())))
     except FileNotFoundError as error:
         raise ModelError(
             f"{folder} lacks {Path(error.filename or WEIGHTS).name}; copy the checkpoint again"

@@ -89,6 +89,8 @@ class SpeciesModel(nn.Module):
             yardstick of queries that were not trained.
         trust: How far maps of `taxa` can be trusted, where that was measured.
         values: Histograms of the pixels trained on, where they were measured.
+        names: What the text tower learned to read; empty of a hub's tower, which reads any
+            language, and where it is not known.
     """
 
     reference: Tensor
@@ -145,6 +147,7 @@ class SpeciesModel(nn.Module):
         self.head = TaxonHead(len(self.taxa), a.dim, beside=beside)
         self.trust: Trust | None = None
         self.values: Values | None = None
+        self.names: tuple[str, ...] = ()
         self.log_scale = nn.Parameter(torch.tensor(START_LOG_SCALE))
         self.register_buffer("reference", torch.zeros(references, a.dim))
 
