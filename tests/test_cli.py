@@ -235,16 +235,17 @@ def test_help_loads_nothing_heavy() -> None:
     assert done.stdout.endswith("loaded []\n"), done.stdout + done.stderr
 
 
-def test_the_version_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_told_also_by_the_module(capfd: pytest.CaptureFixture[str]) -> None:
     done = call(capfd, "--version")
     assert done.code == 0
     assert done.out.startswith("speciesmap")
+    words = [sys.executable, "-m", "speciesmap", "--version"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == done.out
 
 
 def test_a_terminated_command_leaves_nothing(tmp_path: Path) -> None:
-    code = "import sys; from speciesmap.cli import main; main(sys.argv[1:])"
     words = ["simulate", "--out", str(tmp_path / "scene"), "--size-px", "2048", "-q"]
-    run = subprocess.Popen([sys.executable, "-c", code, *words])
+    run = subprocess.Popen([sys.executable, "-m", "speciesmap", *words])
     while not list(tmp_path.iterdir()):
         assert run.poll() is None
         time.sleep(0.02)

@@ -215,7 +215,7 @@ def test_ctrl_c_leaves_a_store_that_can_be_resumed(
 ) -> None:
     out, preload = tmp_path / "s.zarr", tmp_path / "first_tile_only.py"
     preload.write_text(FIRST_TILE_ONLY)
-    words = [sys.executable, "-c", "from speciesmap.cli import main; main()", "embed", str(model)]
+    words = [sys.executable, "-m", "speciesmap", "embed", str(model)]
     words += ["--imagery", str(scene), "--out", str(out), "--workers", "1", "-q"]
     loads = {"DASK_DISTRIBUTED__WORKER__PRELOAD": str(preload)}
     process = subprocess.Popen(words, env=os.environ | loads, stderr=subprocess.PIPE, text=True)

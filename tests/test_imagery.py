@@ -331,6 +331,9 @@ def test_what_cannot_be_read_is_refused_by_name_with_a_remedy(tmp_path: Path) ->
     (tmp_path / "empty").mkdir()
     with pytest.raises(ImageryError, match="empty holds no rasters"):
         open_imagery(tmp_path / "empty")
+    (tmp_path / "empty" / "zarr.json").touch()
+    with pytest.raises(ImageryError, match="is an embedding store.*--store"):
+        open_imagery(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.97])

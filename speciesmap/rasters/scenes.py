@@ -94,6 +94,8 @@ def list_files(source: str) -> list[str]:
     path = Path(source)
     if path.is_dir():
         found = sorted(str(p.absolute()) for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        if not found and (path / "zarr.json").exists():
+            raise ImageryError(f"{source} is an embedding store, not imagery; give it as --store")
         if not found:
             raise ImageryError(f"{source} holds no rasters ({', '.join(SUFFIXES)}); check the name")
         return found
