@@ -332,7 +332,7 @@ def test_what_cannot_be_read_is_refused_by_name_with_a_remedy(tmp_path: Path) ->
     with pytest.raises(ImageryError, match="empty holds no rasters"):
         open_imagery(tmp_path / "empty")
     (tmp_path / "empty" / "zarr.json").touch()
-    with pytest.raises(ImageryError, match="is an embedding store.*--store"):
+    with pytest.raises(ImageryError, match=r"is an embedding store.*--store"):
         open_imagery(tmp_path / "empty")
 
 

@@ -649,7 +649,7 @@ def test_a_truncated_raster_prints_one_line_in_a_process_of_its_own(
     tmp_path: Path, checkpoint: Path
 ) -> None:
     words, _ = bad_inputs(tmp_path)["truncated"]
-    command = [sys.executable, "-c", "from speciesmap.cli import main; main()"]
+    command = [sys.executable, "-m", "speciesmap"]
     ran = subprocess.run(
         [*command, "predict", checkpoint, "--out", tmp_path / "maps", *words],
         capture_output=True,

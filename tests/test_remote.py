@@ -681,7 +681,7 @@ def test_chips_that_were_killed_read_the_rest_and_end_the_same(
         words = ["chips", str(table), "--imagery", stac, "--window-px", "16", "-q", "--out"]
         assert CliRunner().invoke(group, [*words, str(tmp_path / "whole")]).exit_code == 0
         server.set(delay_s=0.03)
-        run = [sys.executable, "-c", "from speciesmap.cli import main; main()", *words]
+        run = [sys.executable, "-m", "speciesmap", *words]
         killed = subprocess.Popen([*run, str(tmp_path / "set")])
         while len(list(tmp_path.glob(".set.*.windows/*.npz"))) < 4:
             assert killed.poll() is None
