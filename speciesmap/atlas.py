@@ -38,7 +38,7 @@ from speciesmap.mapping.surroundings import Surroundings, find_surroundings
 from speciesmap.models import SpeciesModel, load_model, read_facts
 from speciesmap.present.qgis import write_project
 from speciesmap.present.stac import write_item
-from speciesmap.present.styles import MONTHS, write_qml
+from speciesmap.present.styles import MONTHS, style_ranges, write_qml
 from speciesmap.present.webmap import make_map
 from speciesmap.rasters.imagery import Imagery, Opening
 from speciesmap.rasters.store import EmbeddingStore, open_store
@@ -249,7 +249,8 @@ def predict(
         tifs, total = [m.path for m in maps], [*folder.glob(RICHNESS)]
         _present(tifs, total, folder, shown, observations, title)
         if qgis_project:
-            write_project(folder / "maps.qgz", [*tifs, *total], title=out.name)
+            ranges = next(folder.glob(RANGES), None)
+            write_project(folder / "maps.qgz", [*tifs, *total], ranges=ranges, title=out.name)
         spent = {
             "encode": round(encoded - started, 3),
             "score": round(scored - encoded, 3),
@@ -300,7 +301,7 @@ def _score(
     bounded = [m for m in maps if m.query.thresholds]
     if bounded:
         ranges = [draw_range(m.path, m.query.label, m.query.thresholds) for m in bounded]
-        write_ranges(pd.concat(ranges, ignore_index=True), folder / RANGES)
+        style_ranges(write_ranges(pd.concat(ranges, ignore_index=True), folder / RANGES))
     return maps
 
 

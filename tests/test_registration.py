@@ -117,7 +117,7 @@ def test_files_show_a_landmark_within_half_a_cell(
         corners = [raster.transform * at for at in ((0, 0), (raster.width, raster.height))]
         res, crs = raster.res, raster.crs
 
-    ranges = gpd.read_file(made.path / "ranges.gpkg")
+    ranges = gpd.read_file(made.path / "ranges.gpkg", layer="ranges")
     assert ranges.crs == crs
     [near] = ranges.geometry
     assert near.contains(Point(there))

@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import geopandas as gpd
 import numpy as np
 import pytest
 from affine import Affine
@@ -19,8 +20,10 @@ from hypothesis import strategies as st
 from odc.geo.geobox import GeoBox
 from PIL import Image
 from present_maps import HOSTILE, ramp, write_map
+from shapely.geometry import MultiPolygon, box
 
 from speciesmap.errors import ImageryError, OutputError
+from speciesmap.mapping.ranges import write_ranges
 from speciesmap.present.qgis import write_project
 from speciesmap.present.styles import (
     PALETTE,
@@ -29,6 +32,7 @@ from speciesmap.present.styles import (
     encode_png,
     quantise,
     read_legend,
+    style_ranges,
     write_qml,
 )
 from speciesmap.rasters.geotiff import MapWriter
@@ -318,6 +322,90 @@ def test_qgis_project_groups_all_maps_and_may_be_moved(tmp_path: Path, suffix: s
     for name, valid, renderer, crs, high in seen["layers"]:
         assert (valid, renderer, crs) == (True, "singlebandpseudocolor", "EPSG:32610")
         assert high == (1 if name != "oak" else pytest.approx(39.2, abs=0.1))
+
+
+ROUGH = "O'Brien's \"oak\" \\ 5% & <b>"
+
+
+def write_squares(path: Path, taxa: tuple[str, ...] = (ROUGH, "Quercus lobata")) -> Path:
+    """Ranges of taxa on the place of `ramp`: a half within the whole, east or west of it."""
+    whole = box(560_000, 4_149_040, 561_200, 4_150_000)
+    rows = []
+    for k, taxon in enumerate(taxa):
+        half = box(560_600 - 600 * k, 4_149_040, 561_200 - 600 * k, 4_150_000)
+        rows += [
+            (taxon, rule, MultiPolygon([part])) for rule, part in (("5th", whole), ("10th", half))
+        ]
+    table = gpd.GeoDataFrame(rows, columns=["taxon", "rule", "geometry"], crs="EPSG:32610")
+    style_ranges(write_ranges(table, path))
+    return path
+
+
+RANGES = """
+import json, sys
+from qgis.core import *
+from qgis.PyQt.QtCore import QSize
+from qgis.PyQt.QtGui import QColor
+QgsApplication.setPrefixPath("/usr", True)
+app = QgsApplication([], False)
+app.initQgis()
+if sys.argv[1].endswith(".gpkg"):
+    layer, names, crs = QgsVectorLayer(sys.argv[1], "any name", "ogr"), [], None
+else:
+    project = QgsProject.instance()
+    project.read(sys.argv[1])
+    tree = project.layerTreeRoot()
+    names = [[l.name(), l.isVisible()] for l in tree.findLayers()]
+    layer, crs = tree.findLayers()[0].layer(), project.crs().authid()
+settings = QgsMapSettings()
+settings.setLayers([layer])
+settings.setDestinationCrs(layer.crs())
+settings.setExtent(layer.extent())
+settings.setOutputSize(QSize(300, 240))
+settings.setBackgroundColor(QColor("white"))
+job = QgsMapRendererSequentialJob(settings)
+job.start()
+job.waitForFinished()
+picture = job.renderedImage()
+taxa = [[t.label(), t.active(), [
+    [r.label(), r.symbol().color().name(), len(list(layer.getFeatures(
+        f"({t.filterExpression()}) AND ({r.filterExpression()})")))] for r in t.children()]]
+    for t in layer.renderer().rootRule().children()]
+print("JSON" + json.dumps({"valid": layer.isValid(), "crs": layer.crs().authid(), "taxa": taxa,
+    "west": picture.pixelColor(75, 120).getRgb()[:3], "names": names,
+    "east": picture.pixelColor(225, 120).getRgb()[:3]}))
+"""
+
+
+@pytest.mark.qgis
+@pytest.mark.parametrize("opened", ["ranges.gpkg", "maps.qgz"])
+def test_qgis_opens_ranges_in_the_palette_and_draws_those_of_the_first_taxon(
+    tmp_path: Path, opened: str
+) -> None:
+    ranges = write_squares(tmp_path / "a & b" / "ranges.gpkg")
+    path = write_map(ranges.with_name("oak.tif"), ramp())
+    write_project(ranges.with_name("maps.qgz"), [path], ranges=ranges)
+    moved = ranges.parent.rename(tmp_path / "moved")
+    seen = run_qgis(tmp_path, RANGES, str(moved / opened))
+    assert (seen["valid"], seen["crs"]) == (True, "EPSG:32610")
+    rules = [["5th", PALETTE[3], 1], ["10th", PALETTE[6], 1]]
+    assert seen["taxa"] == [[ROUGH, True, rules], ["Quercus lobata", False, rules]]
+    if opened == "maps.qgz":
+        assert seen["names"] == [["Ranges", False], ["Quercus agrifolia", True]]
+    white, colours = (
+        np.full(3, 255),
+        [np.array(list(bytes.fromhex(PALETTE[k][1:]))) for k in (3, 6)],
+    )
+    whole = white + (colours[0] - white) * 90 / 255
+    assert seen["west"] == pytest.approx(whole, abs=2)
+    assert seen["east"] == pytest.approx(whole + (colours[1] - whole) * 90 / 255, abs=2)
+
+
+def test_a_style_leaves_the_ranges_as_they_were(tmp_path: Path) -> None:
+    path = write_squares(tmp_path / "ranges.gpkg")
+    assert [file.name for file in tmp_path.iterdir()] == ["ranges.gpkg"]
+    assert gpd.list_layers(path)["name"].tolist() == ["ranges", "layer_styles"]
+    assert gpd.read_file(path, layer="ranges")["rule"].tolist() == ["5th", "10th"] * 2
 
 
 def test_qgis_project_of_nothing_or_of_another_kind_is_refused(tmp_path: Path) -> None:

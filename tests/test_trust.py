@@ -346,7 +346,10 @@ def test_a_trained_model_maps_all_of_it(tmp_path: Path) -> None:
     assert '"label":"Species richness"' in made.html.read_text()
     with zipfile.ZipFile(made.path / "maps.qgz") as project:
         assert b"./richness.tif" in project.read("maps.qgs")
-    ranges = gpd.read_file(made.path / "ranges.gpkg")
+        assert b"./ranges.gpkg|layername=ranges" in project.read("maps.qgs")
+    ranges = gpd.read_file(made.path / "ranges.gpkg", layer="ranges")
+    styles = gpd.read_file(made.path / "ranges.gpkg", layer="layer_styles")
+    assert all(taxon.name in styles["styleQML"].item() for taxon in TAXA)
     assert len(ranges) == 9
     assert ranges.crs == "EPSG:32610"
     assert set(ranges["rule"]) == set(next(iter(trust["thresholds"].values())))
@@ -356,5 +359,5 @@ def test_a_trained_model_maps_all_of_it(tmp_path: Path) -> None:
         assert "fewer than 25" in facts["caution"]
     again = predict(model, store=made.store, out=tmp_path / "again", species=[TAXA[0].name])
     first = ranges[ranges["taxon"] == TAXA[0].name]["threshold"].tolist()
-    assert gpd.read_file(again.path / "ranges.gpkg")["threshold"].tolist() == first
+    assert gpd.read_file(again.path / "ranges.gpkg", layer="ranges")["threshold"].tolist() == first
     assert not (again.path / "richness.tif").exists()

@@ -7,11 +7,17 @@ import xml.etree.ElementTree as ET
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from speciesmap.errors import OutputError
 from speciesmap.outputs import replacing
-from speciesmap.present.styles import Legend, read_legend, style_elements, xml_text
+from speciesmap.present.styles import (
+    DOCTYPE,
+    range_elements,
+    read_legend,
+    style_elements,
+    xml_text,
+)
 from speciesmap.present.warp import open_map
 
 GROUPS = {
@@ -26,7 +32,12 @@ ID_PREFIX = "speciesmap_layer_"
 
 
 def write_project(
-    out: Path, tifs: Sequence[Path], *, title: str = "", overwrite: bool = False
+    out: Path,
+    tifs: Sequence[Path],
+    *,
+    ranges: Path | None = None,
+    title: str = "",
+    overwrite: bool = False,
 ) -> Path:
     """Write a QGIS project of maps, grouped by how they were asked for.
 
@@ -36,6 +47,7 @@ def write_project(
     Args:
         out: A `.qgz` file, or a `.qgs` one, which is the same unzipped.
         tifs: Map GeoTIFFs.
+        ranges: GeoPackage of their ranges, in the first map's CRS.
         title: Of the project; by default the file's stem.
         overwrite: Whether `out` may be replaced.
 
@@ -58,17 +70,26 @@ def write_project(
     groups: dict[str, ET.Element] = {}
     canvas = ET.SubElement(root, "mapcanvas", name="theMapCanvas", annotationsVisible="1")
     layers = ET.SubElement(root, "projectlayers")
+
+    def beside(path: Path) -> str:
+        return "./" + Path(os.path.relpath(path, out.parent)).as_posix()
+
     for i, tif in enumerate(tifs):
         with open_map(tif) as dataset:
             legend, bounds, crs = read_legend(dataset), dataset.bounds, dataset.crs
-        source = "./" + Path(os.path.relpath(tif, out.parent)).as_posix()
+        if i == 0 and ranges is not None:  # above the maps
+            source = f"{beside(ranges)}|layername=ranges"
+            layer = _layer(layers, tree, "Ranges", "vector", source, crs, shown=False)
+            layer.extend(range_elements(ranges))
         group = GROUPS.get(legend.query, "Maps")
         if group not in groups:
             groups[group] = ET.SubElement(
                 tree, "layer-tree-group", name=group, checked="Qt::Checked", expanded="1"
             )
-        identity = f"{ID_PREFIX}{i}"
-        _layer(layers, groups[group], identity, legend, source, crs, shown=i == 0)
+        layer = _layer(
+            layers, groups[group], legend.label, "raster", beside(tif), crs, shown=i == 0
+        )
+        layer.extend(style_elements(legend))
         if i == 0:
             _crs(project_crs, crs)
             extent = ET.SubElement(canvas, "extent")
@@ -80,50 +101,49 @@ def write_project(
     ET.SubElement(enabled, "ProjectionsEnabled", type="int").text = "1"
     ET.SubElement(ET.SubElement(properties, "Paths"), "Absolute", type="bool").text = "false"
     ET.indent(root)
-    text = "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n" + ET.tostring(
-        root, encoding="unicode"
-    )
-    with replacing(out, overwrite=overwrite) as beside:
+    text = DOCTYPE + ET.tostring(root, encoding="unicode")
+    with replacing(out, overwrite=overwrite) as file:
         if out.suffix.lower() == ".qgz":
-            with zipfile.ZipFile(beside, "w") as archive:
+            with zipfile.ZipFile(file, "w") as archive:
                 inside = zipfile.ZipInfo(f"{out.stem}.qgs")  # without a time: same maps, same bytes
                 inside.compress_type = zipfile.ZIP_DEFLATED
                 inside.external_attr = 0o644 << 16
                 archive.writestr(inside, text)
         else:
-            beside.write_text(text, encoding="utf-8")
+            file.write_text(text, encoding="utf-8")
     return out
 
 
 def _layer(
     layers: ET.Element,
     group: ET.Element,
-    identity: str,
-    legend: Legend,
+    label: str,
+    kind: Literal["raster", "vector"],
     source: str,
     crs: Any,
     *,
     shown: bool,
-) -> None:
-    """Add one map to the layers and to its group in the list."""
-    name = xml_text(legend.label)
+) -> ET.Element:
+    """Add one map or the ranges to the layers and to its group in the list, without a style."""
+    identity = f"{ID_PREFIX}{len(layers)}"
+    name, provider = xml_text(label), "gdal" if kind == "raster" else "ogr"
     ET.SubElement(
         group,
         "layer-tree-layer",
         id=identity,
         name=name,
         source=xml_text(source),
-        providerKey="gdal",
+        providerKey=provider,
         checked="Qt::Checked" if shown else "Qt::Unchecked",
         expanded="1" if shown else "0",
     )
-    layer = ET.SubElement(layers, "maplayer", type="raster", hasScaleBasedVisibilityFlag="0")
+    layer = ET.SubElement(layers, "maplayer", type=kind, hasScaleBasedVisibilityFlag="0")
     ET.SubElement(layer, "id").text = identity
     ET.SubElement(layer, "datasource").text = xml_text(source)
     ET.SubElement(layer, "layername").text = name
-    ET.SubElement(layer, "provider").text = "gdal"
+    ET.SubElement(layer, "provider").text = provider
     _crs(ET.SubElement(layer, "srs"), crs)
-    layer.extend(style_elements(legend))
+    return layer
 
 
 def _crs(parent: ET.Element, crs: Any) -> None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import html
 import math
+import sqlite3
 import struct
 import xml.etree.ElementTree as ET
 import zlib
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,9 @@ MONTHS = (
 
 UNIT_QUANTITIES = ("suitability", "probability")
 """Quantities that live in [0, 1] by definition, whatever a raster happens to hold."""
+
+DOCTYPE = "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n"
+"""First line of QGIS's styles and projects."""
 
 STEPS = 254
 """Intervals that the range is divided into where values are shown or stored as eight bits."""
@@ -249,15 +254,17 @@ def write_qml(tif: Path) -> Path:
     """
     with open_raster(tif) as dataset:
         legend = read_legend(dataset)
-    root = ET.Element("qgis", version="3.22", styleCategories="AllStyleCategories")
-    root.extend(style_elements(legend))
-    ET.indent(root)
     out = tif.with_suffix(".qml")
     with replacing(out, overwrite=True) as beside:
-        text = ET.tostring(root, encoding="unicode")
-        doctype = "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n"
-        beside.write_text(doctype + text + "\n", encoding="utf-8")
+        beside.write_text(_qml(style_elements(legend)), encoding="utf-8")
     return out
+
+
+def _qml(elements: list[ET.Element]) -> str:
+    root = ET.Element("qgis", version="3.22", styleCategories="AllStyleCategories")
+    root.extend(elements)
+    ET.indent(root)
+    return f"{DOCTYPE}{ET.tostring(root, encoding='unicode')}\n"
 
 
 def style_elements(legend: Legend) -> list[ET.Element]:
@@ -302,6 +309,83 @@ def style_elements(legend: Legend) -> list[ET.Element]:
     blend = ET.Element("blendMode")
     blend.text = "0"
     return [properties, pipe, blend]
+
+
+def style_ranges(path: Path) -> None:
+    """Put the QGIS style of ranges into their GeoPackage, where QGIS looks for it.
+
+    Its table `layer_styles` is that of QGIS's own "save style in database".
+
+    Args:
+        path: GeoPackage that `mapping.ranges.write_ranges` wrote.
+    """
+    columns = (
+        "id INTEGER PRIMARY KEY AUTOINCREMENT NOT NULL, f_table_catalog TEXT(256), "
+        "f_table_schema TEXT(256), f_table_name TEXT(256), f_geometry_column TEXT(256), "
+        "styleName TEXT(30), styleQML TEXT, styleSLD TEXT, useAsDefault BOOLEAN, "
+        "description TEXT, owner TEXT(30), ui TEXT(30), "
+        "update_time DATETIME DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))"
+    )
+    style = _qml(range_elements(path))
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute(f"CREATE TABLE layer_styles ({columns})")
+        database.execute(
+            "INSERT INTO layer_styles (f_table_catalog, f_table_schema, f_table_name, "
+            "f_geometry_column, styleName, styleQML, useAsDefault) "
+            "SELECT '', '', table_name, column_name, table_name, ?, 1 FROM gpkg_geometry_columns",
+            [style],
+        )
+        database.execute(
+            "INSERT INTO gpkg_contents (table_name, data_type, identifier) "
+            "VALUES ('layer_styles', 'attributes', 'layer_styles')"
+        )
+
+
+def range_elements(path: Path) -> list[ET.Element]:
+    """Build the parts of a QGIS style of ranges, which a project's layer holds too.
+
+    Taxa are switched on and off by themselves, the first is on; each rule has a colour of the
+    palette, through which the larger ranges and the map below are seen.
+    """
+    with closing(sqlite3.connect(path)) as database:
+        found = database.execute(
+            "SELECT taxon, rule FROM ranges GROUP BY taxon, rule ORDER BY min(fid)"
+        ).fetchall()
+    rules = list(dict.fromkeys(rule for _, rule in found))
+    renderer = ET.Element("renderer-v2", type="RuleRenderer", symbollevels="0")
+    root = ET.SubElement(renderer, "rules", key="root")
+    symbols = ET.SubElement(renderer, "symbols")
+    groups: dict[str, ET.Element] = {}
+    for taxon, rule in found:
+        if taxon not in groups:
+            groups[taxon] = _rule(root, f"t{len(groups)}", "taxon", taxon)
+            groups[taxon].set("checkstate", "0" if len(groups) > 1 else "1")
+        number = str(len(symbols))
+        _rule(groups[taxon], f"r{number}", "rule", rule).set("symbol", number)
+        rank = (rules.index(rule) + 1) / (len(rules) + 1)
+        red, green, blue = bytes.fromhex(PALETTE[int(rank * (len(PALETTE) - 1))][1:])
+        symbol = ET.SubElement(symbols, "symbol", type="fill", name=number, alpha="1")
+        layer = ET.SubElement(symbol, "layer", {"class": "SimpleFill", "enabled": "1"})
+        options = ET.SubElement(layer, "Option", type="Map")
+        for name, value in (
+            ("color", f"{red},{green},{blue},90"),
+            ("outline_color", f"{red},{green},{blue},255"),
+            ("outline_style", "solid"),
+            ("outline_width", "0.4"),
+            ("outline_width_unit", "MM"),
+            ("style", "solid"),
+        ):
+            ET.SubElement(options, "Option", type="QString", name=name, value=value)
+    blend, kind = ET.Element("blendMode"), ET.Element("layerGeometryType")
+    blend.text, kind.text = "0", "2"
+    return [renderer, blend, kind]
+
+
+def _rule(parent: ET.Element, key: str, column: str, value: str) -> ET.Element:
+    """Add a rule for the rows that have a value, which an expression quotes as QGIS does."""
+    quoted = value.replace("\\", "\\\\").replace("'", "''")
+    found = xml_text(f"\"{column}\" = '{quoted}'")
+    return ET.SubElement(parent, "rule", key=key, filter=found, label=xml_text(value))
 
 
 def xml_text(text: str) -> str:
