@@ -64,6 +64,8 @@ def learn(folder: Path, processes: int) -> None:
         for name, method in METHODS.items():
             train(configured(method, folder, processes), folder / f"{name}_{processes}")
         stream_in(folder, processes, patch)
+    few = configured(METHODS["finetune"], folder, processes, batch=6, background=8)
+    train(few, folder / f"few_{processes}")
 
 
 def stream_in(folder: Path, processes: int, patch: pytest.MonkeyPatch) -> None:
@@ -96,7 +98,7 @@ def configured(
 ) -> Any:
     data |= {"dataset": str(folder / "chips")}
     if method["stage"] == "finetune":
-        data |= {"imagery": str(folder / "aerial.tif"), "background": ROWS}
+        data = {"imagery": str(folder / "aerial.tif"), "background": ROWS, **data}
         method = {**method, "init": str(folder / "init")}
     optim = {"epochs": 2, "batch_size": batch // processes, "lr": 1e-4, "warmup": 0}
     trainer = {"accelerator": "cpu", "devices": processes, "precision": "32-true"}
@@ -143,6 +145,11 @@ def test_two_processes_learn_what_one_learns_from_the_joined_batch(method: str, 
     if not own:
         for name in first:
             assert torch.allclose(first[name], second[name], atol=2e-3), name
+
+
+def test_processes_learn_from_every_presence_beside_background_of_fewer_places(runs: Path) -> None:
+    one, two = (read_facts(runs / f"few_{processes}")["metrics"] for processes in (1, 2))
+    assert two["steps"] == one["steps"] == 2 * ROWS // 6
 
 
 def test_each_process_draws_its_own_views(runs: Path) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ from speciesmap.learning.data import (
     target_group_places,
 )
 from speciesmap.learning.finetune import check_validation, refuse_elsewhere
-from speciesmap.learning.fit import ByPlace, best_precision, measure
+from speciesmap.learning.fit import ByPlace, best_precision, measure, set_reference
 from speciesmap.learning.modules import Crisp, Finetune
 from speciesmap.learning.train import build, train
 from speciesmap.learning.validation import FOLDS, make_folds
@@ -527,6 +528,26 @@ def test_a_resumed_run_ends_with_the_very_weights_of_one_that_was_never_interrup
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_run_interrupted_after_its_last_step_ends_with_the_very_losses(
+    scene: TinyScene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(crisp(scene))
+    whole = read_facts(train(config, tmp_path / "whole"))["metrics"]
+
+    def interrupted(*_: Any) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr("speciesmap.learning.train.set_reference", interrupted)
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "run")
+    for end in (interrupted, set_reference):  # interrupted a second time before anything is saved
+        monkeypatch.setattr("speciesmap.learning.train.set_reference", end)
+        with suppress(Interrupted):
+            train(config, tmp_path / "run", resume=True)
+    assert read_facts(tmp_path / "run")["metrics"] == whole
+
+
 def test_a_resumed_validation_repeats_no_fold(
     scene: TinyScene, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -926,9 +947,19 @@ def test_folds_that_hold_out_what_pretraining_saw_are_said_to(
 
 def test_losses_that_are_no_numbers_are_an_error(scene: TinyScene, tmp_path: Path) -> None:
     broken = crisp(scene, optim={"epochs": 1, "batch_size": 12, "lr": 1e30})
-    with pytest.raises(ConfigError, match=r"training diverged: .* lower optim.lr = 1e\+30"):
-        train(load_config(broken), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=r"training diverged: .* lower optim.lr = 1e\+30"):
+            train(load_config(broken), tmp_path / "run", resume=resume)
+        assert not (tmp_path / "run").exists()
+
+
+def test_pixels_that_are_no_numbers_are_refused(tmp_path: Path, untrained: Path) -> None:
+    scene = tiny_scene(tmp_path, dtype=np.float32, missing=np.nan)
+    heads = tune(scene, untrained, freeze_encoder=True, head={})
+    for config in (crisp(scene), heads):
+        with pytest.raises(DatasetError, match="pixels of band nir that are no numbers"):
+            train(load_config(config), tmp_path / "run")
+    assert not list(tmp_path.glob("*run*"))
 
 
 def test_rows_without_photos_are_refused_where_photos_are_learned_from(tmp_path: Path) -> None:

@@ -70,20 +70,28 @@ def jpeg(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def tiny_scene(
-    folder: Path, *, rows: int = 36, bands: tuple[str, ...] = BANDS, photos: bool = True
+    folder: Path,
+    *,
+    rows: int = 36,
+    bands: tuple[str, ...] = BANDS,
+    photos: bool = True,
+    dtype: type[np.generic] = np.uint8,
+    missing: float | None = None,
 ) -> TinyScene:
-    """Write an imagery, and chips of three taxa cut from it."""
+    """Write an imagery, and chips of three taxa cut from it; one pixel of the chips may lack."""
     rng = np.random.default_rng(0)
-    pixels = rng.integers(1, 255, (len(bands), SIDE, SIDE)).astype(np.uint8)
+    pixels = rng.integers(1, 255, (len(bands), SIDE, SIDE)).astype(dtype)
     grid = GeoBox((SIDE, SIDE), Affine(1, 0, 550_000, 0, -1, 4_180_000), "EPSG:32610")
     imagery = write_geotiff(folder / "aerial.tif", pixels, grid, bands=bands)
     row, col = rng.integers(8, SIDE - 8, (2, rows))
     x, y = open_imagery(imagery).xy(row, col)
     species = np.arange(rows) % len(TAXA)
     half = WINDOW_PX // 2
-    windows: NDArray[np.uint8] = np.stack(
+    windows: NDArray[Any] = np.stack(
         [pixels[:, r - half : r + half, c - half : c + half] for r, c in zip(row, col, strict=True)]
     )
+    if missing is not None:
+        windows[0, -1, 0, 0] = missing
     columns: dict[str, Any] = {
         name: False if kind == "bool" else 0 if "int" in kind else ""
         for name, kind in FACTS.items()
@@ -99,7 +107,7 @@ def tiny_scene(
     }
     facts = pd.DataFrame(columns, index=range(rows))
     chips = folder / "chips"
-    with PairedWriter(chips, bands, WINDOW_PX, np.dtype(np.uint8)) as writer:
+    with PairedWriter(chips, bands, WINDOW_PX, np.dtype(dtype)) as writer:
         writer.write(facts, windows, [jpeg(rng) if photos else None for _ in range(rows)])
         writer.finish(TAXA, 1.0)
     return TinyScene(imagery, chips)

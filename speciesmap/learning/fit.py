@@ -87,8 +87,6 @@ def fit(
     stage.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    if process_rank():  # other views than in the first process
-        torch.manual_seed(torch.initial_seed() + process_rank())
     arguments: dict[str, Any] = {
         "accelerator": config.accelerator,
         "devices": config.devices,
@@ -136,7 +134,7 @@ def fit(
             f"{optim.batch_size} each, so nothing was learned; lower optim.batch_size or "
             "trainer.devices"
         )
-    losses = {name: round(float(value), 4) for name, value in trainer.callback_metrics.items()}
+    losses = {name: round(value, 4) for name, value in stage.losses().items()}
     if not all(map(math.isfinite, losses.values())):
         raise ConfigError(
             f"training diverged: after {trainer.global_step} steps the losses are {losses}; lower "
@@ -211,7 +209,7 @@ def batches(
     size = min(optim.batch_size, len(windows))
     sampler: Sampler[int] | None = None
     if count:
-        sampler = RandomSampler(windows, replacement=True, num_samples=count * size)
+        sampler = Drawn(RandomSampler(windows, replacement=True, num_samples=count * size))
     elif together and isinstance(windows, PairedRows):
         sampler = ByPlace(windows.place[windows.rows])
     return DataLoader(
@@ -225,6 +223,23 @@ def batches(
         persistent_workers=trainer.workers > 0,
         multiprocessing_context="spawn" if trainer.workers else None,
     )
+
+
+class Drawn(Sampler[int]):
+    """Draws of torch's own sampler, which processes share out.
+
+    In the place of torch's own Lightning puts one that shares out the data set, once.
+    """
+
+    def __init__(self, sampler: Sampler[int]) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        """Draw."""
+        return iter(self.sampler)
 
 
 class ByPlace(Sampler[int]):
@@ -308,6 +323,9 @@ def measure(
 
     Returns:
         Of each band mean and standard deviation, and histograms of every 29th pixel.
+
+    Raises:
+        DatasetError: A pixel is no number.
     """
     chosen = np.linspace(0, len(windows) - 1, min(MEASURED, len(windows))).astype(int)
     count = 0
@@ -319,6 +337,12 @@ def measure(
         squares += np.square(pixels, dtype=np.float64).sum(1)  # (B,)
         kept.append(pixels[:, ::29])
     mean = total / count
+    if not np.isfinite(mean).all():
+        band = sources.bands[int(np.argmin(np.isfinite(mean)))]
+        raise DatasetError(
+            f"windows hold pixels of band {band} that are no numbers; put values in their "
+            "place, or leave such rows out"
+        )
     std = np.sqrt(np.maximum(squares / count - mean**2, 1e-12))
     values = Values.of(np.concatenate(kept, axis=1), sources.dtype, sources.scaling)
     return mean.tolist(), std.tolist(), values

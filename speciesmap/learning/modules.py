@@ -38,6 +38,19 @@ class Stage(L.LightningModule):
         self.network = network
         self.optim = optim
         self.steps = steps
+        self.before: dict[str, float] = {}
+
+    def losses(self) -> dict[str, float]:
+        """The last losses by name; those before the interruption where no step was left after."""
+        return {name: float(v) for name, v in self.trainer.callback_metrics.items()} or self.before
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the losses, which Lightning forgets."""
+        checkpoint["losses"] = self.losses()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the losses back."""
+        self.before = checkpoint["losses"]
 
     def configure_optimizers(self) -> Any:
         """Set up the optimiser and its schedule."""
