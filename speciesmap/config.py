@@ -433,7 +433,8 @@ def load_config(source: Path | str | Mapping[str, Any], changes: Sequence[str] =
     """Read a training configuration.
 
     Args:
-        source: A YAML file, or the same as a mapping.
+        source: A YAML file, the name of one that comes with speciesmap, such as `crisp` or
+            `configs/crisp.yaml`, or the same as a mapping.
         changes: Assignments such as `optim.lr=0.001`; values are read as YAML.
 
     Returns:
@@ -443,7 +444,7 @@ def load_config(source: Path | str | Mapping[str, Any], changes: Sequence[str] =
         ConfigError: The file is missing or no YAML, a key is unknown (the message names the
             nearest), or a value is out of range.
 
-    >>> load_config(shipped_config("demo_crisp.yaml"), ["optim.lr=0.01"]).optim.lr
+    >>> load_config("demo_crisp", ["optim.lr=0.01"]).optim.lr
     0.01
     """
     where = "the configuration" if isinstance(source, Mapping) else str(source)
@@ -469,15 +470,22 @@ def load_config(source: Path | str | Mapping[str, Any], changes: Sequence[str] =
 
 
 def shipped_config(name: str) -> Path:
-    """Path of a configuration that comes with speciesmap, by its file name.
+    """Path of a configuration that comes with speciesmap, by its name with or without `.yaml`.
 
     They lie in `configs/` of the repository and inside the installed package.
+
+    Raises:
+        ConfigError: There is none of that name; the message tells those there are.
     """
     here = Path(__file__).parent
-    for folder in (here / "configs", here.parent / "configs"):
-        if (folder / name).is_file():
-            return folder / name
-    raise ConfigError(f"speciesmap ships no configuration {name!r}; see configs/")
+    folder = next(f for f in (here / "configs", here.parent / "configs") if f.is_dir())
+    path = folder / f"{name.removesuffix('.yaml')}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise ConfigError(
+            f"{name} is no file, nor a configuration that comes with speciesmap: those are {known}"
+        )
+    return path
 
 
 class _Plain(yaml.SafeLoader):
@@ -519,10 +527,12 @@ def _values(node: yaml.Node, counted: dict[int, float]) -> float:
 
 
 def _read_yaml(path: Path) -> Any:
+    if not path.exists() and path.parent in (Path(), Path("configs")):
+        path = shipped_config(path.name)
     try:
         return _plain(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist; configs/ holds examples") from error
+        raise ConfigError(f"{path} does not exist; check the path") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
 

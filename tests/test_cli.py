@@ -124,7 +124,7 @@ def test_an_error_to_mend_is_one_line_and_exits_with_1(
 ) -> None:
     done = call(capfd, "train", str(tmp_path / "none.yaml"), "--out", str(tmp_path / "run"))
     assert (done.code, done.out) == (1, "")
-    assert done.err == f"error: {tmp_path / 'none.yaml'} does not exist; configs/ holds examples\n"
+    assert done.err == f"error: {tmp_path / 'none.yaml'} does not exist; check the path\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -44,8 +44,26 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
 
 def test_there_are_shipped_configurations_and_others_are_refused() -> None:
     assert len(SHIPPED) >= 2
-    with pytest.raises(ConfigError, match=r"ships no configuration 'nothing.yaml'"):
+    with pytest.raises(ConfigError, match=r"nothing.yaml is no file, nor .* crisp, crisp_nmv, "):
         shipped_config("nothing.yaml")
+
+
+def test_shipped_configurations_are_found_by_name_where_there_is_no_such_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = load_config(shipped_config("crisp"))
+    for name in ("crisp", "crisp.yaml", "configs/crisp.yaml"):
+        assert load_config(name) == shipped
+    for name in ("crips", "configs/crips.yaml"):
+        with pytest.raises(ConfigError, match=r"crips.* is no file, nor a configuration"):
+            load_config(name)
+    for name in ("../crisp", "other/crisp.yaml", str(tmp_path / "crisp.yaml")):
+        with pytest.raises(ConfigError, match=r"crisp.* does not exist; check the path"):
+            load_config(name)
+    Path("crisp.yaml").write_text("stage: pretrain\n")
+    with pytest.raises(ConfigError, match="data"):
+        load_config("crisp.yaml")  # one's own comes first
 
 
 def test_a_mapping_is_read_and_left_as_it_is() -> None:

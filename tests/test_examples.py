@@ -109,7 +109,6 @@ def test_the_examples_of_help_run(
 ) -> None:
     here = tmp_path / "here"
     shutil.copytree(project, here)
-    (here / "configs").symlink_to(Path(__file__).parent.parent / "configs")
     monkeypatch.chdir(here)
     for words in examples(name):
         if LONG & set(words):

@@ -14,7 +14,7 @@ from speciesmap.cli import options
 
 
 @click.command()
-@click.argument("config", type=options.PATH, metavar="CONFIG.yaml")
+@click.argument("config", type=options.PATH, metavar="CONFIG")
 @click.option(
     "--set",
     "changes",
@@ -44,7 +44,9 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Pre-train or fine-tune as CONFIG.yaml says, and write a checkpoint.
+    """Pre-train or fine-tune as CONFIG says, and write a checkpoint.
+
+    CONFIG is a YAML file, or the name of one that comes with speciesmap, such as `crisp`.
 
     Stage `pretrain` learns a joint space of aerial windows, ground photos and names (method crisp)
     or features from imagery alone (method mae). Stage `finetune` learns embeddings of taxa from
@@ -54,7 +56,7 @@ def command(
 
     \b
     Example:
-      speciesmap train configs/demo_crisp.yaml --set data.dataset=chips --out runs/pretrained
+      speciesmap train demo_crisp --set data.dataset=chips --out runs/pretrained
     """
     from speciesmap.config import ClassifyConfig, load_config
     from speciesmap.learning.fit import process_rank
