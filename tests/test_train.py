@@ -51,7 +51,7 @@ from speciesmap.learning.data import (
 from speciesmap.learning.finetune import check_validation, refuse_elsewhere
 from speciesmap.learning.fit import ByPlace, best_precision, measure, set_reference
 from speciesmap.learning.modules import Crisp, Finetune
-from speciesmap.learning.train import build, train
+from speciesmap.learning.train import build, told, train
 from speciesmap.learning.validation import FOLDS, make_folds
 from speciesmap.models import load_model, read_facts, save_model
 from speciesmap.rasters.geotiff import write_geotiff
@@ -140,6 +140,52 @@ def test_pretraining_makes_a_joint_space_of_the_data(scene: TinyScene, pretraine
     assert facts["metrics"]["steps"] == 6
     assert set(facts["metrics"]["losses"]) >= {"aerial_ground", "aerial_text", "ground_text"}
     assert facts["training"]["method"] == "crisp"
+
+
+def test_a_run_counts_its_epochs_from_one_and_ends_by_telling_how_good_it_is(
+    scene: TinyScene,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    caplog.set_level(logging.INFO, "speciesmap")
+    run = train(load_config(crisp(scene)), tmp_path / "pretrained")
+    assert re.findall(r"Epoch (\S+)", capsys.readouterr().err) == ["1/2", "2/2"]
+    loss = read_facts(run)["metrics"]["losses"]["loss"]
+    assert caplog.messages[-1] == f"training: loss {loss:.3g} after 6 steps"
+    validation = {"folds": 2, "block_m": 40}
+    tuned = train(load_config(tune(scene, run, validation=validation)), tmp_path / "tuned")
+    judged = read_facts(tuned)["metrics"]["validation"].values()
+    mean = sum(facts["auc"] for facts in judged) / 3
+    words = f"validation on held-out folds: AUC {mean:.2f} (mean of 3 taxa"
+    assert caplog.messages[-1].startswith(words)
+    assert caplog.messages[-1].endswith(")")
+
+
+@pytest.mark.parametrize(
+    ("taxa", "line"),
+    [
+        ({"a": (0.75, True), "b": (None, None)}, "AUC 0.75 (a)"),
+        (
+            {"a": (0.9, True), "b": (0.5, False)},
+            "AUC 0.70 (mean of 2 taxa; 1 of them uninformative)",
+        ),
+        ({"a": (0.5, False)}, "AUC 0.50 (a; uninformative)"),
+    ],
+)
+def test_validation_is_summed_up_over_the_taxa_that_it_judged(
+    taxa: dict[str, tuple[float | None, bool | None]], line: str
+) -> None:
+    judged = {name: {"auc": auc, "informative": verdict} for name, (auc, verdict) in taxa.items()}
+    said = told({"losses": {"loss": 1.0}, "steps": 3, "validation": judged})
+    assert said == f"validation on held-out folds: {line}"
+
+
+def test_what_nothing_judged_says_how_far_it_came() -> None:
+    nobody = {"a": {"auc": None, "informative": None}}
+    metrics = {"losses": {"loss": 0.51234}, "steps": 3, "validation": nobody}
+    assert told(metrics) == "training: loss 0.512 after 3 steps"
+    assert told({"penalty": 0.1}) == "training: heads at their optimum"
 
 
 def test_a_run_holds_no_pickle_and_nothing_is_left_beside_it(pretrained: Path) -> None:

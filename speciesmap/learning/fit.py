@@ -83,7 +83,7 @@ def fit(
             )
         callbacks.append(Randomness())
         if loud:
-            callbacks.append(RichProgressBar(leave=True, console_kwargs={"stderr": True}))
+            callbacks.append(Progress(leave=True, console_kwargs={"stderr": True}))
     stage.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -166,6 +166,13 @@ def learns_bfloat16(device: torch.device, network: nn.Module) -> bool:
     if device.type == "cpu" and min(sides, default=math.inf) <= LEAST_BFLOAT16_PX:
         return False
     return computes_bfloat16(device)
+
+
+class Progress(RichProgressBar):
+    """Counts epochs from 1 up to their number, where Lightning ends one before it."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"
 
 
 class Randomness(Callback):

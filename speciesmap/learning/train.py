@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,28 @@ def train(
             if (work / kept).exists():
                 (work / kept).rename(folder / kept)
     shutil.rmtree(work)
+    log.info(told(metrics))
     return out
+
+
+def told(metrics: Mapping[str, Any]) -> str:
+    """Say in one line how good a model is, or how far its training came where nothing judged it."""
+    judged = {
+        name: found
+        for name, found in metrics.get("validation", {}).items()
+        if found["auc"] is not None
+    }
+    if judged:
+        mean = float(np.mean([found["auc"] for found in judged.values()]))
+        several = len(judged) > 1
+        of = f"mean of {len(judged)} taxa" if several else next(iter(judged))
+        dark = sum(found["informative"] is False for found in judged.values())
+        if dark:
+            of += f"; {dark} of them uninformative" if several else "; uninformative"
+        return f"validation on held-out folds: AUC {mean:.2f} ({of})"
+    if "losses" in metrics:
+        return f"training: loss {metrics['losses']['loss']:.3g} after {metrics['steps']} steps"
+    return "training: heads at their optimum"
 
 
 def refuse_other_data(
