@@ -30,7 +30,7 @@ AsText = Annotated[str | None, BeforeValidator(lambda v: v if v is None else str
 class Strict(BaseModel):
     """A section whose unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -74,7 +74,7 @@ class AerialConfig(BackboneConfig):
     encoder: Literal["plain", "factored"] = "plain"
     factored: FactoredConfig = FactoredConfig()
     mean: list[float] | None = None
-    std: list[float] | None = None
+    std: list[Annotated[float, Field(gt=0)]] | None = None
 
 
 class GroundConfig(BackboneConfig):
@@ -166,6 +166,17 @@ class DataConfig(Strict):
     categorical: list[str] = []
     location: bool = False
 
+    @model_validator(mode="after")
+    def _background_is_drawn_one_way(self) -> DataConfig:
+        if self.bias is not None and (
+            isinstance(self.background, str) or self.background_kind == "target-group"
+        ):
+            raise ValueError(
+                "bias says where a number of background places is drawn; leave it out, or give a "
+                "number as background, of kind random"
+            )
+        return self
+
 
 def _not_streamed(data: DataConfig) -> DataConfig:
     if data.stream is not None:
@@ -181,19 +192,21 @@ OF_HEADS = ("background_kind", "bias", "target_group", "covariates", "categorica
 LABELLED = ("dataset", "taxonomy", "one_per_observation", "supervised", "withheld", "window_px")
 
 
-def _reads(stage: str, keys: Container[str]) -> AfterValidator:
-    def refuse(data: DataConfig) -> DataConfig:
-        for key, value in data:
-            if key not in keys and value != DataConfig.model_fields[key].default:
+def _reads(stage: str, name: str, keys: Container[str]) -> AfterValidator:
+    def refuse(section: Section) -> Section:
+        for key, value in section:
+            if key not in keys and value != type(section).model_fields[key].default:
                 where = ", it is for stage finetune" if key in OF_HEADS else ""
-                raise ValueError(f"stage {stage} does not read data.{key}{where}; leave it out")
-        return data
+                raise ValueError(f"stage {stage} does not read {name}.{key}{where}; leave it out")
+        return section
 
     return AfterValidator(refuse)
 
 
-SeenConfig = Annotated[DataConfig, _reads("pretrain", set(DataConfig.model_fields) - set(OF_HEADS))]
-LabelledConfig = Annotated[DecodedConfig, _reads("classify", LABELLED)]
+SeenConfig = Annotated[
+    DataConfig, _reads("pretrain", "data", set(DataConfig.model_fields) - set(OF_HEADS))
+]
+LabelledConfig = Annotated[DecodedConfig, _reads("classify", "data", LABELLED)]
 
 
 class OptimConfig(Strict):
@@ -219,6 +232,20 @@ class TrainerConfig(Strict):
     devices: int | str = "auto"
     precision: str = "auto"
     workers: int = Field(default=0, ge=0)
+
+
+def _without_lightning(trainer: TrainerConfig) -> TrainerConfig:
+    if trainer.devices not in ("auto", "1", 1):
+        raise ValueError("stage classify trains on one device; leave trainer.devices out")
+    if trainer.precision not in ("auto", "bf16-mixed", "32-true"):
+        raise ValueError("stage classify has the precisions auto, bf16-mixed and 32-true")
+    return trainer
+
+
+ConstantRateConfig = Annotated[
+    OptimConfig, _reads("classify", "optim", ("epochs", "batch_size", "lr", "weight_decay"))
+]
+OneDeviceConfig = Annotated[TrainerConfig, AfterValidator(_without_lightning)]
 
 
 class MaskedConfig(Strict):
@@ -385,6 +412,12 @@ class SplitsConfig(Strict):
     test: str = "test"
     block_m: float | None = Field(default=None, gt=0)
 
+    @model_validator(mode="after")
+    def _names_differ(self) -> SplitsConfig:
+        if len({self.train, self.validation, self.test}) < 3:
+            raise ValueError("train, validation and test must name three splits; name others")
+        return self
+
 
 class ClassifyConfig(Strict):
     """Naming the taxon of a place from its photo, its window or both, with few labels or many.
@@ -413,8 +446,14 @@ class ClassifyConfig(Strict):
     patience: int = Field(default=5, ge=1)
     probe_lr: float = Field(default=1e-2, gt=0)
     augment: ViewsConfig = ViewsConfig()
-    optim: OptimConfig = OptimConfig()
-    trainer: TrainerConfig = TrainerConfig()
+    optim: ConstantRateConfig = OptimConfig()
+    trainer: OneDeviceConfig = TrainerConfig()
+
+    @model_validator(mode="after")
+    def _compares_something(self) -> ClassifyConfig:
+        if not self.init:
+            raise ValueError("init names no model; give a folder, or several by name")
+        return self
 
 
 AnyConfig = PretrainConfig | FinetuneConfig | ClassifyConfig

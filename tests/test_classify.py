@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ from speciesmap.learning.classify import (
 )
 from speciesmap.learning.data import PairedRows
 from speciesmap.learning.train import train
-from speciesmap.models import SpeciesModel, save_model
+from speciesmap.models import SpeciesModel, load_model, save_model
 
 SIDE = 16
 CPU = {"accelerator": "cpu", "devices": 1}
@@ -351,7 +353,22 @@ def test_what_cannot_be_compared_is_refused(chips: Path, init: Path, tmp_path: P
     with pytest.raises(ConfigError, match=r"no rows for validation \(nothing was left out\); name"):
         train(load_config(config(chips, init, splits={})), out)
     with pytest.raises(ModelError, match="none is not a model"):
-        train(load_config(config(tmp_path / "no chips either", tmp_path / "none")), out)
+        train(load_config(config(chips, {"good": str(init), "bad": str(tmp_path / "none")})), out)
+    with pytest.raises(
+        ConfigError, match=r"data\.withheld names 'Quercus agrifola'.* did you mean"
+    ):
+        data = {"dataset": str(chips), "withheld": ["Quercus agrifola"]}
+        train(load_config(config(chips, init, data=data)), out)
+    wide = tiny_model(taxa=(), window_px=32)
+    object.__setattr__(wide.architecture, "bands", BANDS)
+    save_model(wide, tmp_path / "wide", {})
+    with pytest.raises(ConfigError, match=r"data\.window_px = 32 is more than the 16 px"):
+        data = {"dataset": str(chips), "window_px": 32}
+        train(load_config(config(chips, tmp_path / "wide", data=data)), out)
+    with pytest.raises(
+        ConfigError, match=r"of 0\.25, 0\.5 percent .* fewer than 2 are for training"
+    ):
+        train(load_config(config(chips, init, modes=["probe"], percent=[0.25, 0.5])), out)
     blind = tiny_model(taxa=(), ground=None)
     object.__setattr__(blind.architecture, "bands", BANDS)
     save_model(blind, tmp_path / "blind", {})
@@ -368,6 +385,25 @@ def test_what_cannot_be_compared_is_refused(chips: Path, init: Path, tmp_path: P
     out.mkdir()
     with pytest.raises(OutputError, match="exists already"):
         train(load_config(config(chips, init)), out)
+
+
+def test_one_model_is_in_memory_at_a_time(
+    chips: Path, init: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[SpeciesModel] = weakref.WeakSet()
+
+    def load(folder: Path | str) -> SpeciesModel:
+        gc.collect()
+        assert not alive
+        model = load_model(folder)
+        alive.add(model)
+        return model
+
+    monkeypatch.setattr("speciesmap.learning.classify.load_model", load)
+    inits = {name: str(init) for name in ("a", "b", "c")}
+    settled = config(chips, inits, views=["aerial"], modes=["probe"])
+    train(load_config(settled), tmp_path / "run")
+    assert {row["init"] for row in read_results(tmp_path / "run")["table"]} == set(inits)
 
 
 def test_the_command_prints_the_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,28 @@ def test_a_mapping_is_read_and_left_as_it_is() -> None:
             "validation = {'folds': 2}: folds by blocks need block_m",
         ),
         (pretrain(masked={"decoder_dim": 66}), "masked.decoder_dim = 66.*multiple of 4"),
+        (pretrain(optim={"lr": math.inf}), "optim.lr = inf: input should be a finite number"),
+        (
+            pretrain(model={"aerial": {"backbone": "x", "std": [1.0, 0.0]}}),
+            r"model.aerial.std.1 = 0.0: input should be greater than 0",
+        ),
+        (
+            finetune(data={"bias": "effort.tif", "background": "places.csv"}),
+            "bias says where a number of background places is drawn",
+        ),
+        (
+            finetune(data={"bias": "effort.tif", "background_kind": "target-group"}),
+            "bias says where a number of background places is drawn",
+        ),
+        (classify(init={}), "init names no model; give a folder, or several by name"),
+        (
+            classify(splits={"train": "a", "test": "a"}),
+            "splits = .*train, validation and test must name three splits",
+        ),
+        (classify(trainer={"devices": 2}), "stage classify trains on one device"),
+        (classify(trainer={"precision": "16-mixed"}), "stage classify has the precisions auto"),
+        (classify(optim={"warmup": 0.5}), "stage classify does not read optim.warmup"),
+        (classify(optim={"chunk_size": 8}), "stage classify does not read optim.chunk_size"),
     ],
 )
 def test_what_is_wrong_is_named_on_one_line(content: dict[str, Any], message: str) -> None:

@@ -333,7 +333,7 @@ def test_rows_without_a_name_are_said_to_lack_one(hub: Path, tmp_path: Path) -> 
     table = pq.read_table(file)
     nameless = table.drop_columns(["name"]).append_column("name", pa.array([""] * len(table)))
     pq.write_table(nameless, tmp_path / "validation-0.parquet")
-    with pytest.raises(ConfigError, match=r"no row of .* names its taxon; fill the column `name`"):
+    with pytest.raises(ConfigError, match=r"no row of .* names a taxon .*; fill the column `name`"):
         open_sources(DataConfig(dataset=str(tmp_path)))
 
 

@@ -667,8 +667,11 @@ def test_a_run_is_not_resumed_on_other_data(
     data = {
         "dataset": str(here.chips),
         "imagery": str(here.imagery),
-        "background": str(given["data.background"]),
-        "bias": str(given["data.bias"]),
+        **(
+            {"bias": str(given["data.bias"])}
+            if changed == "data.bias"
+            else {"background": str(given["data.background"])}
+        ),
         "covariates": [f"green={given['data.covariates']}"],
         "target_group": str(tmp_path / "archive"),
     }
@@ -888,6 +891,30 @@ def test_records_that_are_not_on_the_imagery_stop_or_are_counted(
             lambda s, i: crisp(s, data={"dataset": str(s.chips), "withheld": NAMES}),
             ConfigError,
             "withheld",
+        ),
+        (
+            lambda s, i: crisp(s, optim={"epochs": 1, "batch_size": 12, "chunk_size": 2}),
+            ConfigError,
+            "optim.chunk_size = 2 can leave batch norm a single row; give 3 or more",
+        ),
+        (
+            lambda s, i: tune(s, i, optim={"epochs": 1, "batch_size": 12, "chunk_size": 1}),
+            ConfigError,
+            "optim.chunk_size = 1 can leave batch norm a single row; give 3 or more",
+        ),
+        (
+            lambda s, i: tune(
+                s,
+                i,
+                data={
+                    "dataset": str(s.chips),
+                    "imagery": str(s.imagery),
+                    "background": 30,
+                    "categorical": ["landcover"],
+                },
+            ),
+            ConfigError,
+            "data.categorical names 'landcover', and the covariates are none",
         ),
         (
             lambda s, i: crisp(s, trainer={"accelerator": "abacus"}),

@@ -24,7 +24,7 @@ from speciesmap.datasets.nature_multi_view import chosen_rows, of_split, unrepea
 from speciesmap.datasets.paired import PairedDataset
 from speciesmap.datasets.splits import SPLITS, leaks
 from speciesmap.errors import ConfigError, ModelError
-from speciesmap.learning.data import Batch, PairedRows, middle
+from speciesmap.learning.data import Batch, PairedRows, middle, named, window_side
 from speciesmap.learning.fit import batches, learns_bfloat16
 from speciesmap.learning.modules import seen
 from speciesmap.mapping.embed import choose_device
@@ -93,14 +93,19 @@ def classify(config: ClassifyConfig, out: Path | str, *, overwrite: bool = False
     refuse_existing(out, overwrite, config.data.dataset, *inits.values())
     if config.data.dataset is None:
         raise ConfigError("stage classify needs data.dataset with labelled rows")
-    models = {name: load_model(folder) for name, folder in inits.items()}
     dataset = open_dataset(config.data.dataset, None, config.data.taxonomy)
-    for name, model in models.items():
-        _check(model, dataset, config, str(inits[name]))
+    for folder in inits.values():
+        _check(load_model(folder), dataset, config, folder)
     part, notes = split_rows(dataset, config)
     table = []
-    for name, model in models.items():
-        table += [{"init": name, **row} for row in _compare(model, dataset, part, config)]
+    for name, folder in inits.items():  # one in memory at a time
+        compared = _compare(load_model(folder), dataset, part, config)
+        table += [{"init": name, **row} for row in compared]
+    if not table:
+        raise ConfigError(
+            f"of {', '.join(f'{share:g}' for share in config.percent)} percent of the labels of "
+            f"{config.data.dataset} fewer than 2 are for training; give larger shares in percent"
+        )
     results = pd.DataFrame(table)
     if not isinstance(config.init, Mapping):
         results = results.drop(columns="init")
@@ -127,7 +132,7 @@ def _check(
 ) -> None:
     if not dataset.has_aerial and set(config.views) != {"ground"}:
         raise ConfigError(f"{config.data.dataset} has photos only; set views: [ground]")
-    wanted = config.data.window_px or dataset.window_px
+    wanted = window_side(dataset, config.data)
     if dataset.has_aerial and (model.bands, model.window_px) != (dataset.bands, wanted):
         raise ModelError(
             f"{init} takes windows of {model.window_px} px with bands {', '.join(model.bands)}; "
@@ -167,9 +172,8 @@ def split_rows(
         one_per_observation=config.data.one_per_observation,
         supervised=config.data.supervised,
     )
-    chosen &= facts["name"].fillna("").ne("").to_numpy()
+    chosen &= named(dataset, config.data)
     chosen &= unrepeated(facts, dataset.path)
-    chosen &= ~facts["name"].isin(config.data.withheld).to_numpy()
     member = _member(dataset, config.splits, config.seed)
     rows = {name: np.flatnonzero(chosen & (member == k)) for k, name in enumerate(SPLITS)}
     notes: dict[str, Any] = {}

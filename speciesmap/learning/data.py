@@ -34,7 +34,7 @@ from speciesmap.rasters.imagery import Imagery, open_imagery
 from speciesmap.rasters.messages import public
 from speciesmap.rasters.values import tagged_gains
 from speciesmap.rasters.windows import cells_in, window_start
-from speciesmap.taxa import Taxon
+from speciesmap.taxa import Taxon, suggestion
 
 log = logging.getLogger("speciesmap")
 
@@ -356,18 +356,12 @@ def open_sources(data: DataConfig) -> Sources:
                 f"{data.dataset} have {dataset.resolution_m:.3g} m; presences and background would "
                 "differ by that alone: name the imagery that the chips were cut from"
             )
-        window_px = data.window_px or dataset.window_px
-        if window_px > dataset.window_px:
-            raise ConfigError(
-                f"data.window_px = {window_px} is more than the {dataset.window_px} px of "
-                f"{data.dataset}; leave it out, or cut larger chips"
-            )
         return Sources(
             dataset,
             rows,
             taxa,
             imagery,
-            window_px,
+            window_side(dataset, data),
             dataset.bands,
             dataset.resolution_m,
             dataset.dtype,
@@ -395,6 +389,21 @@ def open_sources(data: DataConfig) -> Sources:
         imagery.dtype,
         imagery.scaling,
     )
+
+
+def window_side(dataset: PairedDataset | BirdDataset, data: DataConfig) -> int:
+    """Side of the model's window in pixels: what is said, or that of the data set.
+
+    Raises:
+        ConfigError: The data set's windows are smaller.
+    """
+    window_px = data.window_px or dataset.window_px
+    if window_px > dataset.window_px:
+        raise ConfigError(
+            f"data.window_px = {window_px} is more than the {dataset.window_px} px of "
+            f"{data.dataset}; leave it out, or cut larger chips"
+        )
+    return window_px
 
 
 def _around(
@@ -450,20 +459,7 @@ def usable(
     Raises:
         ConfigError: A withheld taxon is not in the data, or nothing is left.
     """
-    if not dataset.taxa:
-        raise ConfigError(
-            f"no row of {data.dataset} names its taxon; fill the column `name`, or choose other "
-            "data"
-        )
-    names = {taxon.name for taxon in dataset.taxa}
-    for name in data.withheld:
-        if name not in names:
-            raise ConfigError(f"data.withheld names {name!r}, which {data.dataset} lacks")
-    wanted = dataset.facts["name"].isin(names.difference(data.withheld)).to_numpy()
-    if not wanted.any():
-        raise ConfigError(
-            f"{data.dataset} has no rows beside those of data.withheld; withhold fewer taxa"
-        )
+    wanted = named(dataset, data)
     if "split" in dataset.facts:
         split = data.split or "train"
         wanted = wanted & (dataset.facts["split"] == split).to_numpy()
@@ -488,6 +484,30 @@ def usable(
         )
     held = set(dataset.facts["name"][wanted])
     return tuple(taxon for taxon in dataset.taxa if taxon.name in held), np.flatnonzero(wanted)
+
+
+def named(dataset: PairedDataset | BirdDataset, data: DataConfig) -> NDArray[np.bool_]:
+    """Which rows are of a taxon, and of none that is withheld, shape (N,).
+
+    Raises:
+        ConfigError: A withheld taxon is not in the data, or no row is left.
+    """
+    names = {taxon.name for taxon in dataset.taxa}
+    for name in data.withheld:
+        if name not in names:
+            raise ConfigError(
+                f"data.withheld names {name!r}, which {data.dataset} lacks; "
+                f"{suggestion(name, sorted(names))}"
+            )
+    wanted: NDArray[np.bool_] = (
+        dataset.facts["name"].isin(names.difference(data.withheld)).to_numpy()
+    )
+    if not wanted.any():
+        raise ConfigError(
+            f"no row of {data.dataset} names a taxon that data.withheld leaves; fill the column "
+            "`name`, or withhold fewer taxa"
+        )
+    return wanted
 
 
 def draw_background(

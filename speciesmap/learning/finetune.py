@@ -31,6 +31,7 @@ from speciesmap.learning.heads import (
     where,
     with_covariates,
 )
+from speciesmap.learning.modules import check_chunks
 from speciesmap.learning.surveys import read_surveys, surveyed_places
 from speciesmap.learning.trust import measure_trust
 from speciesmap.learning.validation import background_kind, cross_validate, summarise
@@ -84,6 +85,8 @@ def finetune(
         )
     if config.validation is not None:
         check_validation(config, sources)
+    if not config.freeze_encoder:
+        check_chunks(base, config.optim.chunk_size)
     image_px = base.ground.image_px if base.ground and dataset.has_ground else None
     presences = PairedRows(dataset, sources.rows, sources.taxa, image_px, sources.window_px)
     refuse_elsewhere(presences, imagery, config)

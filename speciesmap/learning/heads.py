@@ -40,14 +40,14 @@ def find_covariates(data: DataConfig, imagery: Imagery) -> Covariates | None:
         ConfigError: `categorical` names none of the covariates.
         ImageryError: A raster cannot be opened.
     """
-    if not data.covariates and not data.location:
+    if not (data.covariates or data.location or data.categorical):
         return None
     found = open_covariates(data.covariates, crs=str(imagery.geobox.crs) if data.location else None)
     strange = [name for name in data.categorical if name not in found.names]
     if strange:
         raise ConfigError(
             f"data.categorical names {strange[0]!r}, and the covariates are "
-            f"{', '.join(found.names)}; name some of these"
+            f"{', '.join(found.names) or 'none'}; name some of these, or add it"
         )
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,15 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from speciesmap.config import ContrastiveConfig, OptimConfig, ViewsConfig
+from speciesmap.errors import ConfigError
 from speciesmap.learning.data import Batch
 from speciesmap.learning.views import aerial_view, ground_view, random_crop
 from speciesmap.models.crisp import SpeciesModel
 from speciesmap.models.losses import assume_negative, info_nce
 from speciesmap.models.masked import MaskedAutoencoder
 from speciesmap.taxa import Taxon
+
+log = logging.getLogger("speciesmap")
 
 
 class Stage(L.LightningModule):
@@ -268,6 +273,25 @@ def dates(metadata: Tensor, count: int) -> Tensor:
     return torch.cat([torch.full_like(rows[:, :2], torch.nan), rows[:, 2:]], 1)
 
 
+def check_chunks(network: nn.Module, chunk_size: int | None) -> None:
+    """Say what chunks change in a network with batch norm.
+
+    Raises:
+        ConfigError: Some chunk would be a single row, which has no variance.
+    """
+    if chunk_size is None or not any(isinstance(m, _BatchNorm) for m in network.modules()):
+        return
+    if chunk_size < 3:
+        raise ConfigError(
+            f"optim.chunk_size = {chunk_size} can leave batch norm a single row; give 3 or more, "
+            "or choose a backbone with layer or group norm"
+        )
+    log.warning(
+        "optim.chunk_size: batch norm takes its statistics from a chunk, not from the batch; "
+        "a backbone with layer or group norm learns the same in chunks"
+    )
+
+
 def in_chunks(encode: Callable[[Tensor], Tensor], images: Tensor, chunk_size: int | None) -> Tensor:
     """Embed a batch in chunks whose activations are not kept but computed again to go back.
 
@@ -285,7 +309,7 @@ def in_chunks(encode: Callable[[Tensor], Tensor], images: Tensor, chunk_size: in
     """
     if chunk_size is None or len(images) <= chunk_size:
         return encode(images)
-    chunks = torch.split(images, chunk_size)
+    chunks = torch.tensor_split(images, -(-len(images) // chunk_size))  # as even as can be
     embedded = [checkpoint(encode, chunk, use_reentrant=False) for chunk in chunks]
     return torch.cat(embedded)  # (N, D)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,6 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from speciesmap.config import AnyConfig, ClassifyConfig, FinetuneConfig, ModelConfig, PretrainConfig
 from speciesmap.datasets.paired import PairedDataset
@@ -42,7 +40,7 @@ from speciesmap.learning.fit import (
     process_rank,
     set_reference,
 )
-from speciesmap.learning.modules import Crisp, Masked, Stage
+from speciesmap.learning.modules import Crisp, Masked, Stage, check_chunks
 from speciesmap.learning.streaming import StreamedBatches
 from speciesmap.learning.validation import FOLDS
 from speciesmap.models import Architecture, SpeciesModel, save_model
@@ -54,8 +52,6 @@ from speciesmap.rasters.covariates import open_covariates
 from speciesmap.rasters.imagery import open_imagery
 from speciesmap.rasters.messages import without_credentials
 from speciesmap.taxa import every_name
-
-log = logging.getLogger("speciesmap")
 
 
 def train(
@@ -284,11 +280,7 @@ def pretrain(
         )
         sample = Kept(streamed.first_windows(REFERENCES))
     model = build(config.model, sources, sample, matcher=config.method == "cvm_mae")
-    if config.optim.chunk_size and any(isinstance(m, _BatchNorm) for m in model.modules()):
-        log.warning(
-            "optim.chunk_size: batch norm takes its statistics from a chunk, not from the batch; "
-            "a backbone with layer or group norm learns the same in chunks"
-        )
+    check_chunks(model, config.optim.chunk_size)
     if isinstance(windows, Places):
         sample = windows = windows.filled(model.fill)
     loader = streamed or batches(
