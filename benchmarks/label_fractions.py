@@ -43,7 +43,8 @@ from speciesmap.config import ClassifyConfig, PretrainConfig, load_config
 from speciesmap.datasets.chips import make_chips
 from speciesmap.datasets.splits import SPLITS
 from speciesmap.learning.classify import classify, read_results
-from speciesmap.learning.data import PairedRows, open_sources
+from speciesmap.learning.data import PairedRows
+from speciesmap.learning.sources import open_sources
 from speciesmap.learning.train import build, train
 from speciesmap.models import save_model
 from speciesmap.observations.folds import separated, spatial_blocks

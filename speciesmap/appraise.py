@@ -13,6 +13,8 @@ from speciesmap import __version__, outputs
 from speciesmap.config import FinetuneConfig, ValidationConfig, load_config
 from speciesmap.errors import ConfigError, ModelError
 from speciesmap.learning.ladder import climb
+from speciesmap.learning.seen import share_seen
+from speciesmap.learning.sources import Sources, open_sources
 from speciesmap.models import SpeciesModel, load_model, read_facts
 from speciesmap.present.odmap import protocol, write_protocol
 from speciesmap.present.report import write_report
@@ -69,8 +71,10 @@ def evaluate(
     facts = read_facts(folder)
     loaded = load_model(folder)
     config = _configuration(facts, data)
-    encoder, note, warning = _encoder(loaded, facts, config)
     assert config.validation is not None
+    given = {"covariates": [str(path) for path in covariates]} if covariates else {}
+    sources = open_sources(config.data.model_copy(update=given))
+    encoder, note, warning = _encoder(loaded, facts, sources)
     asked = surveys if surveys is not None else config.validation.surveys
     result: dict[str, Any] = {
         "speciesmap": __version__,
@@ -81,7 +85,7 @@ def evaluate(
         "covariates": [str(path) for path in covariates or config.data.covariates],
         "folding": _folding(config.validation),
         "notes": warning,
-        **climb(loaded, encoder, config, covariates=covariates, surveys=asked),
+        **climb(loaded, encoder, config, sources, asked),
     }
     if asked is not None and str(asked) == config.validation.surveys and loaded.prevalence:
         result["notes"].append(
@@ -127,7 +131,7 @@ def _folding(chosen: ValidationConfig) -> str:
 
 
 def _encoder(
-    model: SpeciesModel, facts: dict[str, Any], config: FinetuneConfig
+    model: SpeciesModel, facts: dict[str, Any], sources: Sources
 ) -> tuple[SpeciesModel, str, list[str]]:
     """Whose embeddings the ladder stands on, in words, and what to keep in mind."""
     trained = facts.get("training", {})
@@ -146,19 +150,17 @@ def _encoder(
                     "good."
                 ],
             )
-        trained = facts.get("training", {})
     notes = []
     if folder is not None:
         notes.append(
             "Embeddings are those before fine-tuning. The fine-tuned encoder's own "
             "cross-validation is in folds.parquet of the model."
         )
-    data = trained.get("data") or {}
-    if trained.get("method") not in (None, "mae") and data.get("dataset") == config.data.dataset:
+    if share := share_seen(facts, sources):
         notes.append(
-            "Pre-training paired windows of this very data set with their photos and names, those "
-            "held out here among them: rungs on embeddings, and most of all queries by text and "
-            "photo, are a little too good."
+            f"Pre-training paired windows of {share:.0%} of these records with their photos or "
+            "names, those held out here among them: rungs on embeddings, and most of all queries "
+            "by text and photo, are a little too good."
         )
     note = "the model itself" if folder is None else f"{folder.name}, before fine-tuning"
     return model, note, notes

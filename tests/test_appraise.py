@@ -23,6 +23,8 @@ from speciesmap.config import load_config
 from speciesmap.errors import ConfigError, ImageryError, ObservationsError, OutputError
 from speciesmap.learning.ladder import on_surveys
 from speciesmap.learning.rungs import HEAD, SHUFFLED, WITH_COVARIATES, gather
+from speciesmap.learning.seen import sample_seen
+from speciesmap.learning.sources import open_sources
 from speciesmap.models import load_model, save_model
 from speciesmap.present.odmap import protocol
 from speciesmap.present.report import write_report
@@ -124,20 +126,21 @@ def test_surveys_that_cannot_be_used_are_counted_aloud(
     scene: TinyScene, folder: Path, surveys: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config, model = load_config(settings(scene, folder.parent / "base")), load_model(folder)
+    sources = open_sources(config.data)
     path = surveys.with_name("far.csv")
     table = pd.read_csv(surveys)
     with caplog.at_level("WARNING", "speciesmap"):
         table.assign(lon=table["lon"] + np.where(table.index < 7, 1, 0)).to_csv(path, index=False)
-        on_surveys(model, config, path)  # type: ignore[arg-type]
+        on_surveys(model, config, sources, path)  # type: ignore[arg-type]
     assert "of 400 surveys are left out: 7 are not on" in caplog.text
     table.assign(lon=table["lon"] + 1).to_csv(path, index=False)
     with pytest.raises(ObservationsError, match="400 of 400 surveys are left out: 400 are not on"):
-        on_surveys(model, config, path)  # type: ignore[arg-type]
+        on_surveys(model, config, sources, path)  # type: ignore[arg-type]
 
 
 def test_folds_are_apart_and_the_same_as_in_training(scene: TinyScene, folder: Path) -> None:
     config = load_config(settings(scene, folder.parent / "base"))
-    rows = gather(load_model(folder), config, [])  # type: ignore[arg-type]
+    rows = gather(load_model(folder), config, open_sources(config.data))  # type: ignore[arg-type]
     for k, use in rows.uses.items():
         held = rows.fold == k
         assert not (use & held).any()
@@ -258,17 +261,19 @@ def test_an_encoder_that_saw_the_held_out_records_is_said_to_have(
     assert "before fine-tuning" in appraisal.result["notes"][0]
     gone = {"training": copy.deepcopy(settings(scene, tmp_path / "gone"))}
     model = load_model(folder)
-    config = load_config(settings(scene, tmp_path / "gone"))
-    encoder, _, notes = _encoder(model, gone, config)  # type: ignore[arg-type]
+    sources = open_sources(load_config(settings(scene, tmp_path / "gone")).data)
+    encoder, _, notes = _encoder(model, gone, sources)
     assert encoder is model
     assert "has seen the held-out records" in notes[0]
     frozen = {"training": {**gone["training"], "freeze_encoder": True}}
-    assert _encoder(model, frozen, config)[2] == []  # type: ignore[arg-type]
-    paired = {"method": "crisp", "data": {"dataset": str(scene.chips)}, "stage": "pretrain"}
-    base = save_model(tiny_model(), tmp_path / "crisp", {"training": paired})
+    assert _encoder(model, frozen, sources)[2] == []
+    data = {"dataset": str(scene.chips)}
+    paired = {"stage": "pretrain", "data": data, "model": {"aerial": {"backbone": "test_resnet"}}}
+    seen = sample_seen(load_config(paired), sources)  # type: ignore[arg-type]
+    base = save_model(tiny_model(), tmp_path / "crisp", {"seen": seen})
     tuned = {"training": settings(scene, base)}
-    _, _, notes = _encoder(model, tuned, config)  # type: ignore[arg-type]
-    assert "those held out here among them" in notes[1]
+    _, _, notes = _encoder(model, tuned, sources)
+    assert "windows of 100% of these records" in notes[1]
 
 
 def test_the_command_prints_where_the_report_is(

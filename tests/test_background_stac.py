@@ -16,7 +16,7 @@ from tiny import BANDS, SIDE, TinyScene, tiny_scene
 
 from speciesmap.config import load_config
 from speciesmap.errors import AreaError, ConfigError
-from speciesmap.learning.data import Sources, draw_background, open_sources
+from speciesmap.learning.sources import Sources, draw_background, open_sources
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.windows import bounds_in
 

@@ -15,8 +15,9 @@ from tiny import TinyScene, tiny_model, tiny_scene
 from speciesmap.config import DataConfig, PretrainConfig, load_config
 from speciesmap.errors import ConfigError, ModelError
 from speciesmap.learning.crossview import CveMae, CvmMae, crossview_stage
-from speciesmap.learning.data import PairedRows, open_sources
+from speciesmap.learning.data import PairedRows
 from speciesmap.learning.modules import dates
+from speciesmap.learning.sources import open_sources
 from speciesmap.learning.train import build, train
 from speciesmap.models import SpeciesModel, load_model, read_facts, save_model
 

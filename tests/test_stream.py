@@ -37,8 +37,9 @@ from speciesmap.datasets.nature_multi_view import (
 from speciesmap.datasets.paired import open_paired
 from speciesmap.datasets.stream import Stream
 from speciesmap.errors import ConfigError, DatasetError
-from speciesmap.learning.data import PairedRows, open_sources
+from speciesmap.learning.data import PairedRows
 from speciesmap.learning.modules import Crisp
+from speciesmap.learning.sources import open_sources
 from speciesmap.learning.streaming import StreamedBatches
 from speciesmap.learning.train import train
 from speciesmap.models import load_model, read_facts

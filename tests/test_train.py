@@ -23,6 +23,8 @@ import rasterio
 import torch
 import yaml
 from affine import Affine
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 from odc.geo.geobox import GeoBox
 from rasterio.transform import from_origin
@@ -41,16 +43,12 @@ from speciesmap.errors import (
     OutputError,
 )
 from speciesmap.learning import modules
-from speciesmap.learning.data import (
-    PairedRows,
-    Places,
-    draw_background,
-    open_sources,
-    target_group_places,
-)
+from speciesmap.learning.data import PairedRows, Places
 from speciesmap.learning.finetune import check_validation, refuse_elsewhere
 from speciesmap.learning.fit import ByPlace, best_precision, measure, set_reference
 from speciesmap.learning.modules import Crisp, Finetune
+from speciesmap.learning.seen import KEPT, sample_seen, share_seen
+from speciesmap.learning.sources import Sources, draw_background, open_sources, target_group_places
 from speciesmap.learning.train import build, told, train
 from speciesmap.learning.validation import FOLDS, make_folds
 from speciesmap.models import load_model, read_facts, save_model
@@ -507,7 +505,7 @@ def test_a_run_keeps_no_credentials(
 ) -> None:
     """Of an address only what names the place is kept."""
     monkeypatch.setattr(
-        "speciesmap.learning.data.open_imagery", lambda *_, **__: open_imagery(scene.imagery)
+        "speciesmap.learning.sources.open_imagery", lambda *_, **__: open_imagery(scene.imagery)
     )
     changes = tune(scene, untrained, freeze_encoder=True, align=0.0)
     changes["data"]["imagery"] = "https://me:word@example.org/a.tif?sig=secret"
@@ -697,6 +695,27 @@ def test_a_run_is_not_resumed_on_other_data(
     assert (tmp_path / ".run.training" / FOLDS).exists()
     with pytest.raises(Interrupted):
         train(config, tmp_path / "run", overwrite=True)
+
+
+def test_each_raster_of_a_configuration_is_opened_once(
+    scene: TinyScene, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def spied(source: Any, *more: Any, **options: Any) -> Any:
+        opened.append(str(source))
+        return open_imagery(source, *more, **options)
+
+    for room in ("learning.sources", "rasters.covariates"):
+        monkeypatch.setattr(f"speciesmap.{room}.open_imagery", spied)
+    monkeypatch.setattr("speciesmap.rasters.covariates._nodata", lambda source: {})
+    given = {name: tmp_path / f"{name}.tif" for name in ("effort", "height")}
+    for path in given.values():
+        shutil.copy(scene.imagery, path)
+    config = tune(scene, untrained, freeze_encoder=True)
+    config["data"] |= {"bias": str(given["effort"]), "covariates": [str(given["height"])]}
+    train(load_config(config), tmp_path / "run")
+    assert sorted(opened) == sorted(map(str, (scene.imagery, *given.values())))
 
 
 def test_windows_smaller_than_the_chips_are_cropped_at_random_and_mapped_from_the_middle(
@@ -1006,16 +1025,50 @@ def test_pixels_unlike_those_of_the_model_are_warned_about(
         assert message.endswith("has to make up for it")
 
 
-def test_folds_that_hold_out_what_pretraining_saw_are_said_to(
-    scene: TinyScene, pretrained: Path, untrained: Path, caplog: pytest.LogCaptureFixture
+def test_folds_that_hold_out_what_training_saw_are_said_to_wherever_it_lies(
+    scene: TinyScene,
+    pretrained: Path,
+    untrained: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    sources = open_sources(load_config(tune(scene, untrained)).data)
-    for init, said in ((pretrained, True), (untrained, False)):
+    shutil.copytree(scene.chips, tmp_path / "copy")
+    tuned = train(load_config(tune(scene, pretrained, align=0.0)), tmp_path / "tuned")
+    frozen = tune(scene, untrained, freeze_encoder=True, head={})
+    heads = train(load_config(frozen), tmp_path / "heads")
+    for init, said in ((pretrained, True), (tuned, True), (untrained, False), (heads, False)):
         caplog.clear()
-        config = load_config(tune(scene, init, validation={"block_m": 40}))
+        config = load_config(
+            tune(scene, init, validation={"block_m": 40}),
+            [f"data.dataset={tmp_path / 'copy'}"],
+        )
         assert isinstance(config, FinetuneConfig)
-        check_validation(config, sources)
-        assert ("validation will look better than it is" in caplog.text) == said
+        check_validation(config, open_sources(config.data))
+        assert ("learned from 100% of the records" in caplog.text) == said
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(0, 30_000), shared=st.floats(0, 1), seed=st.integers(0, 99))
+def test_the_share_of_records_seen_is_told_from_a_sample(
+    scene: TinyScene, rows: int, shared: float, seed: int
+) -> None:
+    config = load_config(crisp(scene))
+    sources = open_sources(config.data)
+    rng = np.random.default_rng(seed)
+
+    def of(lon: ArrayLike) -> Sources:
+        facts = pd.DataFrame({"name": "Quercus lobata", "longitude": lon, "latitude": 37.0})
+        dataset = replace(sources.dataset, facts=facts)  # type: ignore[type-var]
+        return replace(sources, dataset=dataset, rows=np.arange(len(facts)))
+
+    before = rng.uniform(-100, -50, 30_000)
+    again = rng.permutation(before)[: round(rows * shared)]
+    now = np.r_[again, rng.uniform(50, 100, rows - len(again))]
+    facts = {"seen": sample_seen(config, of(before))}  # type: ignore[arg-type]
+    assert len(facts["seen"]) < 50_000
+    exact = len(again) / max(rows, 1)
+    looked = max(rows * KEPT / 30_000, 1)  # rows of the sample's range
+    assert share_seen(facts, of(now)) == pytest.approx(exact, abs=4 * (0.25 / looked) ** 0.5)
 
 
 def test_losses_that_are_no_numbers_are_an_error(scene: TinyScene, tmp_path: Path) -> None:

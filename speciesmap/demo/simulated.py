@@ -17,8 +17,9 @@ from speciesmap.config import load_config, shipped_config
 from speciesmap.datasets.chips import make_chips
 from speciesmap.demo.scene import SceneResult, assigned, rounded
 from speciesmap.learning.baselines import logistic, trained_scores, window_statistics
-from speciesmap.learning.data import Places, draw_background
+from speciesmap.learning.data import Places
 from speciesmap.learning.metrics import auc
+from speciesmap.learning.sources import draw_background
 from speciesmap.learning.train import train
 from speciesmap.mapping.query import Query, photo_query, taxon_query, text_query
 from speciesmap.models import SpeciesModel, load_model

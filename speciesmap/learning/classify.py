@@ -24,9 +24,10 @@ from speciesmap.datasets.nature_multi_view import chosen_rows, of_split, unrepea
 from speciesmap.datasets.paired import PairedDataset
 from speciesmap.datasets.splits import SPLITS, leaks
 from speciesmap.errors import ConfigError, ModelError
-from speciesmap.learning.data import Batch, PairedRows, middle, named, window_side
+from speciesmap.learning.data import Batch, PairedRows, middle
 from speciesmap.learning.fit import batches, learns_bfloat16
 from speciesmap.learning.modules import seen
+from speciesmap.learning.sources import named, window_side
 from speciesmap.mapping.embed import choose_device
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.models.encoders import computes_bfloat16

@@ -16,22 +16,17 @@ from scipy.special import expit
 from speciesmap.config import FinetuneConfig
 from speciesmap.errors import ConfigError, ModelError
 from speciesmap.learning.calibration import Calibration, calibrate, calibrate_on_surveys
-from speciesmap.learning.data import (
-    PairedRows,
-    Places,
-    Sources,
-    draw_background,
-    target_group_places,
-)
+from speciesmap.learning.data import PairedRows, Places
 from speciesmap.learning.fit import measure, set_reference
 from speciesmap.learning.heads import (
-    find_covariates,
     fit_taxa,
     read_places,
     where,
     with_covariates,
 )
 from speciesmap.learning.modules import check_chunks
+from speciesmap.learning.seen import share_seen
+from speciesmap.learning.sources import Sources, draw_background, target_group_places
 from speciesmap.learning.surveys import read_surveys, surveyed_places
 from speciesmap.learning.trust import measure_trust
 from speciesmap.learning.validation import background_kind, cross_validate, summarise
@@ -95,9 +90,9 @@ def finetune(
     background = (
         target_group_places(sources, data.target_group, base.fill)
         if kind == "target-group"
-        else draw_background(*area, data.background, rng, base.fill, bias=data.bias)
+        else draw_background(*area, data.background, rng, base.fill, bias=sources.bias)
     )
-    covariates = find_covariates(data, imagery)
+    covariates = sources.covariates
     presences = presences.subset(with_covariates(presences, covariates))
     background = background.subset(with_covariates(background, covariates))
     values = compare_values(base, presences, background, config, sources)
@@ -204,16 +199,13 @@ def check_validation(config: FinetuneConfig, sources: Sources) -> None:
                 f"validation.prevalence names {name!r}, which {config.data.dataset} lacks; it has "
                 f"{', '.join(nearest(name, names) or names[:5])}"
             )
-    before = read_facts(config.init).get("training", {})
-    if (
-        before.get("method") != "mae"
-        and before.get("data", {}).get("dataset") == config.data.dataset
-    ):
+    if share := share_seen(read_facts(config.init), sources):
         log.warning(
-            "%s learned from the records of %s with their photos and names, so folds hold out "
-            "nothing that it has not seen: validation will look better than it is; pre-train with "
-            "method: mae, or on other records, to measure it",
+            "%s learned from %.0f%% of the records of %s with their names, which folds hold out as "
+            "if it had not: validation will look better than it is; pre-train with method: mae, or "
+            "on other records, to measure it",
             config.init,
+            100 * share,
             config.data.dataset,
         )
 

@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler
 
 from speciesmap.config import OptimConfig, TrainerConfig
 from speciesmap.errors import ConfigError, DatasetError
-from speciesmap.learning.data import Batch, Kept, PairedRows, Places, Sources, as_is
+from speciesmap.learning.data import Batch, Kept, PairedRows, Places, as_is
 from speciesmap.learning.modules import Stage
+from speciesmap.learning.sources import Sources
 from speciesmap.mapping.embed import choose_device
 from speciesmap.models import SpeciesModel
 from speciesmap.models.encoders import ImageTower, computes_bfloat16

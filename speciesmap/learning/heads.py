@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from speciesmap.config import DataConfig, FinetuneConfig, HeadConfig
-from speciesmap.errors import ConfigError, DatasetError
+from speciesmap.errors import DatasetError
 from speciesmap.learning.data import PairedRows, Places
 from speciesmap.learning.distribution import HINGES, Loss, Records, choose_penalty, fit_linear
 from speciesmap.learning.fit import REFERENCES, batches, embeddings, fit
@@ -24,32 +24,12 @@ from speciesmap.models import SpeciesModel
 from speciesmap.models.environment import Environment, Expansion
 from speciesmap.models.heads import TaxonHead
 from speciesmap.observations.folds import kmeans_folds
-from speciesmap.rasters.covariates import Covariates, open_covariates
-from speciesmap.rasters.imagery import Imagery
+from speciesmap.rasters.covariates import Covariates
 from speciesmap.taxa import every_name
 
 INNER_FOLDS = 4  # where none are given
 
 log = logging.getLogger("speciesmap")
-
-
-def find_covariates(data: DataConfig, imagery: Imagery) -> Covariates | None:
-    """Open what a configuration gives beside the imagery, None without; location is in its CRS.
-
-    Raises:
-        ConfigError: `categorical` names none of the covariates.
-        ImageryError: A raster cannot be opened.
-    """
-    if not (data.covariates or data.location or data.categorical):
-        return None
-    found = open_covariates(data.covariates, crs=str(imagery.geobox.crs) if data.location else None)
-    strange = [name for name in data.categorical if name not in found.names]
-    if strange:
-        raise ConfigError(
-            f"data.categorical names {strange[0]!r}, and the covariates are "
-            f"{', '.join(found.names) or 'none'}; name some of these, or add it"
-        )
-    return found
 
 
 def where(windows: PairedRows | Places) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -19,10 +19,7 @@ from speciesmap.learning.chance import (
     informative,
     null_bounds,
 )
-from speciesmap.learning.data import (
-    PairedRows,
-    open_sources,
-)
+from speciesmap.learning.data import PairedRows
 from speciesmap.learning.heads import read_places
 from speciesmap.learning.metrics import (
     measure,
@@ -42,6 +39,7 @@ from speciesmap.learning.rungs import (
     headed,
     rungs,
 )
+from speciesmap.learning.sources import Sources
 from speciesmap.learning.surveys import read_surveys, surveyed_places
 from speciesmap.mapping.query import FEW, score, taxon_query
 from speciesmap.models import SpeciesModel
@@ -53,8 +51,7 @@ def climb(
     model: SpeciesModel,
     encoder: SpeciesModel,
     config: FinetuneConfig,
-    *,
-    covariates: Sequence[Path | str] = (),
+    sources: Sources,
     surveys: Path | str | None = None,
 ) -> dict[str, Any]:
     """Evaluate every rung on held-out spatial blocks.
@@ -67,8 +64,8 @@ def climb(
         model: What is evaluated.
         encoder: Whose embeddings the heads of the ladder are fitted on: `model`, or what it was
             fine-tuned from, which has not seen which taxon lives where.
-        config: Data, background, folds and seed.
-        covariates: Rasters of environmental variables.
+        config: Background, folds and seed.
+        sources: Its data.
         surveys: Table of presence and absence, `lon, lat, taxon, present`.
 
     Returns:
@@ -79,7 +76,7 @@ def climb(
         ConfigError: The configuration has no folds, or its data is incomplete.
         SpeciesmapError: Data cannot be read.
     """
-    rows = gather(encoder, config, covariates)
+    rows = gather(encoder, config, sources)
     ways, skipped = rungs(encoder, rows, config.seed)
     result: dict[str, Any] = {
         "taxa": {
@@ -113,7 +110,7 @@ def climb(
         **paired_difference(_aucs(with_), _aucs(without)),
     }
     if surveys is not None:
-        result["surveys"] = on_surveys(model, config, surveys)
+        result["surveys"] = on_surveys(model, config, sources, surveys)
     return result
 
 
@@ -198,12 +195,13 @@ def _differences(rungs: Mapping[str, Any], head: str) -> dict[str, Any]:
     }
 
 
-def on_surveys(model: SpeciesModel, config: FinetuneConfig, path: Path | str) -> dict[str, Any]:
+def on_surveys(
+    model: SpeciesModel, config: FinetuneConfig, sources: Sources, path: Path | str
+) -> dict[str, Any]:
     """Judge a model's own maps at surveyed places, by the thresholds fixed at its training.
 
     Places whose window overlaps a presence's are left out.
     """
-    sources = open_sources(config.data)
     dataset, imagery = sources.both()
     presences = PairedRows(dataset, sources.rows, sources.taxa, None, sources.window_px)
     environment, covariates = model.environment, None

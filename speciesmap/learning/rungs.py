@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,13 +21,7 @@ from speciesmap.learning.baselines import (
     trend_surface,
     window_statistics,
 )
-from speciesmap.learning.data import (
-    PairedRows,
-    Places,
-    draw_background,
-    open_sources,
-    target_group_places,
-)
+from speciesmap.learning.data import PairedRows, Places
 from speciesmap.learning.distribution import (
     Records,
     choose_penalty,
@@ -36,7 +29,8 @@ from speciesmap.learning.distribution import (
     fit_linear,
 )
 from speciesmap.learning.fit import embeddings
-from speciesmap.learning.heads import expand, find_covariates, where, with_covariates
+from speciesmap.learning.heads import expand, where, with_covariates
+from speciesmap.learning.sources import Sources, draw_background, target_group_places
 from speciesmap.learning.validation import make_folds, rows_to_train_on
 from speciesmap.models import SpeciesModel
 from speciesmap.models.environment import Expansion
@@ -105,8 +99,8 @@ class Rows:
         return found
 
 
-def gather(encoder: SpeciesModel, config: FinetuneConfig, covariates: Sequence[Path | str]) -> Rows:
-    """Open the data of a configuration, draw random background, and make folds as training does.
+def gather(encoder: SpeciesModel, config: FinetuneConfig, sources: Sources) -> Rows:
+    """Draw random background of the data of a configuration, and make folds as training does.
 
     Raises:
         ConfigError: There are no folds, or a fold leaves nothing to train on; data is incomplete.
@@ -117,18 +111,12 @@ def gather(encoder: SpeciesModel, config: FinetuneConfig, covariates: Sequence[P
             "evaluation needs spatial folds; add validation: {folds: 5, block_m: ...} to the "
             "configuration"
         )
-    sources = open_sources(config.data)
+    data, beside = config.data, sources.covariates
     dataset, imagery = sources.both()
-    data = config.data
-    if covariates:
-        data = data.model_copy(update={"covariates": [str(path) for path in covariates]})
-    beside = find_covariates(data, imagery)
     rng = np.random.default_rng(config.seed)
     image_px = encoder.ground.image_px if encoder.ground and dataset.has_ground else None
     presences = PairedRows(dataset, sources.rows, sources.taxa, image_px, sources.window_px)
-    background = draw_background(
-        imagery, sources.window_px, config.data.background, rng, encoder.fill
-    )
+    background = draw_background(imagery, sources.window_px, data.background, rng, encoder.fill)
     drawn = [background]
     if data.target_group is not None:
         drawn.append(target_group_places(sources, data.target_group, encoder.fill))

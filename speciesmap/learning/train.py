@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -22,14 +23,7 @@ from speciesmap.datasets.paired import PairedDataset
 from speciesmap.errors import ConfigError, OutputError
 from speciesmap.learning.classify import classify
 from speciesmap.learning.crossview import crossview_stage
-from speciesmap.learning.data import (
-    Kept,
-    PairedRows,
-    Places,
-    Sources,
-    draw_background,
-    open_sources,
-)
+from speciesmap.learning.data import Kept, PairedRows, Places
 from speciesmap.learning.finetune import finetune
 from speciesmap.learning.fit import (
     REFERENCES,
@@ -41,6 +35,8 @@ from speciesmap.learning.fit import (
     set_reference,
 )
 from speciesmap.learning.modules import Crisp, Masked, Stage, check_chunks
+from speciesmap.learning.seen import sample_seen
+from speciesmap.learning.sources import Sources, draw_background, open_sources
 from speciesmap.learning.streaming import StreamedBatches
 from speciesmap.learning.validation import FOLDS
 from speciesmap.models import Architecture, SpeciesModel, save_model
@@ -48,10 +44,10 @@ from speciesmap.models.encoders import ImageTower
 from speciesmap.models.masked import MaskedAutoencoder
 from speciesmap.models.text import TextTower
 from speciesmap.outputs import refuse_existing, replacing
-from speciesmap.rasters.covariates import open_covariates
-from speciesmap.rasters.imagery import open_imagery
 from speciesmap.rasters.messages import without_credentials
 from speciesmap.taxa import every_name
+
+log = logging.getLogger("speciesmap")
 
 
 def train(
@@ -120,6 +116,7 @@ def train(
         return out
     facts = {
         "training": recorded,
+        "seen": sample_seen(config, sources),
         "metrics": metrics,
         "seconds": round(time.perf_counter() - started, 1),
         "versions": {"torch": torch.__version__, "lightning": L.__version__},
@@ -192,10 +189,10 @@ def _digests(
         yield "data.dataset", hashlib.sha256(rows + repr(sizes).encode()).hexdigest()
     if sources.imagery is not None:
         yield "data.imagery", sources.imagery.fingerprint
-    if data.bias is not None:
-        yield "data.bias", open_imagery(data.bias).fingerprint
-    if data.covariates:
-        yield "data.covariates", open_covariates(data.covariates).fingerprint
+    if sources.bias is not None:
+        yield "data.bias", sources.bias.fingerprint
+    if sources.covariates is not None:
+        yield "data.covariates", sources.covariates.fingerprint
     named = {"data.background": data.background, "data.target_group": data.target_group}
     if isinstance(config, FinetuneConfig):
         named["init"] = config.init

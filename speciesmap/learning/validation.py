@@ -24,10 +24,11 @@ from speciesmap.learning.chance import (
     null_bounds,
     null_scores,
 )
-from speciesmap.learning.data import PairedRows, Places, draw_background
+from speciesmap.learning.data import PairedRows, Places
 from speciesmap.learning.distribution import Records
 from speciesmap.learning.fit import process_rank
 from speciesmap.learning.heads import fit_taxa, read_places
+from speciesmap.learning.sources import draw_background
 from speciesmap.models import SpeciesModel
 from speciesmap.observations.folds import (
     kmeans_folds,
