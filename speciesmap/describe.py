@@ -64,7 +64,7 @@ def describe(path: Path | str) -> dict[str, Any]:
 
         try:
             names = pq.read_schema(path).names
-        except (ArrowException, OSError):
+        except (ArrowException, OSError, ValueError):
             names = []
         return _dataset(path) if "rs_image" in names else _observations(path)
     elif path.suffix.lower() in (".csv", ".tsv", ".txt", ".gpkg", ".geojson", ".shp", ".zip"):

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import rasterio
 import torch
@@ -210,6 +212,12 @@ def test_what_it_is_not_gets_an_error_that_says_so(made: Path, tmp_path: Path) -
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(OutputError, match=r"run\.json is damaged"):
         describe(tmp_path)
+    named = pa.table({"taxon": ["Quercus lobata"], "lon": [-122], "lat": [37]})
+    pq.write_table(named, tmp_path / "named.parquet", store_schema=False)
+    damaged = (tmp_path / "named.parquet").read_bytes().replace(b"taxon", b"tax\xffn")
+    (tmp_path / "named.parquet").write_bytes(damaged)
+    with pytest.raises(SpeciesmapError, match=r"named\.parquet is a damaged Parquet file"):
+        describe(tmp_path / "named.parquet")
     (tmp_path / "torn.parquet").write_text("x")
     with pytest.raises(SpeciesmapError, match=r"torn\.parquet"):
         describe(tmp_path / "torn.parquet")

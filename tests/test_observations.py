@@ -12,6 +12,8 @@ from typing import Any
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
@@ -626,6 +628,48 @@ def test_vector_files_are_read_under_any_name(tmp_path: Path, written: str, name
     got = read_observations(path.rename(tmp_path / name)).sort_values("latitude")
     assert got["taxon"].tolist() == ["Acer rubrum", "Acer negundo"]
     assert got["latitude"].tolist() == pytest.approx([37.0, 37.25])
+
+
+def oaks(**more: Any) -> pa.Table:
+    return pa.table({"taxon": ["Quercus lobata"] * 2, "lon": [-122, -121], "lat": [37, 38], **more})
+
+
+def with_geo(geo: dict[str, Any]) -> pa.Table:
+    return oaks(geometry=[b"", b""]).replace_schema_metadata({"geo": json.dumps(geo)})
+
+
+@pytest.mark.parametrize(
+    ("damaged", "says"),
+    [
+        (with_geo({"columns": {}}), "primary_column"),
+        (with_geo({"primary_column": "geometry", "columns": {}}), "geometry"),
+        (with_geo({"primary_column": "shape", "columns": {"shape": {"encoding": "WKB"}}}), "shape"),
+        (oaks(date=pa.array([0, 1], pa.timestamp("us", "Nowhere/Else"))), "Nowhere/Else"),
+        (oaks(status=pa.array([b"PRESENT", b"\xffRESENT"]).view(pa.string())), "UTF8"),
+    ],
+    ids=["no geometry named", "none described", "none there", "time zone", "text"],
+)
+def test_a_damaged_parquet_file_is_refused_on_one_line(
+    tmp_path: Path, damaged: pa.Table, says: str
+) -> None:
+    pq.write_table(damaged, tmp_path / "oaks.parquet")
+    with pytest.raises(
+        ObservationsError, match=rf"oaks\.parquet is a damaged Parquet file \(.*{says}.*\); copy"
+    ) as error:
+        read_observations(tmp_path / "oaks.parquet")
+    assert "\n" not in str(error.value)
+
+
+def test_a_column_that_comes_twice_is_the_first_of_them(tmp_path: Path) -> None:
+    table = oaks(x=["Acer rubrum"] * 2).rename_columns(["taxon", "lon", "lat", "taxon"])
+    pq.write_table(table, tmp_path / "oaks.parquet")
+    assert set(read_observations(tmp_path / "oaks.parquet")["taxon"]) == {"Quercus lobata"}
+
+
+def test_an_index_of_pandas_is_a_column_like_others(tmp_path: Path) -> None:
+    table = oaks(gbifID=["7", "8"]).to_pandas().set_index("gbifID")
+    table.to_parquet(tmp_path / "oaks.parquet")
+    assert read_observations(tmp_path / "oaks.parquet")["observation_id"].tolist() == ["7", "8"]
 
 
 def test_bytes_that_are_nothing_are_refused_by_their_own_name(tmp_path: Path) -> None:

@@ -126,7 +126,8 @@ def _parquet(path: Path) -> Iterator[pd.DataFrame]:
                 return
             columns = [n for n in schema.names if n not in IMAGES]
             for batch in file.iter_batches(CHUNK_ROWS, columns=columns):
-                part = batch.to_pandas(integer_object_nulls=True)
+                batch.validate(full=True)  # text that is no UTF-8 would fail where it is used
+                part = batch.to_pandas(integer_object_nulls=True, ignore_metadata=True)
                 if geo:
                     shapes = gpd.GeoSeries.from_wkb(
                         part[name], crs=described.get("crs", "OGC:CRS84")

@@ -223,7 +223,7 @@ class _Rows:
     """Rows of one file, found by what their columns mean."""
 
     def __init__(self, frame: pd.DataFrame, path: Path, first: int) -> None:
-        self.frame = frame.reset_index(drop=True)
+        self.frame = frame.loc[:, ~frame.columns.duplicated()].reset_index(drop=True)
         self.path = path
         self.first = first
         self._columns = {
