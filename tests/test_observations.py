@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyogrio
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
@@ -670,6 +671,20 @@ def test_an_index_of_pandas_is_a_column_like_others(tmp_path: Path) -> None:
     table = oaks(gbifID=["7", "8"]).to_pandas().set_index("gbifID")
     table.to_parquet(tmp_path / "oaks.parquet")
     assert read_observations(tmp_path / "oaks.parquet")["observation_id"].tolist() == ["7", "8"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_first_layer_of_shapes_is_read_whatever_lies_beside_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "seen.gpkg"
+    styles = pd.DataFrame({"f_table_name": ["oaks"], "styleQML": ["<qgis/>"]})
+    pyogrio.write_dataframe(styles, path, layer="layer_styles")
+    points = gpd.points_from_xy([-122.5], [37.0], crs="EPSG:4326")
+    for layer, taxon in (("oaks", "Quercus lobata"), ("maples", "Acer rubrum")):
+        gpd.GeoDataFrame({"species": [taxon]}, geometry=points).to_file(path, layer=layer)
+        assert read_observations(path)["taxon"].tolist() == ["Quercus lobata"]
+    assert caplog.messages == [f"{path} has the layers oaks, maples; oaks is read"]
 
 
 def test_bytes_that_are_nothing_are_refused_by_their_own_name(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import zipfile
 import zlib
@@ -17,6 +18,8 @@ import pandas as pd
 from speciesmap.errors import ObservationsError
 from speciesmap.observations.archive import archive
 from speciesmap.observations.delimited import CHUNK_ROWS, Opener, delimited
+
+log = logging.getLogger("speciesmap")
 
 IMAGES = ("gl_image", "rs_image")
 OLE = bytes.fromhex("d0cf11e0a1b11ae1")
@@ -161,13 +164,17 @@ def _vector(path: Path, name: Path | None = None) -> pd.DataFrame:
     import geopandas as gpd
 
     try:
-        rows = gpd.read_file(name or path)
+        layers = gpd.list_layers(name or path)
+        shapes = layers["name"][layers["geometry_type"].notna()].tolist()  # others hold styles
+        rows = gpd.read_file(name or path, layer=shapes[0] if shapes else None)
     except Exception as error:  # GDAL's drivers raise classes of their own
         reason = str(error).replace(str(name or path), path.name)
         raise ObservationsError(
             f"{path} is no table and no vector file that GDAL reads ({reason}); give an export of "
             "GBIF or iNaturalist, a CSV, a GeoPackage or GeoParquet"
         ) from error
+    if len(shapes) > 1:
+        log.warning("%s has the layers %s; %s is read", path, ", ".join(shapes), shapes[0])
     return _located(rows, path, 0)
 
 
