@@ -67,15 +67,15 @@ def evaluate(
         SpeciesmapError: An input is missing or does not fit; nothing is left of the folder.
     """
     out, folder = Path(out), Path(model)
-    outputs.refuse_existing(out, overwrite, folder, data, surveys)
     facts = read_facts(folder)
-    loaded = load_model(folder)
     config = _configuration(facts, data)
     assert config.validation is not None
     given = {"covariates": [str(path) for path in covariates]} if covariates else {}
-    sources = open_sources(config.data.model_copy(update=given))
-    encoder, note, warning = _encoder(loaded, facts, sources)
+    wanted = config.data.model_copy(update=given)
     asked = surveys if surveys is not None else config.validation.surveys
+    outputs.refuse_existing(out, overwrite, folder, data, asked, *wanted.inputs)
+    loaded, sources = load_model(folder), open_sources(wanted)
+    encoder, note, warning = _encoder(loaded, facts, sources)
     result: dict[str, Any] = {
         "speciesmap": __version__,
         "date": datetime.now(UTC).date().isoformat(),
@@ -138,18 +138,21 @@ def _encoder(
     folder: Path | None = None
     if trained.get("stage") == "finetune" and not trained.get("freeze_encoder"):
         folder = Path(trained["init"])
+        lacking, initial = "", facts.get("initial")
         try:
-            model, facts = load_model(folder), read_facts(folder)
+            before, facts = load_model(folder), read_facts(folder)
         except ModelError:
-            return (
-                model,
-                "the fine-tuned model",
-                [
-                    f"The checkpoint {folder} that the model was fine-tuned from is not at hand. "
-                    "The encoder has seen the held-out records, so rungs on embeddings are too "
-                    "good."
-                ],
+            lacking = "is not at hand"
+        else:
+            if initial not in (None, before.fingerprint):
+                lacking = "is another now"
+        if lacking:
+            told = (
+                f"The checkpoint {folder} that the model was fine-tuned from {lacking}. The "
+                "encoder has seen the held-out records, so rungs on embeddings are too good."
             )
+            return model, "the fine-tuned model", [told]
+        model = before
     notes = []
     if folder is not None:
         notes.append(

@@ -166,6 +166,13 @@ class DataConfig(Strict):
     categorical: list[str] = []
     location: bool = False
 
+    @property
+    def inputs(self) -> list[str]:
+        """Files, folders and addresses that are read."""
+        named = (self.dataset, self.taxonomy, self.imagery, self.background, self.bias)
+        covariates = (source.rpartition("=")[2] for source in self.covariates)
+        return [path for path in (*named, self.target_group, *covariates) if isinstance(path, str)]
+
     @model_validator(mode="after")
     def _background_is_drawn_one_way(self) -> DataConfig:
         if self.bias is not None and (

@@ -274,6 +274,12 @@ def test_an_encoder_that_saw_the_held_out_records_is_said_to_have(
     tuned = {"training": settings(scene, base)}
     _, _, notes = _encoder(model, tuned, sources)
     assert "windows of 100% of these records" in notes[1]
+    tuned["initial"] = load_model(base).fingerprint
+    assert _encoder(model, tuned, sources)[0].fingerprint == tuned["initial"]
+    save_model(tiny_model(seed=1), base, {"seen": seen})
+    encoder, _, notes = _encoder(model, tuned, sources)
+    assert encoder is model
+    assert "crisp that the model was fine-tuned from is another now" in notes[0]
 
 
 def test_the_command_prints_where_the_report_is(

@@ -787,6 +787,40 @@ def test_an_output_that_exists_is_refused_before_any_work(
     assert everything(tmp_path / "run") == ["mine"]
 
 
+@pytest.mark.parametrize("of", ["surveys", "bias", "target_group", "covariates", "background"])
+def test_an_output_never_takes_the_place_of_an_input(
+    scene: TinyScene, untrained: Path, tmp_path: Path, of: str
+) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("kept")
+    if of == "surveys":
+        config = tune(scene, untrained, validation={"block_m": 40, "surveys": str(mine)})
+    else:
+        config = tune(scene, untrained)
+        config["data"][of] = [f"height={mine}"] if of == "covariates" else str(mine)
+    with pytest.raises(OutputError, match="would replace the input"):
+        train(load_config(config), mine, overwrite=True)
+    assert mine.read_text() == "kept"
+
+
+def test_surveys_that_cannot_be_used_stop_a_run_before_its_folds(
+    scene: TinyScene, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("speciesmap.learning.finetune.cross_validate", None)
+    path = tmp_path / "surveys.csv"
+    folds = {"block_m": 40, "folds": 2, "surveys": str(path)}
+    config = load_config(tune(scene, untrained, validation=folds))
+    for content, message in (
+        (None, "cannot be read"),
+        ("lon,lat,taxon,present\n9,9,Quercus lobata,1\n", "1 are not on"),
+    ):
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(ObservationsError, match=message):
+            train(config, tmp_path / "run")
+    assert everything(tmp_path) == ["surveys.csv"]
+
+
 def test_taxa_without_a_record_to_learn_from_are_not_learned(
     scene: TinyScene, tmp_path: Path
 ) -> None:

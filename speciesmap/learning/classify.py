@@ -91,7 +91,7 @@ def classify(config: ClassifyConfig, out: Path | str, *, overwrite: bool = False
     """
     out = Path(out)
     inits = config.init if isinstance(config.init, Mapping) else {"": config.init}
-    refuse_existing(out, overwrite, config.data.dataset, *inits.values())
+    refuse_existing(out, overwrite, *config.data.inputs, *inits.values())
     if config.data.dataset is None:
         raise ConfigError("stage classify needs data.dataset with labelled rows")
     dataset = open_dataset(config.data.dataset, None, config.data.taxonomy)

@@ -61,27 +61,14 @@ def finetune(
         ConfigError: The data set or the imagery is missing, or a prevalence is stated of a taxon
             that is not there.
         ModelError: The initial model does not fit the data.
+        ObservationsError: Surveys cannot be read, or none is away from the records.
     """
     rng = np.random.default_rng(config.seed)
     base = load_model(config.init)
     dataset, imagery = sources.both()
-    if (base.bands, base.window_px) != (sources.bands, sources.window_px):
-        raise ModelError(
-            f"{config.init} takes windows of {base.window_px} px with bands "
-            f"{', '.join(base.bands)}; {config.data.dataset} has {sources.window_px} px and "
-            f"{', '.join(sources.bands)}; cut chips to fit, or pre-train on these"
-        )
-    trained_m, given_m = base.resolution_m, sources.resolution_m
-    if not 1 / MOST_RESOLUTION_RATIO <= given_m / trained_m <= MOST_RESOLUTION_RATIO:
-        raise ModelError(
-            f"{config.init} was trained on pixels of {trained_m:.3g} m, those of "
-            f"{config.data.dataset} have {given_m:.3g} m; cut chips with --resolution-m "
-            f"{trained_m:.3g}, or pre-train on these"
-        )
+    refuse_unfit(base, config, sources)
     if config.validation is not None:
         check_validation(config, sources)
-    if not config.freeze_encoder:
-        check_chunks(base, config.optim.chunk_size)
     image_px = base.ground.image_px if base.ground and dataset.has_ground else None
     presences = PairedRows(dataset, sources.rows, sources.taxa, image_px, sources.window_px)
     refuse_elsewhere(presences, imagery, config)
@@ -96,6 +83,10 @@ def finetune(
     presences = presences.subset(with_covariates(presences, covariates))
     background = background.subset(with_covariates(background, covariates))
     values = compare_values(base, presences, background, config, sources)
+    surveyed = None
+    if config.validation is not None and config.validation.surveys is not None:
+        surveys = read_surveys(config.validation.surveys)  # before the long work
+        surveyed = surveyed_places(base, surveys, presences, imagery, covariates)
     metrics: dict[str, Any] = {}
     calibrations: dict[str, Calibration] = {}
     own = None
@@ -119,9 +110,15 @@ def finetune(
     set_reference(model, background, rng, config.trainer.accelerator)
     model.values = values
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    if config.validation is not None and config.validation.surveys is not None:
-        surveyed, curves = on_surveys(model, presences, background, config, covariates)
-        calibrations |= surveyed
+    if config.validation is not None and surveyed is not None:
+        surveys, places = surveyed
+        read = read_places(model, places, covariates, config.trainer.accelerator)  # (N, D + F)
+        with torch.inference_mode():
+            logits = model.head(read).double().numpy()  # (N, T)
+        found, curves = calibrate_on_surveys(
+            logits, surveys, model.taxa, config.validation.calibration
+        )
+        calibrations |= found
     model.prevalence = {name: c.prevalence for name, c in calibrations.items()}
     for k, taxon in enumerate(sources.taxa):
         if taxon.name in calibrations:
@@ -132,6 +129,30 @@ def finetune(
     dark = [name for name, found in judged.items() if found["informative"] is False]
     model.trust = replace(trust, uninformative=dark)
     return model, {**fitted, **metrics}
+
+
+def refuse_unfit(base: SpeciesModel, config: FinetuneConfig, sources: Sources) -> None:
+    """Stop where the initial model does not fit the data.
+
+    Raises:
+        ConfigError: Its batch norm would see chunks of a single row.
+        ModelError: It has other bands, windows or pixels.
+    """
+    if (base.bands, base.window_px) != (sources.bands, sources.window_px):
+        raise ModelError(
+            f"{config.init} takes windows of {base.window_px} px with bands "
+            f"{', '.join(base.bands)}; {config.data.dataset} has {sources.window_px} px and "
+            f"{', '.join(sources.bands)}; cut chips to fit, or pre-train on these"
+        )
+    trained_m, given_m = base.resolution_m, sources.resolution_m
+    if not 1 / MOST_RESOLUTION_RATIO <= given_m / trained_m <= MOST_RESOLUTION_RATIO:
+        raise ModelError(
+            f"{config.init} was trained on pixels of {trained_m:.3g} m, those of "
+            f"{config.data.dataset} have {given_m:.3g} m; cut chips with --resolution-m "
+            f"{trained_m:.3g}, or pre-train on these"
+        )
+    if not config.freeze_encoder:
+        check_chunks(base, config.optim.chunk_size)
 
 
 def refuse_elsewhere(presences: PairedRows, imagery: Imagery, config: FinetuneConfig) -> None:
@@ -208,23 +229,6 @@ def check_validation(config: FinetuneConfig, sources: Sources) -> None:
             100 * share,
             config.data.dataset,
         )
-
-
-def on_surveys(
-    model: SpeciesModel,
-    presences: PairedRows,
-    background: Places,
-    config: FinetuneConfig,
-    covariates: Covariates | None = None,
-) -> tuple[dict[str, Calibration], dict[str, tuple[list[float], list[float]]]]:
-    """Calibrate on surveyed places whose windows share no ground with a presence's."""
-    assert config.validation is not None and config.validation.surveys is not None
-    surveys = read_surveys(config.validation.surveys)
-    surveys, places = surveyed_places(model, surveys, presences, background.imagery, covariates)
-    read = read_places(model, places, covariates, config.trainer.accelerator)
-    with torch.inference_mode():
-        logits = model.head(read).double().numpy()  # (N, T)
-    return calibrate_on_surveys(logits, surveys, model.taxa, config.validation.calibration)
 
 
 def judge(

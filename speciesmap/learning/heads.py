@@ -110,10 +110,7 @@ def fit_heads(
     background: Places,
     covariates: Covariates | None,
     fold: NDArray[np.int64] | None,
-    data: DataConfig,
-    config: HeadConfig,
-    seed: int,
-    accelerator: str = "auto",
+    config: FinetuneConfig,
 ) -> float:
     """Replace a model's heads by linear ones at their optimum.
 
@@ -124,22 +121,21 @@ def fit_heads(
         covariates: To read beside the embedding, if any; all places have them.
         fold: Of presences, then background, shape (N + M,), that the penalty is chosen on; regions
             by k-means without.
-        data: Says which covariates hold classes.
-        config: Which loss.
-        seed: Of the places that the penalty is chosen on.
-        accelerator: As for `embeddings`.
+        config: The stage: which loss, which covariates hold classes, and the seed of the places
+            that the penalty is chosen on.
 
     Returns:
         The penalty.
     """
+    accelerator, seed = config.trainer.accelerator, config.seed
     x, y = (np.concatenate(pair) for pair in zip(where(presences), where(background), strict=True))
     if covariates is not None:
-        model.environment = learn_environment(covariates, covariates.at(x, y), data)
+        model.environment = learn_environment(covariates, covariates.at(x, y), config.data)
     parts = [read_places(model, w, covariates, accelerator) for w in (presences, background)]
     features = torch.cat(parts).numpy()  # (N + M, D + F)
     taxon = np.r_[presences.labels[presences.rows], np.full(len(background), -1)]
     records = np.asarray(taxon[:, None] == np.arange(len(model.taxa)), np.float32)  # (N + M, T)
-    loss: Loss = config.loss
+    loss: Loss = (config.head or HeadConfig()).loss
     everything = Records(features, records, 1 - records)
     if fold is None or len(np.unique(fold)) < 2:
         row, col = background.imagery.rowcol(x, y)
@@ -184,23 +180,12 @@ def fit_taxa(
     model.taxa = presences.taxa
     model.head = TaxonHead(len(model.taxa), model.dim)
     model.trust, model.environment = None, None
-    accelerator = config.trainer.accelerator
     refits = config.head is not None or covariates is not None
     metrics: dict[str, Any] = {}
     if not (refits and config.freeze_encoder):
         metrics = _fine_tune(model, presences, background, config, work)
     if refits:
-        metrics["penalty"] = fit_heads(
-            model,
-            presences,
-            background,
-            covariates,
-            fold,
-            config.data,
-            config.head or HeadConfig(),
-            config.seed,
-            accelerator,
-        )
+        metrics["penalty"] = fit_heads(model, presences, background, covariates, fold, config)
     return model.requires_grad_(True).eval(), metrics
 
 

@@ -39,7 +39,7 @@ from speciesmap.learning.seen import sample_seen
 from speciesmap.learning.sources import Sources, draw_background, open_sources
 from speciesmap.learning.streaming import StreamedBatches
 from speciesmap.learning.validation import FOLDS
-from speciesmap.models import Architecture, SpeciesModel, save_model
+from speciesmap.models import Architecture, SpeciesModel, read_facts, save_model
 from speciesmap.models.encoders import ImageTower
 from speciesmap.models.masked import MaskedAutoencoder
 from speciesmap.models.text import TextTower
@@ -79,8 +79,12 @@ def train(
     out = Path(out)
     first = process_rank() == 0  # further processes of a run only train
     if first:
-        init = None if isinstance(config, PretrainConfig) else config.init
-        refuse_existing(out, overwrite, init, config.data.dataset, config.data.imagery)
+        others = (
+            [config.crossview.aerial_init]
+            if isinstance(config, PretrainConfig)
+            else [config.init, config.validation and config.validation.surveys]
+        )
+        refuse_existing(out, overwrite, *config.data.inputs, *others)
     work = unfinished(out)
     recorded = without_credentials(config.model_dump(mode="json"))
     described = yaml.safe_dump(recorded, sort_keys=False)
@@ -117,6 +121,9 @@ def train(
     facts = {
         "training": recorded,
         "seen": sample_seen(config, sources),
+        "initial": read_facts(config.init)["fingerprint"]
+        if isinstance(config, FinetuneConfig)
+        else None,
         "metrics": metrics,
         "seconds": round(time.perf_counter() - started, 1),
         "versions": {"torch": torch.__version__, "lightning": L.__version__},
