@@ -25,7 +25,8 @@ too few steps, and 20 percent taught supervised learning alone no more than 0.32
 
 These were measured when windows that are nearer than a diagonal to one of a later split, without
 overlapping it, were kept: on seed 0, 84 of 1,515 rows of training and 9 of 242 of validation, which
-are left out now. The 513 rows tested on are the same.
+are left out now. The 513 rows tested on are the same. Run again on seed 0 without them, CRISP makes
+0.515 at 5 percent and supervised learning alone 0.376, where it was 0.523 and 0.395.
 
 What is done is not done again, so that a run can be taken in pieces.
 """
