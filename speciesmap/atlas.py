@@ -32,7 +32,7 @@ from speciesmap.errors import (
 from speciesmap.mapping.embed import Precision, embed
 from speciesmap.mapping.fit import fit_imagery, refuse_poles, refuse_unseen
 from speciesmap.mapping.predict import Map, write_maps
-from speciesmap.mapping.query import Query, make_queries, without_calibration
+from speciesmap.mapping.query import Query, make_queries, photo_files, without_calibration
 from speciesmap.mapping.ranges import draw_range, write_ranges
 from speciesmap.mapping.surroundings import Surroundings, find_surroundings
 from speciesmap.models import SpeciesModel, load_model, read_facts
@@ -149,7 +149,7 @@ def predict(
         bbox_crs: CRS of `bbox`.
         species: Scientific names that the model was trained on. Where nothing at all is asked
             for, all that it knows.
-        photos: Ground photos that together ask for one map.
+        photos: Ground photos, or folders of them, that together ask for one map.
         texts: Names or lineages, one map each.
         queries: Further queries, made by hand.
         months: 1 to 12, for a model with metadata: each adds its vector to the stored embeddings,
@@ -261,7 +261,7 @@ def predict(
             "seed": seed,
             "months": list(season),
             "covariates": None if around is None else _of_surroundings(around),
-            "photos": {str(photo): _sha256(Path(photo)) for photo in photos},
+            "photos": {str(photo): _sha256(photo) for photo in photo_files(photos)},
         }
         _record(maps, folder, filled, model, source, facts, spent, item_id=out.name)
     return Prediction(

@@ -61,6 +61,7 @@ def scene(path: Path, shape: tuple[int, int] = (200, 260), bands: int = 3) -> Pa
 
 def photo(path: Path, seed: int = 0) -> Path:
     pixels = np.random.default_rng(seed).integers(0, 255, (40, 60, 3)).astype(np.uint8)
+    path.parent.mkdir(exist_ok=True)
     Image.fromarray(pixels).save(path)
     return path
 
@@ -149,6 +150,21 @@ def test_photos_ask_together_by_their_mean_direction(tmp_path: Path) -> None:
     assert np.linalg.norm(query.vector) == pytest.approx(1, abs=1e-6)
     assert query.label == "0 and 1 more"
     assert query.stem == "photo_0_and_1_more"
+
+
+def test_a_folder_asks_as_its_photos_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    files = [photo(tmp_path / "oaks" / f"{n}.{s}", n) for n, s in enumerate(("JPG", "png", "jpg"))]
+    (tmp_path / "oaks" / "licence.txt").write_text("CC0")
+    query = photo_query(model, [tmp_path / "oaks"])
+    assert (query.label, query.stem) == ("oaks", "photo_oaks")
+    np.testing.assert_allclose(query.vector, photo_query(model, files).vector, atol=1e-6)
+    other = photo(tmp_path / "other.jpg", 7)
+    both = photo_query(model, [tmp_path / "oaks", other])
+    assert both.label == "oaks and 1 more"
+    monkeypatch.setattr("speciesmap.mapping.query.OPENED", 2)
+    in_parts = photo_query(model, [*files, other]).vector
+    np.testing.assert_allclose(both.vector, in_parts, atol=1e-6)
 
 
 def test_an_untrained_query_is_scaled_by_the_training_landscape(tmp_path: Path) -> None:
@@ -516,7 +532,12 @@ def test_predict_by_name_photos_and_text_in_one_call(
         *("predict", checkpoint, "--imagery", path, "--out", out, "--json"),
         *("--bbox", ",".join(map(str, BBOX)), "--qgis-project"),
         *("--species", "quercus_lobata", "--text", "Fagaceae Quercus"),
-        *("--photo", photo(tmp_path / "p.jpg"), "--photo", photo(tmp_path / "q.png", 1)),
+        *(
+            "--photo",
+            photo(tmp_path / "p.jpg"),
+            "--photo",
+            photo(tmp_path / "q" / "r.png", 1).parent,
+        ),
     )
     assert ran.code == 0, ran.err
     result = json.loads(ran.out)
@@ -529,7 +550,7 @@ def test_predict_by_name_photos_and_text_in_one_call(
     record = json.loads((out / "run.json").read_text())
     assert record["seed"] == 7
     assert record["bbox"]["bounds"] == list(BBOX)
-    assert len(record["photos"]) == 2
+    assert list(record["photos"]) == [str(tmp_path / "p.jpg"), str(tmp_path / "q" / "r.png")]
     again = call("predict", checkpoint, "--store", result["store"], "--out", tmp_path / "all", "-q")
     assert again.code == 0, again.err
     assert again.out.strip() == str(tmp_path / "all")
@@ -566,6 +587,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:
     cut.write_bytes(imagery.read_bytes()[:90_000])
     scene(folder / "two.tif", bands=2)
     (folder / "broken.jpg").write_text("no image")
+    (folder / "empty").mkdir()
     good = ["--imagery", imagery]
     return {
         "no CRS": (["--imagery", homeless], "homeless.tif has no coordinate reference system"),
@@ -586,7 +608,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:
             "did you mean 'Quercus agrifolia'",
         ),
         "missing photo": ([*good, "--photo", folder / "p.jpg"], "p.jpg does not exist"),
-        "photos' folder": ([*good, "--photo", folder], "is a folder; name its files"),
+        "no photo": ([*good, "--photo", folder / "empty"], "empty holds no photo (.jpg, "),
         "broken photo": ([*good, "--photo", folder / "broken.jpg"], "broken.jpg cannot be read"),
         "missing store": (["--store", folder / "s.zarr"], "s.zarr does not exist"),
         "unknown band": ([*good, "--bands", "red,green,pink"], "has no band 'pink'"),
@@ -603,7 +625,7 @@ CASES = (
     "empty box",
     "unknown species",
     "missing photo",
-    "photos' folder",
+    "no photo",
     "broken photo",
     "missing store",
     "unknown band",

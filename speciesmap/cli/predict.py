@@ -32,7 +32,7 @@ from speciesmap.cli.options import (
     multiple=True,
     type=PATH,
     metavar="FILE",
-    help="Ground photo; several together ask for one map.",
+    help="Ground photo, or a folder of them; several together ask for one map.",
 )
 @click.option(
     "--text", "texts", multiple=True, metavar="TEXT", help="A name or lineage; repeatable."

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 
 from speciesmap.datasets.columns import FACTS, FRACTIONS
 from speciesmap.datasets.cutting import Cutter, write_provenance
+from speciesmap.datasets.photos import SUFFIXES
 from speciesmap.datasets.writer import PairedWriter
 from speciesmap.errors import DatasetError
 from speciesmap.observations.read import COLUMNS
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("speciesmap")
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp")
 MAX_PHOTO_BYTES = 100_000_000
 BATCH_OBSERVATIONS = 256
 
@@ -351,7 +351,7 @@ class _PhotoFinder:
         self._by_name: dict[str, list[Path]] = {}
         self._by_stem: dict[str, list[Path]] = {}
         for file in sorted(folder.rglob("*")):
-            if file.suffix.lower() in PHOTO_SUFFIXES:
+            if file.suffix.lower() in SUFFIXES:
                 self._by_name.setdefault(file.name, []).append(file)
                 self._by_stem.setdefault(file.stem, []).append(file)
 

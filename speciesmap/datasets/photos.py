@@ -9,6 +9,7 @@ from typing import BinaryIO
 from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp")
 MOST_PIXELS = 64_000_000  # decoded, 200 MB; a JPEG is decoded at a fraction where that is enough
 ENOUGH_PX = 2048
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from speciesmap.datasets.photos import open_photo
+from speciesmap.datasets.photos import SUFFIXES, open_photo
 from speciesmap.errors import QueryError
 from speciesmap.models import SpeciesModel
 from speciesmap.taxa import find, slug, suggestion, words
@@ -24,6 +24,7 @@ from speciesmap.taxa import find, slug, suggestion, words
 TOGETHER = 16  # queries of one matrix product
 PLACES = 1024  # places of one are a multiple; a tile has as many
 FEW = 25  # presences below which spatial folds say little (ENMeval leaves one out there)
+OPENED = 32  # photos in memory at once
 PROBIT_TO_LOGIT = 1.702  # the logistic curve nearest to the normal's (Camilli 1994)
 
 log = logging.getLogger("speciesmap")
@@ -178,8 +179,8 @@ def photo_query(
 
     Args:
         model: With a ground tower.
-        photos: Image files; their unit embeddings are averaged.
-        label: The first file's stem, and how many more, by default.
+        photos: Image files, or folders of them; the unit embeddings of all are averaged.
+        label: The first one's stem, and how many more, by default.
 
     Raises:
         QueryError: A file is missing or no image, or the model has no ground tower.
@@ -189,14 +190,18 @@ def photo_query(
             f"the model has no ground tower, so it cannot be asked with --photo {photos[0]}; "
             f"{instead(model)} use a model that `speciesmap train` pre-trained on photos"
         )
-    images = [_open_photo(Path(photo)) for photo in photos]
-    if not images:
+    files = photo_files(photos)
+    if not files:
         raise QueryError("a photo query needs at least one photo; pass --photo FILE")
-    more = f" and {len(images) - 1} more" if len(images) > 1 else ""
+    more = f" and {len(photos) - 1} more" if len(photos) > 1 else ""
     model.eval()
+    parts = []
     with torch.inference_mode():
-        vector = F.normalize(model.encode_ground(images).float().mean(dim=0), dim=0)
-    return _relative(model, label or Path(photos[0]).stem + more, "photo", vector)
+        for start in range(0, len(files), OPENED):
+            images = [_open_photo(file) for file in files[start : start + OPENED]]
+            parts.append(model.encode_ground(images).float())  # (n, D)
+        vector = F.normalize(torch.cat(parts).mean(dim=0), dim=0)
+    return _relative(model, label or Path(photos[0]).absolute().stem + more, "photo", vector)
 
 
 def text_query(model: SpeciesModel, text: str, *, label: str | None = None) -> Query:
@@ -272,10 +277,27 @@ def _relative(
     )
 
 
+def photo_files(photos: Sequence[Path | str]) -> list[Path]:
+    """Name the files of photos, where a folder stands for those in it, in the order of their names.
+
+    Raises:
+        QueryError: A folder holds none.
+    """
+    files: list[Path] = []
+    for path in map(Path, photos):
+        found = [path]
+        if path.is_dir():
+            seen = (file for file in path.glob("[!.]*") if file.is_file())
+            found = sorted(file for file in seen if file.suffix.lower() in SUFFIXES)
+        if not found:
+            raise QueryError(f"{path} holds no photo ({', '.join(SUFFIXES)}); name its files")
+        files += found
+    return files
+
+
 def _open_photo(path: Path) -> Image.Image:
     if not path.is_file():
-        what = "is a folder; name its files" if path.is_dir() else "does not exist; check the name"
-        raise QueryError(f"photo {path} {what}")
+        raise QueryError(f"photo {path} does not exist; check the name")
     try:
         return open_photo(path)
     except ValueError as error:
