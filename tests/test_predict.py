@@ -155,9 +155,13 @@ def test_photos_ask_together_by_their_mean_direction(tmp_path: Path) -> None:
 def test_a_folder_asks_as_its_photos_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     files = [photo(tmp_path / "oaks" / f"{n}.{s}", n) for n, s in enumerate(("JPG", "png", "jpg"))]
-    (tmp_path / "oaks" / "licence.txt").write_text("CC0")
+    for name in ("licence.txt", "._0.jpg"):
+        (tmp_path / "oaks" / name).write_text("CC0")
+    (tmp_path / "oaks" / "more.jpg").mkdir()
     query = photo_query(model, [tmp_path / "oaks"])
     assert (query.label, query.stem) == ("oaks", "photo_oaks")
+    monkeypatch.chdir(tmp_path / "oaks")
+    assert photo_query(model, ["."]).label == "oaks"
     np.testing.assert_allclose(query.vector, photo_query(model, files).vector, atol=1e-6)
     other = photo(tmp_path / "other.jpg", 7)
     both = photo_query(model, [tmp_path / "oaks", other])
