@@ -566,6 +566,10 @@ def _values(node: yaml.Node, counted: dict[int, float]) -> float:
         inner: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
             inner = [part for pair in node.value for part in pair]
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            twice = [key for k, key in enumerate(keys) if key in keys[:k]]
+            if twice:
+                raise yaml.YAMLError(f"the key {twice[0]!r} stands twice; keep one")
         elif isinstance(node, yaml.SequenceNode):
             inner = node.value
         counted[id(node)] = 1 + sum(_values(part, counted) for part in inner)

@@ -213,6 +213,7 @@ def test_a_change_that_makes_no_sense_is_refused(change: str, message: str) -> N
         (b"- a\n- b\n", "is not a mapping"),
         (b"", "is not a mapping"),
         (b"stage: [pretrain", "is not readable YAML"),
+        (b"seed: 1\nseed: 2\n", "is not readable YAML: the key 'seed' stands twice; keep one"),
         (b"\xff\xfe\x00", "is not readable YAML"),
         (b"!!python/object/apply:os.system ['true']", "is not readable YAML"),
     ],
