@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -567,7 +568,7 @@ def _values(node: yaml.Node, counted: dict[int, float]) -> float:
         if isinstance(node, yaml.MappingNode):
             inner = [part for pair in node.value for part in pair]
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            twice = [key for k, key in enumerate(keys) if key in keys[:k]]
+            twice = [key for key, count in Counter(keys).items() if count > 1]
             if twice:
                 raise yaml.YAMLError(f"the key {twice[0]!r} stands twice; keep one")
         elif isinstance(node, yaml.SequenceNode):
