@@ -73,7 +73,7 @@ def evaluate(
     given = {"covariates": [str(path) for path in covariates]} if covariates else {}
     wanted = config.data.model_copy(update=given)
     asked = surveys if surveys is not None else config.validation.surveys
-    outputs.refuse_existing(out, overwrite, folder, data, asked, *wanted.inputs)
+    outputs.refuse_existing(out, overwrite, folder, config.init, data, asked, *wanted.inputs)
     loaded, sources = load_model(folder), open_sources(wanted)
     encoder, note, warning = _encoder(loaded, facts, sources)
     result: dict[str, Any] = {

@@ -171,7 +171,7 @@ class DataConfig(Strict):
     def inputs(self) -> list[str]:
         """Files, folders and addresses that are read."""
         named = (self.dataset, self.taxonomy, self.imagery, self.background, self.bias)
-        covariates = (source.rpartition("=")[2] for source in self.covariates)
+        covariates = (part for c in self.covariates for part in (c, c.partition("=")[2]) if part)
         return [path for path in (*named, self.target_group, *covariates) if isinstance(path, str)]
 
     @model_validator(mode="after")
@@ -578,9 +578,9 @@ def _values(node: yaml.Node, counted: dict[int, float]) -> float:
 
 
 def _read_yaml(path: Path) -> Any:
-    if not path.exists() and path.parent in (Path(), Path("configs")):
-        path = shipped_config(path.name)
     try:
+        if not path.is_file() and path.parent in (Path(), Path("configs")):
+            path = shipped_config(path.name)
         return _plain(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist; check the path") from error

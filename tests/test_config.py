@@ -62,9 +62,19 @@ def test_shipped_configurations_are_found_by_name_where_there_is_no_such_file(
     for name in ("../crisp", "other/crisp.yaml", str(tmp_path / "crisp.yaml")):
         with pytest.raises(ConfigError, match=r"crisp.* does not exist; check the path"):
             load_config(name)
+    Path("crisp").mkdir()  # as an output of that name
+    assert load_config("crisp") == shipped
+    with pytest.raises(ConfigError, match="is not readable YAML"):
+        load_config("a" * 300)
     Path("crisp.yaml").write_text("stage: pretrain\n")
     with pytest.raises(ConfigError, match="data"):
         load_config("crisp.yaml")  # one's own comes first
+
+
+def test_inputs_name_the_file_of_a_covariate_whatever_its_path_holds() -> None:
+    data = {"dataset": "chips", "covariates": ["wet=a/wet.tif", "/data/a=b/dry.tif", "plain.tif"]}
+    config = load_config(finetune(data=data))
+    assert {"a/wet.tif", "/data/a=b/dry.tif", "plain.tif"} <= set(config.data.inputs)
 
 
 def test_a_mapping_is_read_and_left_as_it_is() -> None:

@@ -130,7 +130,7 @@ def _check(
 ) -> None:
     if not dataset.has_aerial and set(config.views) != {"ground"}:
         raise ConfigError(f"{config.data.dataset} has photos only; set views: [ground]")
-    wanted = window_side(dataset, config.data)
+    wanted = window_side(dataset, config.data) if dataset.has_aerial else model.window_px
     if dataset.has_aerial and (model.bands, model.window_px) != (dataset.bands, wanted):
         raise ModelError(
             f"{init} takes windows of {model.window_px} px with bands {', '.join(model.bands)}; "

@@ -55,7 +55,7 @@ class Stage(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the losses back."""
-        self.before = checkpoint["losses"]
+        self.before = checkpoint.get("losses", {})
 
     def configure_optimizers(self) -> Any:
         """Set up the optimiser and its schedule."""

@@ -27,7 +27,8 @@ def sample_seen(config: PretrainConfig | FinetuneConfig, sources: Sources) -> st
     Masked images have no names, and heads on a frozen encoder leave none in it.
     """
     if isinstance(config, PretrainConfig):
-        init, sees = config.crossview.aerial_init, config.method != "mae"
+        init = config.crossview.aerial_init if config.method == "cve_mae" else None
+        sees = config.method != "mae"
     else:
         init, sees = config.init, not config.freeze_encoder
     seen = _read(read_facts(init)) if init is not None else np.empty(0, np.uint64)

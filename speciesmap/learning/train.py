@@ -110,6 +110,12 @@ def train(
         sources = open_sources(config.data)
         if first:
             refuse_other_data(work, config, sources)
+        origin = {  # before it trains: what it starts from may be gone when it ends
+            "seen": sample_seen(config, sources),
+            "initial": read_facts(config.init)["fingerprint"]
+            if isinstance(config, FinetuneConfig)
+            else None,
+        }
         procedure = pretrain if isinstance(config, PretrainConfig) else finetune
         model, metrics = procedure(config, sources, work)  # type: ignore[arg-type]
     except BaseException:
@@ -120,10 +126,7 @@ def train(
         return out
     facts = {
         "training": recorded,
-        "seen": sample_seen(config, sources),
-        "initial": read_facts(config.init)["fingerprint"]
-        if isinstance(config, FinetuneConfig)
-        else None,
+        **origin,
         "metrics": metrics,
         "seconds": round(time.perf_counter() - started, 1),
         "versions": {"torch": torch.__version__, "lightning": L.__version__},
@@ -173,7 +176,7 @@ def refuse_other_data(
     found = dict(_digests(config, sources))
     kept = work / "data.json"
     before = json.loads(kept.read_text()) if kept.exists() else found
-    changed = [name for name in found if found[name] != before.get(name)]
+    changed = [name for name in found if found[name] != before.get(name, found[name])]
     if changed:
         raise ConfigError(
             f"the interrupted run in {work} had another {' and '.join(changed)} than lies there "

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
+import pydoc
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -123,7 +124,7 @@ def encode_on_cluster(
             _refuse_unlike(client)
             # the first worker settles the precision, as a single process does by its first tile
             windows, lost = client.submit(encode, tiles[:1], pure=False).result()
-            known = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+            known = max(1, len(_workers(client)))
             size = max(1, min(TASK_TILES, len(tiles) // (known * TASKS_PER_WORKER)))
             rest = [tiles[k : k + size] for k in range(1, len(tiles), size)]
             futures = client.map(encode, rest, pure=False)
@@ -171,7 +172,7 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Client]:
         logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # errors are raised here
         try:
             client = Client(scheduler, timeout=CONNECT_S)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise ClusterError(
                 f"no scheduler answers at {scheduler} ({error}); start one with `dask scheduler`, "
                 "or use --workers"
@@ -195,19 +196,26 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Client]:
 
 def _refuse_unlike(client: Client) -> None:
     """Refuse workers that have no speciesmap or another one: a task could only kill them."""
-
-    def version() -> str:  # travels as code, being no function of a module
-        import speciesmap
-
-        return speciesmap.__version__
-
-    client.submit(version, pure=False).result()  # waits for a first worker
-    for address, found in client.run(version).items():
+    ask = partial(pydoc.locate, "speciesmap.__version__")  # which any worker can take
+    client.submit(ask, pure=False).result()  # waits for a first worker
+    for address, found in client.run(ask, on_error="return").items():
+        if isinstance(found, OSError):
+            continue  # lost meanwhile; others do its tiles
+        if isinstance(found, Exception):
+            raise found
         if found != __version__:
+            other = f"speciesmap {found}" if found else "no speciesmap"
             raise ClusterError(
-                f"the worker at {address} has speciesmap {found}, this machine {__version__}; "
-                "install the same on both"
+                f"the worker at {address} has {other}, this machine {__version__}; install the "
+                "same on both"
             )
+
+
+def _workers(client: Client) -> dict[str, Any]:
+    """What the scheduler knows of its workers now, by address."""
+    assert client.scheduler is not None
+    known: dict[str, Any] = client.sync(client.scheduler.identity)["workers"]
+    return known
 
 
 @contextmanager
@@ -219,10 +227,10 @@ def _watched(client: Client) -> Iterator[None]:
         had, waited = False, False
         while not ended.is_set():
             with suppress(Exception):  # a lost connection is told to who waits for results
-                workers = client.scheduler_info(n_workers=-1)["workers"].values()
-                states = Counter(worker["status"] for worker in workers)
+                workers = _workers(client)
+                states = Counter(worker["status"] for worker in workers.values())
                 waits = not states["running"]
-                if waits and not waited:
+                if waits and not waited and not ended.is_set():
                     why = "are none left, and their logs may say why" if had else "are none yet"
                     if states["paused"]:
                         why = f"are {states['paused']}, paused near their memory limit"
@@ -230,11 +238,13 @@ def _watched(client: Client) -> Iterator[None]:
                 had, waited = had or bool(workers), waits
             ended.wait(WATCH_S)
 
-    threading.Thread(target=watch, daemon=True).start()
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
     try:
         yield
     finally:
         ended.set()
+        watching.join(timeout=1)
 
 
 @lru_cache(maxsize=1)

@@ -63,7 +63,7 @@ def draw_range(path: Path, taxon: str, thresholds: Mapping[str, float]) -> gpd.G
 
 
 def write_ranges(table: gpd.GeoDataFrame, path: Path) -> Path:
-    """Write ranges as a GeoPackage with one layer, `ranges`."""
+    """Write ranges as a GeoPackage, into its layer `ranges`."""
     with replacing(path) as beside:
         table.to_file(beside, layer=LAYER, driver="GPKG")
     return path
