@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,18 +14,10 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from speciesmap import cli
 from speciesmap.errors import SpeciesmapError
-
-
-@pytest.fixture(autouse=True)
-def quiet_logger(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    log = logging.getLogger("speciesmap")
-    monkeypatch.setattr(log, "handlers", [])
-    level = log.level
-    yield
-    log.setLevel(level)
 
 
 def call(capfd: pytest.CaptureFixture[str], *words: str) -> SimpleNamespace:
@@ -141,6 +132,17 @@ def test_a_message_of_several_lines_is_folded_and_verbose_keeps_the_traceback(
     assert (done.code, done.err) == (1, "error: first second\n")
     with pytest.raises(SpeciesmapError):
         cli.main(["info", "x", "-v"])
+
+
+def test_what_is_said_goes_to_the_stderr_of_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    import speciesmap.describe as room
+
+    log = logging.getLogger("speciesmap")
+    monkeypatch.setattr(room, "describe", lambda path: log.warning("of %s", path))
+    for name in ["first", "second"]:
+        done = CliRunner().invoke(cli.group, ["info", name])
+        assert done.stderr == f"of {name}\n"
+    assert log.handlers == [], "a later message would go to a file that is closed"
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,15 +90,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def call(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., SimpleNamespace]]:
+def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
     """Run the command line in this process."""
     from speciesmap import cli
-
-    log = logging.getLogger("speciesmap")
-    monkeypatch.setattr(log, "handlers", [])
-    level = log.level
 
     def run(*words: object) -> SimpleNamespace:
         capfd.readouterr()
@@ -107,8 +101,7 @@ def call(
         out, err = capfd.readouterr()
         return SimpleNamespace(code=stop.value.code or 0, out=out, err=err)
 
-    yield run
-    log.setLevel(level)
+    return run
 
 
 # ---- asking

@@ -66,7 +66,8 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="speciesmap")
-def group() -> None:
+@click.pass_context
+def group(ctx: click.Context) -> None:
     """Map where species live, from imagery, ground photos and names."""
     log = logging.getLogger("speciesmap")
     log.setLevel(logging.INFO)
@@ -74,6 +75,7 @@ def group() -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
+        ctx.call_on_close(lambda: log.removeHandler(handler))  # its stderr may end with the call
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
