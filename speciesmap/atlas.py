@@ -29,12 +29,13 @@ from speciesmap.errors import (
     StoreError,
     within_memory,
 )
-from speciesmap.mapping.embed import Precision, embed
+from speciesmap.mapping.embed import embed
 from speciesmap.mapping.fit import fit_imagery, refuse_poles, refuse_unseen
 from speciesmap.mapping.predict import Map, write_maps
 from speciesmap.mapping.query import Query, make_queries, photo_files, without_calibration
 from speciesmap.mapping.ranges import draw_range, write_ranges
 from speciesmap.mapping.surroundings import Surroundings, find_surroundings
+from speciesmap.mapping.tiles import Precision
 from speciesmap.models import SpeciesModel, load_model, read_facts
 from speciesmap.present.qgis import write_project
 from speciesmap.present.stac import write_item

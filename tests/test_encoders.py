@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from speciesmap.errors import ModelError
 from speciesmap.models import encoders
-from speciesmap.models.encoders import ImageTower, computes_bfloat16
+from speciesmap.models.device import computes_bfloat16
+from speciesmap.models.encoders import ImageTower
 from speciesmap.models.text import HubTextTower
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,22 @@ def test_within_data_rasters_come_before_observations_before_data_sets(path: Pat
     if here in WITHIN_DATA:
         beyond = rooms_imported(path) & DATA - WITHIN_DATA[here] - {here}
         assert not beyond, f"{here} must not import {sorted(beyond)}"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    modules = {
+        ".".join(("speciesmap", *p.relative_to(ROOT).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        ): p
+        for p in FILES
+    }
+    graph = {}
+    for module, path in modules.items():
+        names = set(imported(ast.parse(path.read_text(encoding="utf-8"))))
+        names |= {name.rpartition(".")[0] for name in names}
+        graph[module] = names & modules.keys() - {module}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
+    assert "speciesmap.mapping.tiles" in graph["speciesmap.mapping.embed"]
 
 
 def called(node: ast.Call) -> str:

@@ -179,7 +179,7 @@ def peer(name: str, scene: Path, folder: Path, query: torch.Tensor) -> dict[str,
 def ours(name: str, scene: Path, folder: Path, query: torch.Tensor) -> dict[str, object]:
     """Run the engine over a scene, its encoder alone beside, and compare some windows."""
     import speciesmap
-    from speciesmap.mapping import embed as engine
+    from speciesmap.mapping import tiles as engine
     from speciesmap.rasters.imagery import open_imagery
     from speciesmap.rasters.windows import WindowGrid
 
@@ -206,7 +206,7 @@ def ours(name: str, scene: Path, folder: Path, query: torch.Tensor) -> dict[str,
         before = encoder_alone(alone, len(windows))
         engine._write = watched
         start = clocks()
-        store = engine.embed(
+        store = speciesmap.embed(
             model,
             scene,
             f"{out}/s.zarr",

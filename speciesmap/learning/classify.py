@@ -27,9 +27,8 @@ from speciesmap.learning.fit import batches, learns_bfloat16
 from speciesmap.learning.modules import seen
 from speciesmap.learning.sources import window_side
 from speciesmap.learning.splitting import identity, observations_of, split_rows
-from speciesmap.mapping.embed import choose_device
 from speciesmap.models import SpeciesModel, load_model
-from speciesmap.models.encoders import computes_bfloat16
+from speciesmap.models.device import choose_device, computes_bfloat16
 from speciesmap.outputs import refuse_existing, replacing
 from speciesmap.progress import track
 from speciesmap.rasters.messages import without_credentials

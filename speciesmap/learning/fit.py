@@ -26,9 +26,9 @@ from speciesmap.errors import ConfigError, DatasetError
 from speciesmap.learning.data import Batch, Kept, PairedRows, Places, as_is
 from speciesmap.learning.modules import Stage
 from speciesmap.learning.sources import Sources
-from speciesmap.mapping.embed import choose_device
 from speciesmap.models import SpeciesModel
-from speciesmap.models.encoders import ImageTower, computes_bfloat16
+from speciesmap.models.device import choose_device, computes_bfloat16
+from speciesmap.models.encoders import ImageTower
 from speciesmap.rasters.values import Values
 
 log = logging.getLogger("speciesmap")

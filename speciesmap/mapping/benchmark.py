@@ -21,15 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from speciesmap.errors import ImageryError
 from speciesmap.mapping.cut import cut_windows
-from speciesmap.mapping.embed import (
-    MIN_VALID,
-    Precision,
-    choose_device,
-    encode_tiles,
-)
+from speciesmap.mapping.embed import MIN_VALID
 from speciesmap.mapping.encode import Encoder, Stopwatch, compile_encode
 from speciesmap.mapping.fit import fit_imagery
+from speciesmap.mapping.tiles import Precision, encode_tiles
 from speciesmap.models import SpeciesModel, load_model
+from speciesmap.models.device import choose_device
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import Imagery
 from speciesmap.rasters.store import EmbeddingStore, Identity

@@ -27,8 +27,8 @@ from speciesmap.errors import (
     SpeciesmapError,
     within_memory,
 )
-from speciesmap.mapping.embed import Precision, encode_tiles
 from speciesmap.mapping.fit import fit_imagery
+from speciesmap.mapping.tiles import Precision, encode_tiles
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.progress import track
 from speciesmap.rasters.imagery import Imagery

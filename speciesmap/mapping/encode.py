@@ -17,7 +17,7 @@ from torch import Tensor
 from speciesmap.errors import ResourceError, is_out_of_memory
 from speciesmap.mapping.cut import Layout
 from speciesmap.models import SpeciesModel
-from speciesmap.models.encoders import computes_bfloat16
+from speciesmap.models.device import computes_bfloat16
 from speciesmap.rasters.store import TILE
 
 LEAST_COSINE = 0.999  # of bfloat16 against float32, on every one of some real windows

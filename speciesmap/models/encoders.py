@@ -28,16 +28,6 @@ def _largest(value: Any) -> float:
     return value if isinstance(value, int | float) else 0
 
 
-def computes_bfloat16(device: torch.device) -> bool:
-    """Tell whether a processor has instructions for bfloat16, not an emulation."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
 class ImageTower(nn.Module):
     """Raw pixels of one view to a point of the joint space.
 
