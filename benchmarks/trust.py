@@ -40,7 +40,6 @@ from scipy.stats import spearmanr
 from speciesmap.atlas import predict
 from speciesmap.config import load_config
 from speciesmap.datasets.chips import make_chips
-from speciesmap.learning.metrics import omission
 from speciesmap.learning.train import train
 from speciesmap.mapping.applicability import applicable, learn_applicability
 from speciesmap.models import read_facts
@@ -52,6 +51,7 @@ from speciesmap.rasters.windows import transformed
 from speciesmap.simulate import Scene, simulate
 from speciesmap.simulate.landscape import make_landscape
 from speciesmap.simulate.species import Streams
+from speciesmap.statistics.metrics import omission
 
 WINDOW_PX, STRIDE_PX, BLOCK_M = 64, 16, 150.0
 FLORA, MODELLED = 24, 8  # species, the control among both

@@ -12,7 +12,7 @@ from typing import Any
 from speciesmap import __version__, outputs
 from speciesmap.config import FinetuneConfig, ValidationConfig, load_config
 from speciesmap.errors import ConfigError, ModelError
-from speciesmap.learning.ladder import climb
+from speciesmap.evaluation.ladder import climb
 from speciesmap.learning.seen import share_seen
 from speciesmap.learning.sources import Sources, open_sources
 from speciesmap.models import SpeciesModel, load_model, read_facts

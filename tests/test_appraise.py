@@ -21,8 +21,8 @@ from speciesmap.appraise import Appraisal, evaluate
 from speciesmap.cli import main
 from speciesmap.config import load_config
 from speciesmap.errors import ConfigError, ImageryError, ObservationsError, OutputError
-from speciesmap.learning.ladder import on_surveys
-from speciesmap.learning.rungs import HEAD, SHUFFLED, WITH_COVARIATES, gather
+from speciesmap.evaluation.ladder import on_surveys
+from speciesmap.evaluation.rungs import HEAD, SHUFFLED, WITH_COVARIATES, gather
 from speciesmap.learning.seen import sample_seen
 from speciesmap.learning.sources import open_sources
 from speciesmap.models import load_model, save_model

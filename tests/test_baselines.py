@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from tiny import tiny_scene
 
-from speciesmap.learning.baselines import (
+from speciesmap.evaluation.baselines import (
     RIVALS,
     fit_maxent,
     held_out_scores,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from speciesmap.errors import DatasetError
-from speciesmap.learning.chance import (
+from speciesmap.statistics.chance import (
     LEVEL,
     MAPS,
     bound_for,
@@ -19,7 +19,7 @@ from speciesmap.learning.chance import (
     null_bounds,
     null_scores,
 )
-from speciesmap.learning.distribution import Records
+from speciesmap.statistics.regression import Records
 
 
 @settings(max_examples=40, deadline=None)

@@ -24,7 +24,7 @@ from speciesmap.cli import main
 from speciesmap.config import AnyConfig, load_config, shipped_config
 from speciesmap.datasets.birds import open_dataset
 from speciesmap.errors import ConfigError, ImageryError, ModelError
-from speciesmap.learning.rungs import WITH_COVARIATES
+from speciesmap.evaluation.rungs import WITH_COVARIATES
 from speciesmap.learning.train import train
 from speciesmap.mapping.applicability import applicable, learn_applicability
 from speciesmap.mapping.surroundings import PROBED

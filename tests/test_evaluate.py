@@ -9,9 +9,9 @@ from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 from tiny import TAXA
 
-from speciesmap.learning.calibration import calibrate
-from speciesmap.learning.chance import better_than_chance, fold_auc
 from speciesmap.learning.validation import summarise
+from speciesmap.statistics.calibration import calibrate
+from speciesmap.statistics.chance import better_than_chance, fold_auc
 
 NAMES = [taxon.name for taxon in TAXA]
 

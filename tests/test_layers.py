@@ -13,19 +13,19 @@ ROOT = Path(__file__).parent.parent / "speciesmap"
 
 WORDS = {"errors", "taxa", "config", "progress"}
 DATA = {"outputs", "observations", "rasters", "datasets", "simulate"}
+PROCEDURES = {"models", "statistics", "mapping", "learning", "evaluation"}
+WAYS = {"atlas", "appraise", "describe"}
 MAY_IMPORT = {
     **dict.fromkeys(WORDS, WORDS),
     **dict.fromkeys(DATA, WORDS | DATA),
-    "models": WORDS | DATA,
-    "mapping": WORDS | DATA | {"models"},
-    "learning": WORDS | DATA | {"models", "mapping"},
     "present": WORDS | DATA,
-    "atlas": WORDS | DATA | {"models", "mapping", "learning", "present"},
-    "appraise": WORDS | DATA | {"models", "mapping", "learning", "present"},
-    "describe": WORDS | DATA | {"models", "mapping", "learning", "present"},
-    "demo": WORDS
-    | DATA
-    | {"models", "mapping", "learning", "present", "atlas", "appraise", "describe"},
+    "models": WORDS | DATA,
+    "statistics": WORDS | {"models"},
+    "mapping": WORDS | DATA | {"models"},
+    "learning": WORDS | DATA | {"models", "statistics", "mapping"},
+    "evaluation": WORDS | DATA | PROCEDURES - {"evaluation"},
+    **dict.fromkeys(WAYS, WORDS | DATA | PROCEDURES | {"present"}),
+    "demo": WORDS | DATA | PROCEDURES | WAYS | {"present"},
 }
 """What each room may import beside itself; cli and what calls it may import all."""
 WITHIN_DATA = {

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from speciesmap.learning.metrics import (
+from speciesmap.statistics.metrics import (
     auc,
     average_precision,
     best_threshold,

@@ -22,15 +22,15 @@ from torch import Tensor
 from speciesmap.cli import main
 from speciesmap.datasets.paired import PairedDataset, open_paired
 from speciesmap.errors import DatasetError, ModelError
-from speciesmap.learning import retrieval as module
-from speciesmap.learning.data import PairedRows
-from speciesmap.learning.retrieval import (
+from speciesmap.evaluation import retrieval as module
+from speciesmap.evaluation.retrieval import (
     evaluate_retrieval,
     rank_groups,
     rank_of_right,
     recalls,
     retrieval,
 )
+from speciesmap.learning.data import PairedRows
 from speciesmap.models import SpeciesModel, load_model, save_model
 
 VIT = {"backbone": "test_vit", "kwargs": {"patch_size": 4}}

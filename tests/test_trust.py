@@ -27,7 +27,6 @@ from speciesmap.atlas import predict
 from speciesmap.config import load_config
 from speciesmap.datasets.paired import open_paired
 from speciesmap.errors import ObservationsError
-from speciesmap.learning.calibration import calibrate_on_surveys
 from speciesmap.learning.data import PairedRows
 from speciesmap.learning.heads import where
 from speciesmap.learning.surveys import clear_of, read_surveys, surveyed_places
@@ -39,6 +38,7 @@ from speciesmap.mapping.ranges import draw_range
 from speciesmap.models import load_model, read_facts, save_model
 from speciesmap.rasters.geotiff import MapWriter
 from speciesmap.rasters.imagery import Imagery, open_imagery
+from speciesmap.statistics.calibration import calibrate_on_surveys
 
 
 def unit(rng: np.random.Generator, rows: int, dim: int = 16) -> torch.Tensor:

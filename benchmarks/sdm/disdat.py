@@ -20,10 +20,10 @@ import pandas as pd
 import rdata
 import torch
 
-from speciesmap.learning.baselines import fit_maxent
-from speciesmap.learning.distribution import Records, fit_covariates
-from speciesmap.learning.metrics import auc, paired_difference
+from speciesmap.evaluation.baselines import fit_maxent
 from speciesmap.observations.folds import spatial_blocks
+from speciesmap.statistics.metrics import auc, paired_difference
+from speciesmap.statistics.regression import Records, fit_covariates
 
 CATEGORICAL = {"ontveg", "vegsys", "toxicats", "age", "calc"}
 FACTS = 6  # columns before the covariates: siteid, spid, x, y, occ, group

@@ -94,7 +94,7 @@ def command(
         return
     trained = read_facts(model).get("training", {})
     if config is None and (reranker is not None or trained.get("stage") == "pretrain"):
-        from speciesmap.learning.retrieval import evaluate_retrieval, read_retrieval
+        from speciesmap.evaluation.retrieval import evaluate_retrieval, read_retrieval
 
         _refuse("in retrieval", covariates=covariates, surveys=surveys)
         path = evaluate_retrieval(

@@ -16,8 +16,7 @@ from speciesmap.config import load_config, shipped_config
 from speciesmap.datasets.chips import make_chips
 from speciesmap.demo.scene import SceneResult, assigned, rounded
 from speciesmap.errors import DependencyError
-from speciesmap.learning.baselines import RIVALS, held_out_scores
-from speciesmap.learning.chance import fold_auc
+from speciesmap.evaluation.baselines import RIVALS, held_out_scores
 from speciesmap.learning.data import Places
 from speciesmap.learning.train import train
 from speciesmap.models import load_model, read_facts
@@ -25,6 +24,7 @@ from speciesmap.observations.background import random_background
 from speciesmap.observations.read import read_observations
 from speciesmap.present.page import Scene
 from speciesmap.rasters.imagery import Imagery, open_imagery
+from speciesmap.statistics.chance import fold_auc
 
 TAXON = "Ariolimax"
 LINEAGE = "Animalia/Mollusca/Gastropoda/Ariolimacidae"

@@ -16,9 +16,8 @@ from speciesmap.atlas import Prediction, predict
 from speciesmap.config import load_config, shipped_config
 from speciesmap.datasets.chips import make_chips
 from speciesmap.demo.scene import SceneResult, assigned, rounded
-from speciesmap.learning.baselines import logistic, trained_scores, window_statistics
+from speciesmap.evaluation.baselines import logistic, trained_scores, window_statistics
 from speciesmap.learning.data import Places
-from speciesmap.learning.metrics import auc
 from speciesmap.learning.sources import draw_background
 from speciesmap.learning.train import train
 from speciesmap.mapping.query import Query, photo_query, taxon_query, text_query
@@ -28,6 +27,7 @@ from speciesmap.present.page import Scene
 from speciesmap.rasters.imagery import open_imagery
 from speciesmap.simulate import Scene as Landscape
 from speciesmap.simulate import simulate
+from speciesmap.statistics.metrics import auc
 from speciesmap.taxa import Taxon
 
 WINDOW_PX = 64

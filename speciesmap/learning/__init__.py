@@ -1,4 +1,4 @@
-"""Training and evaluation."""
+"""Training: from a configuration to a checkpoint that knows how far it can be trusted."""
 
 import warnings
 

@@ -15,7 +15,6 @@ from scipy.special import expit
 
 from speciesmap.config import FinetuneConfig
 from speciesmap.errors import ConfigError, ModelError
-from speciesmap.learning.calibration import Calibration, calibrate, calibrate_on_surveys
 from speciesmap.learning.data import PairedRows, Places
 from speciesmap.learning.fit import measure, set_reference
 from speciesmap.learning.heads import (
@@ -36,6 +35,7 @@ from speciesmap.models.trust import Trust
 from speciesmap.rasters.covariates import Covariates
 from speciesmap.rasters.imagery import Imagery
 from speciesmap.rasters.values import Values
+from speciesmap.statistics.calibration import Calibration, calibrate, calibrate_on_surveys
 from speciesmap.taxa import nearest
 
 log = logging.getLogger("speciesmap")

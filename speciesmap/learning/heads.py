@@ -17,7 +17,6 @@ from torch import Tensor
 from speciesmap.config import DataConfig, FinetuneConfig, HeadConfig
 from speciesmap.errors import DatasetError
 from speciesmap.learning.data import PairedRows, Places
-from speciesmap.learning.distribution import HINGES, Loss, Records, choose_penalty, fit_linear
 from speciesmap.learning.fit import REFERENCES, batches, embeddings, fit
 from speciesmap.learning.modules import Finetune
 from speciesmap.models import SpeciesModel
@@ -25,6 +24,7 @@ from speciesmap.models.environment import Environment, Expansion
 from speciesmap.models.heads import TaxonHead
 from speciesmap.observations.folds import kmeans_folds
 from speciesmap.rasters.covariates import Covariates
+from speciesmap.statistics.regression import HINGES, Loss, Records, choose_penalty, fit_linear
 from speciesmap.taxa import every_name
 
 INNER_FOLDS = 4  # where none are given

@@ -18,11 +18,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from speciesmap.learning.distribution import Records, choose_penalty, fit_linear
-from speciesmap.learning.metrics import best_threshold
 from speciesmap.mapping.applicability import learn_applicability
 from speciesmap.models import SpeciesModel
 from speciesmap.models.trust import Trust
+from speciesmap.statistics.metrics import best_threshold
+from speciesmap.statistics.regression import Records, choose_penalty, fit_linear
 
 SEEDS = 2  # members per fold
 ROWS = 20_000  # places that members are fitted to, at most

@@ -16,16 +16,7 @@ from torch import Tensor
 
 from speciesmap.config import DataConfig, FinetuneConfig, HeadConfig
 from speciesmap.errors import ConfigError
-from speciesmap.learning.chance import (
-    bound_for,
-    draw_null_maps,
-    fold_auc,
-    informative,
-    null_bounds,
-    null_scores,
-)
 from speciesmap.learning.data import PairedRows, Places
-from speciesmap.learning.distribution import Records
 from speciesmap.learning.fit import process_rank
 from speciesmap.learning.heads import fit_taxa, read_places
 from speciesmap.learning.sources import draw_background
@@ -41,6 +32,15 @@ from speciesmap.outputs import replacing
 from speciesmap.progress import track
 from speciesmap.rasters.covariates import Covariates
 from speciesmap.rasters.grid import sides_m
+from speciesmap.statistics.chance import (
+    bound_for,
+    draw_null_maps,
+    fold_auc,
+    informative,
+    null_bounds,
+    null_scores,
+)
+from speciesmap.statistics.regression import Records
 from speciesmap.taxa import Taxon
 
 FOLDS = "folds"  # scores of the folds of a validation that are done
@@ -338,7 +338,7 @@ def summarise(
         background, `auc_random` and `auc_target_group`. Without target-group places the records of
         the other taxa are these, one per place; of a single taxon it is None. `auc_null` is what
         null maps of as many records stay below against random background, and `informative` is
-        the verdict of `speciesmap.learning.chance.informative`.
+        the verdict of `speciesmap.statistics.chance.informative`.
     """
     kind = folds["background"].to_numpy()
     place = ~folds.duplicated(["longitude", "latitude"]).to_numpy()

@@ -12,23 +12,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from speciesmap.config import FinetuneConfig
-from speciesmap.learning.chance import (
-    bound_for,
-    draw_null_maps,
-    fold_auc,
-    informative,
-    null_bounds,
-)
-from speciesmap.learning.data import PairedRows
-from speciesmap.learning.heads import read_places
-from speciesmap.learning.metrics import (
-    measure,
-    omission,
-    paired_difference,
-    reliability,
-    true_skill,
-)
-from speciesmap.learning.rungs import (
+from speciesmap.evaluation.rungs import (
     HEAD,
     RANDOM,
     SHUFFLED,
@@ -39,12 +23,28 @@ from speciesmap.learning.rungs import (
     headed,
     rungs,
 )
+from speciesmap.learning.data import PairedRows
+from speciesmap.learning.heads import read_places
 from speciesmap.learning.sources import Sources
 from speciesmap.learning.surveys import read_surveys, surveyed_places
 from speciesmap.mapping.query import FEW, score, taxon_query
 from speciesmap.models import SpeciesModel
 from speciesmap.progress import track
 from speciesmap.rasters.covariates import open_covariates
+from speciesmap.statistics.chance import (
+    bound_for,
+    draw_null_maps,
+    fold_auc,
+    informative,
+    null_bounds,
+)
+from speciesmap.statistics.metrics import (
+    measure,
+    omission,
+    paired_difference,
+    reliability,
+    true_skill,
+)
 
 
 def climb(

@@ -16,13 +16,13 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from speciesmap.errors import DatasetError
-from speciesmap.learning.metrics import auc
 from speciesmap.models.environment import Expansion
 from speciesmap.models.losses import (
     assumed_absences,
     infinitely_weighted_logistic,
     normalised_poisson,
 )
+from speciesmap.statistics.metrics import auc
 
 Loss = Literal["poisson", "weighted_logistic", "assume_negative"]
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {

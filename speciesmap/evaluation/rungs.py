@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from speciesmap.config import FinetuneConfig
 from speciesmap.errors import ConfigError
-from speciesmap.learning.baselines import (
+from speciesmap.evaluation.baselines import (
     fit_maxent,
     logistic,
     positions,
@@ -22,18 +22,18 @@ from speciesmap.learning.baselines import (
     window_statistics,
 )
 from speciesmap.learning.data import PairedRows, Places
-from speciesmap.learning.distribution import (
-    Records,
-    choose_penalty,
-    fit_covariates,
-    fit_linear,
-)
 from speciesmap.learning.fit import embeddings
 from speciesmap.learning.heads import expand, where, with_covariates
 from speciesmap.learning.sources import Sources, draw_background, target_group_places
 from speciesmap.learning.validation import make_folds, rows_to_train_on
 from speciesmap.models import SpeciesModel
 from speciesmap.models.environment import Expansion
+from speciesmap.statistics.regression import (
+    Records,
+    choose_penalty,
+    fit_covariates,
+    fit_linear,
+)
 from speciesmap.taxa import Taxon
 
 RANDOM, GROUP = -1, -2  # in the place of a taxon: random background, target-group places

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm, t
 
-from speciesmap.learning.distribution import Loss, Records, choose_penalty, fit_linear
-from speciesmap.learning.metrics import auc
+from speciesmap.statistics.metrics import auc
+from speciesmap.statistics.regression import Loss, Records, choose_penalty, fit_linear
 
 MAPS = 40  # null maps of each number of records
 LEVEL = 0.95

@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from speciesmap.errors import DatasetError
-from speciesmap.learning.distribution import (
+from speciesmap.models.losses import (
+    assumed_absences,
+    infinitely_weighted_logistic,
+    normalised_poisson,
+)
+from speciesmap.statistics.regression import (
     LOSSES,
     Expansion,
     Records,
@@ -22,11 +27,6 @@ from speciesmap.learning.distribution import (
     fit_linear,
     fit_network,
     held_out_auc,
-)
-from speciesmap.models.losses import (
-    assumed_absences,
-    infinitely_weighted_logistic,
-    normalised_poisson,
 )
 
 

@@ -1,0 +1,1 @@
+"""Statistics of tables: taxa modelled on features, measured, calibrated, set against chance."""
