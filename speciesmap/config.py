@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -28,10 +29,23 @@ AsText = Annotated[str | None, BeforeValidator(lambda v: v if v is None else str
 """A text that YAML takes for a number or a date where it is not quoted."""
 
 
+MOST_WIDTH, MOST_LAYERS, MOST_PX = 8192, 128, 8192
+"""Beyond the largest networks there are (ViT-22B, Dehghani et al. 2023: 6144 wide, 48 layers)."""
+MOST_ROWS = 10**8
+
+
 class Strict(BaseModel):
-    """A section whose unknown keys are errors."""
+    """A section whose unknown keys are errors, and so is yes or no where a number is meant."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_switches_take_yes(cls, content: Any) -> Any:
+        for key, field in cls.model_fields.items() if isinstance(content, dict) else ():
+            if isinstance(content.get(key), bool) and field.annotation is not bool:
+                raise ValueError(f"{key} takes no yes or no; quote it if it is a name")
+        return content
 
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -59,9 +73,9 @@ class BackboneConfig(Strict):
 class FactoredConfig(Strict):
     """Of a factored encoder: the side of its cells, and the transformer over a window's cells."""
 
-    cell_px: int = Field(default=64, ge=8)
-    width: int = Field(default=384, ge=4, multiple_of=4)
-    layers: int = Field(default=2, ge=1)
+    cell_px: int = Field(default=64, ge=8, le=MOST_PX)
+    width: int = Field(default=384, ge=4, le=MOST_WIDTH, multiple_of=4)
+    layers: int = Field(default=2, ge=1, le=MOST_LAYERS)
     heads: int = Field(default=6, ge=1)
 
 
@@ -81,16 +95,23 @@ class AerialConfig(BackboneConfig):
 class GroundConfig(BackboneConfig):
     """The ground tower, on RGB photos with ImageNet's statistics."""
 
-    image_px: int = Field(default=224, ge=16)
+    image_px: int = Field(default=224, ge=16, le=MOST_PX)
 
 
 class TextConfig(Strict):
     """The text tower: a small one trained jointly, or a frozen one of the hub by name."""
 
     hub: str | None = None
-    width: int = Field(default=128, ge=8)
-    layers: int = Field(default=2, ge=1)
+    width: int = Field(default=128, ge=8, le=MOST_WIDTH)
+    layers: int = Field(default=2, ge=1, le=MOST_LAYERS)
     heads: int = Field(default=4, ge=1)
+
+    @field_validator("hub")
+    @classmethod
+    def _says_where(cls, hub: str | None) -> str | None:
+        if hub and not hub.startswith(("hf-hub:", "local-dir:")):
+            raise ValueError("write hf-hub:OWNER/NAME, or local-dir:PATH for a folder")
+        return hub
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> TextConfig:
@@ -106,7 +127,7 @@ class MetadataConfig(Strict):
 class ModelConfig(Strict):
     """The joint space, its towers, and layers for place and date if there are any."""
 
-    dim: int = Field(default=512, ge=8)
+    dim: int = Field(default=512, ge=8, le=MOST_WIDTH)
     aerial: AerialConfig
     ground: GroundConfig | None = None
     text: TextConfig | None = None
@@ -119,7 +140,7 @@ class StreamConfig(Strict):
     The state to go on from is saved after every `save_steps` steps, in the middle of an epoch too.
     """
 
-    buffer_rows: int = Field(default=1000, ge=1)
+    buffer_rows: int = Field(default=1000, ge=1, le=MOST_ROWS)
     save_steps: int = Field(default=1000, ge=1)
 
 
@@ -157,8 +178,8 @@ class DataConfig(Strict):
     datetime: AsText = None
     query: list[str] = []
     first: Literal["newest", "least-cloudy"] = "newest"
-    window_px: int | None = Field(default=None, ge=8)
-    background: Annotated[int, Field(ge=1)] | str = 10_000
+    window_px: int | None = Field(default=None, ge=8, le=MOST_PX)
+    background: Annotated[int, Field(ge=1, le=MOST_ROWS)] | str = 10_000
     background_kind: Literal["random", "target-group"] = "random"
     bias: str | None = None
     target_group: str | None = None
@@ -226,7 +247,7 @@ class OptimConfig(Strict):
     """
 
     epochs: int = Field(default=10, ge=1)
-    batch_size: int = Field(default=256, ge=2)
+    batch_size: int = Field(default=256, ge=2, le=MOST_ROWS)
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
     warmup: float = Field(default=0.1, ge=0, lt=1)
@@ -239,21 +260,28 @@ class TrainerConfig(Strict):
     accelerator: str = "auto"
     devices: int | str = "auto"
     precision: str = "auto"
-    workers: int = Field(default=0, ge=0)
+    workers: int = Field(default=0, ge=0, le=1024)
 
 
-def _without_lightning(trainer: TrainerConfig) -> TrainerConfig:
+def _on_one_device(trainer: TrainerConfig, what: str, *precisions: str) -> TrainerConfig:
+    """Refuse what only Lightning does."""
     if trainer.devices not in ("auto", "1", 1):
-        raise ValueError("stage classify trains on one device; leave trainer.devices out")
-    if trainer.precision not in ("auto", "bf16-mixed", "32-true"):
-        raise ValueError("stage classify has the precisions auto, bf16-mixed and 32-true")
+        raise ValueError(f"{what} on one device; leave trainer.devices out")
+    if trainer.precision not in ("auto", *precisions):
+        known = " or ".join(("auto", *precisions))
+        raise ValueError(f"{what} with trainer.precision {known}; set that, or leave it out")
     return trainer
 
 
 ConstantRateConfig = Annotated[
     OptimConfig, _reads("classify", "optim", ("epochs", "batch_size", "lr", "weight_decay"))
 ]
-OneDeviceConfig = Annotated[TrainerConfig, AfterValidator(_without_lightning)]
+OneDeviceConfig = Annotated[
+    TrainerConfig,
+    AfterValidator(
+        lambda trainer: _on_one_device(trainer, "stage classify trains", "bf16-mixed", "32-true")
+    ),
+]
 
 
 class MaskedConfig(Strict):
@@ -266,8 +294,8 @@ class MaskedConfig(Strict):
     view: Literal["aerial", "ground"] = "aerial"
     standardise: bool = True
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
-    decoder_dim: int = Field(default=512, ge=4, multiple_of=4)
-    decoder_depth: int = Field(default=8, ge=1)
+    decoder_dim: int = Field(default=512, ge=4, le=MOST_WIDTH, multiple_of=4)
+    decoder_depth: int = Field(default=8, ge=1, le=MOST_LAYERS)
     decoder_heads: int = Field(default=16, ge=1)
 
     @model_validator(mode="after")
@@ -392,7 +420,7 @@ class FinetuneConfig(Strict):
     """Stage two: learned embeddings of taxa, from presences against background.
 
     With `head`, or with covariates, heads are fitted anew once the encoder is fine-tuned. With
-    `freeze_encoder` too nothing else is trained.
+    `freeze_encoder` too nothing else is trained, on one device.
     """
 
     stage: Literal["finetune"]
@@ -407,6 +435,12 @@ class FinetuneConfig(Strict):
     views: ViewsConfig = ViewsConfig()
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="after")
+    def _heads_alone_are_fitted_on_one_device(self) -> FinetuneConfig:
+        if self.freeze_encoder and (self.head or self.data.covariates or self.data.location):
+            _on_one_device(self.trainer, "heads on a frozen encoder are fitted")
+        return self
 
 
 class SplitsConfig(Strict):
@@ -536,11 +570,19 @@ def shipped_config(name: str) -> Path:
 
 
 class _Plain(yaml.SafeLoader):
-    """Plain values only, and not so many that a file of a few lines fills the memory.
+    """Plain values only, each key once, and not so many that a few lines fill the memory.
 
     An alias costs nothing until what it stands for is written out; nine aliases of nine aliases,
     ten times over, are three thousand million values.
     """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.most_common(1):
+            if count > 1:
+                raise yaml.YAMLError(f"the key {key!r} stands twice; keep one")
+        return node
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
@@ -567,10 +609,6 @@ def _values(node: yaml.Node, counted: dict[int, float]) -> float:
         inner: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
             inner = [part for pair in node.value for part in pair]
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            twice = [key for key, count in Counter(keys).items() if count > 1]
-            if twice:
-                raise yaml.YAMLError(f"the key {twice[0]!r} stands twice; keep one")
         elif isinstance(node, yaml.SequenceNode):
             inner = node.value
         counted[id(node)] = 1 + sum(_values(part, counted) for part in inner)
@@ -617,9 +655,9 @@ def _explain(error: ValidationError) -> str:
     if first["type"].startswith("union_tag"):
         got = first["input"].get("stage")
         return f"'stage' must be one of {', '.join(STAGES)}, got {got!r:.200}"
-    return (
-        f"{where} = {first['input']!r:.200}: {first['msg'].removeprefix('Value error, ').lower()}"
-    )
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    return f"{where} = {first['input']!r:.200}: {message}" if where else message
 
 
 def _keys_at(location: Sequence[int | str]) -> list[str]:

@@ -377,6 +377,8 @@ def test_what_cannot_be_compared_is_refused(chips: Path, init: Path, tmp_path: P
         train(load_config(config(chips, init, data={})), out)
     with pytest.raises(ConfigError, match="did you mean 'views'"):
         load_config(config(chips, init, view=["both"]))
+    with pytest.raises(ConfigError, match="keeps nothing to go on from; leave --resume out"):
+        train(load_config(config(chips, init)), out, resume=True)
     assert not out.exists()
     out.mkdir()
     with pytest.raises(OutputError, match="exists already"):

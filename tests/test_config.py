@@ -111,6 +111,21 @@ def test_a_mapping_is_read_and_left_as_it_is() -> None:
         ({"data": {}}, "'stage' must be one of pretrain, finetune, classify, got None"),
         ({"stage": "finetune", "data": {}}, "key 'init' is missing"),
         (pretrain(optim={"lr": -1}), r"optim.lr = -1: input should be greater than 0"),
+        (pretrain(optim={"epochs": True}), "optim = {'epochs': True}: epochs takes no yes or no"),
+        (finetune(positive_weight=False), "configuration: positive_weight takes no yes or no"),
+        (pretrain(data={"dataset": True}), "dataset takes no yes or no; quote it if it is a name"),
+        (
+            pretrain(model={"dim": 10**9, "aerial": {"backbone": "x"}}),
+            "model.dim = 1000000000: input should be less than or equal to 8192",
+        ),
+        (
+            pretrain(masked={"decoder_depth": 10**6}),
+            "masked.decoder_depth = 1000000: input should be less than or equal to 128",
+        ),
+        (
+            pretrain(model={"aerial": {"backbone": "x"}, "text": {"hub": "ViT-B-32"}}),
+            "model.text.hub = 'ViT-B-32': write hf-hub:OWNER/NAME, or local-dir:PATH for a folder",
+        ),
         (pretrain(method="clip"), "method = 'clip'"),
         (pretrain(seed=-1), "seed = -1: input should be greater than or equal to 0"),
         (finetune(seed=2**32), "seed = 4294967296: input should be less than 4294967296"),
@@ -163,7 +178,22 @@ def test_a_mapping_is_read_and_left_as_it_is() -> None:
             "splits = .*train, validation and test must name three splits",
         ),
         (classify(trainer={"devices": 2}), "stage classify trains on one device"),
-        (classify(trainer={"precision": "16-mixed"}), "stage classify has the precisions auto"),
+        (
+            classify(trainer={"precision": "16-mixed"}),
+            "stage classify trains with trainer.precision auto or bf16-mixed or 32-true",
+        ),
+        (
+            finetune(freeze_encoder=True, head={}, trainer={"devices": 2}),
+            "configuration: heads on a frozen encoder are fitted on one device; leave trainer.dev",
+        ),
+        (
+            finetune(
+                freeze_encoder=True,
+                data={"covariates": ["rain.tif"]},
+                trainer={"precision": "32-true"},
+            ),
+            "are fitted with trainer.precision auto; set that, or leave it out",
+        ),
         (classify(optim={"warmup": 0.5}), "stage classify does not read optim.warmup"),
         (classify(optim={"chunk_size": 8}), "stage classify does not read optim.chunk_size"),
     ],

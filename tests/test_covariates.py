@@ -163,7 +163,7 @@ def settings(scene: TinyScene, base: Path, **data: Any) -> dict[str, Any]:
             **data,
         },
         "validation": {"folds": 3, "block_m": 30},
-        "trainer": {"accelerator": "cpu", "precision": "32-true"},
+        "trainer": {"accelerator": "cpu"},
     }
 
 

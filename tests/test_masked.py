@@ -10,7 +10,7 @@ from torch import Tensor
 
 from speciesmap.errors import ModelError
 from speciesmap.models.encoders import ImageTower
-from speciesmap.models.masked import MaskedAutoencoder, sincos_positions
+from speciesmap.models.masked import MaskedAutoencoder, draw_mask, sincos_positions
 
 NO_CLASS: dict[str, Any] = {"class_token": False, "global_pool": "avg"}
 both = pytest.mark.parametrize("kwargs", [{}, NO_CLASS], ids=["class token", "no class token"])
@@ -44,7 +44,8 @@ def loss(model: MaskedAutoencoder, pixels: Tensor, seed: int) -> Tensor:
 @both
 def test_visible_patches_are_encoded_as_by_the_transformer_itself(kwargs: dict[str, Any]) -> None:
     """With nothing hidden, whatever the shuffle, the encoding is timm's, patch by patch."""
-    model = autoencoder(kwargs, mask_ratio=1e-9)
+    model = autoencoder(kwargs)
+    model.mask_ratio = 0.0
     vit = model.tower.backbone
     pixels = images()
     with torch.inference_mode():
@@ -141,6 +142,17 @@ def test_other_backbones_are_refused() -> None:
     for kwargs in ({"reg_tokens": 2}, {"no_embed_class": True}, {"pos_embed": "none"}):
         with pytest.raises(ModelError, match="one learned position per patch"):
             autoencoder(kwargs)
+
+
+@pytest.mark.parametrize("ratio", [0.001, 0.03, 0.04, 0.5, 0.999])
+def test_a_share_that_hides_no_patch_is_refused(ratio: float) -> None:
+    hidden = draw_mask(torch.zeros(1, 16, 4), ratio)[2].sum()
+    if hidden:
+        assert autoencoder({}, ratio)(images(1)) > 0
+        return
+    with pytest.raises(ModelError, match=rf"mask_ratio = {ratio} hides none of 16 patches"):
+        autoencoder({}, ratio)
+    assert round(16 * ratio) == 0
 
 
 @both

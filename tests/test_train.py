@@ -712,7 +712,7 @@ def test_each_raster_of_a_configuration_is_opened_once(
     given = {name: tmp_path / f"{name}.tif" for name in ("effort", "height")}
     for path in given.values():
         shutil.copy(scene.imagery, path)
-    config = tune(scene, untrained, freeze_encoder=True)
+    config = tune(scene, untrained, freeze_encoder=True, trainer={"accelerator": "cpu"})
     config["data"] |= {"bias": str(given["effort"]), "covariates": [str(given["height"])]}
     train(load_config(config), tmp_path / "run")
     assert sorted(opened) == sorted(map(str, (scene.imagery, *given.values())))
@@ -1068,7 +1068,7 @@ def test_folds_that_hold_out_what_training_saw_are_said_to_wherever_it_lies(
 ) -> None:
     shutil.copytree(scene.chips, tmp_path / "copy")
     tuned = train(load_config(tune(scene, pretrained, align=0.0)), tmp_path / "tuned")
-    frozen = tune(scene, untrained, freeze_encoder=True, head={})
+    frozen = tune(scene, untrained, freeze_encoder=True, head={}, trainer={"accelerator": "cpu"})
     heads = train(load_config(frozen), tmp_path / "heads")
     for init, said in ((pretrained, True), (tuned, True), (untrained, False), (heads, False)):
         caplog.clear()
@@ -1115,7 +1115,7 @@ def test_losses_that_are_no_numbers_are_an_error(scene: TinyScene, tmp_path: Pat
 
 def test_pixels_that_are_no_numbers_are_refused(tmp_path: Path, untrained: Path) -> None:
     scene = tiny_scene(tmp_path, dtype=np.float32, missing=np.nan)
-    heads = tune(scene, untrained, freeze_encoder=True, head={})
+    heads = tune(scene, untrained, freeze_encoder=True, head={}, trainer={"accelerator": "cpu"})
     for config in (crisp(scene), heads):
         with pytest.raises(DatasetError, match="pixels of band nir that are no numbers"):
             train(load_config(config), tmp_path / "run")

@@ -75,6 +75,8 @@ def train(
         SpeciesmapError: The configuration, its data or the output do not allow it.
     """
     if isinstance(config, ClassifyConfig):
+        if resume:
+            raise ConfigError("stage classify keeps nothing to go on from; leave --resume out")
         return classify(config, out, overwrite=overwrite)
     out = Path(out)
     first = process_rank() == 0  # further processes of a run only train

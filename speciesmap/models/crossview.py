@@ -117,7 +117,7 @@ class CrossViewAutoencoder(nn.Module):
         keep_positions: bool = False,
     ) -> None:
         super().__init__()
-        self.painter = Painter([ground, aerial], dim, depth, heads, standardise)
+        self.painter = Painter([ground, aerial], mask_ratio, dim, depth, heads, standardise)
         self.aerial, self.ground = aerial, ground
         self.mask_ratio = mask_ratio
         if not keep_positions:

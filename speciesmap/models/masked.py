@@ -85,14 +85,19 @@ def transform(vit: Any, tokens: Tensor) -> Tensor:
     return vit.norm(vit.blocks(vit.norm_pre(tokens)))  # type: ignore[no-any-return]
 
 
+def kept(length: int, ratio: float) -> int:
+    """How many of so many patches stay visible where a share is hidden."""
+    return max(1, round(length * (1 - ratio)))
+
+
 def draw_mask(
     tokens: Tensor, ratio: float, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hide a random share of each row's patches, at least one left.
+    """Hide a random share of each row's patches.
 
     Args:
         tokens: Shape (N, L, E).
-        ratio: Share hidden.
+        ratio: Share hidden, to the nearest patch; at least one is left.
         generator: Source of randomness.
 
     Returns:
@@ -100,7 +105,7 @@ def draw_mask(
         hidden, bool (N, L).
     """
     count, length, width = tokens.shape
-    keep = max(1, round(length * (1 - ratio)))
+    keep = kept(length, ratio)
     noise = torch.rand(count, length, generator=generator, device=tokens.device)
     seen = noise.argsort(1)[:, :keep]  # (N, K)
     hidden = torch.ones_like(noise, dtype=torch.bool).scatter(1, seen, False)  # (N, L)
@@ -112,11 +117,15 @@ class Painter(nn.Module):
 
     Args:
         towers: The views in the order of their patches; one pixel head for each.
+        mask_ratio: Share of all patches hidden.
         dim: Token size.
         depth: Blocks.
         heads: Attention heads.
         standardise: Whether the pixels to paint are standardised patch by patch (He et al. 2022,
             section 3); BirdSAT paints them as they are.
+
+    Raises:
+        ModelError: A tower's transformer cannot be masked, or nothing would be hidden.
     """
 
     positions: Tensor
@@ -124,6 +133,7 @@ class Painter(nn.Module):
     def __init__(
         self,
         towers: Sequence[ImageTower],
+        mask_ratio: float,
         dim: int,
         depth: int,
         heads: int,
@@ -134,6 +144,11 @@ class Painter(nn.Module):
         grids = [vit.patch_embed.grid_size for vit in vits]
         self.patch = [vit.patch_embed.patch_size[0] for vit in vits]
         self.lengths = [rows * columns for rows, columns in grids]
+        if kept(sum(self.lengths), mask_ratio) == sum(self.lengths):
+            raise ModelError(
+                f"masked.mask_ratio = {mask_ratio:g} hides none of {sum(self.lengths)} patches, so "
+                "there is nothing to paint; give a larger share, or smaller patches"
+            )
         self.standardise = standardise
         positions = torch.cat([sincos_positions(down, across, dim) for down, across in grids])
         self.register_buffer("positions", positions, persistent=False)  # (L, W)
@@ -202,7 +217,7 @@ class MaskedAutoencoder(nn.Module):
             instead of starting as sines and cosines.
 
     Raises:
-        ModelError: The backbone is no such vision transformer.
+        ModelError: The backbone is no such vision transformer, or nothing would be hidden.
     """
 
     def __init__(
@@ -216,7 +231,7 @@ class MaskedAutoencoder(nn.Module):
         keep_positions: bool = False,
     ) -> None:
         super().__init__()
-        self.painter = Painter([tower], dim, depth, heads, standardise)
+        self.painter = Painter([tower], mask_ratio, dim, depth, heads, standardise)
         self.tower = tower
         self.mask_ratio = mask_ratio
         if not keep_positions:
