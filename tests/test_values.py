@@ -14,21 +14,25 @@ from fake_model import FakeModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from odc.geo.geobox import GeoBox
+from rasterio.enums import ColorInterp
 
 from speciesmap.atlas import predict
-from speciesmap.config import load_config
+from speciesmap.config import DataConfig, load_config
 from speciesmap.describe import describe
+from speciesmap.learning.sources import open_sources
 from speciesmap.learning.train import train
 from speciesmap.mapping.embed import embed
 from speciesmap.mapping.fit import fit_values
+from speciesmap.mapping.plan import plan
 from speciesmap.models import load_model
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import open_imagery
 from speciesmap.rasters.store import open_store
-from speciesmap.rasters.values import Values, tagged_gains
+from speciesmap.rasters.values import Values, tagged_gains, warn_of_black
 
 NAIP = Path(__file__).parents[2] / "shared/data/naip_pairs"
 BANDS = ("red", "green", "blue")
+COLORS = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
 GRID = GeoBox((200, 240), Affine(1, 0, 550_000, 0, -1, 4_180_000), "EPSG:32610")
 
 
@@ -142,7 +146,7 @@ def test_values_that_are_far_are_warned_about_with_both_ranges(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str
 ) -> None:
     pixels = landscape().astype(np.uint16)
-    given = {"halved": pixels // 2, "doubled": pixels * 2, "dark": pixels // 255}[change]
+    given = {"halved": pixels // 2, "doubled": pixels * 2, "dark": pixels // 20}[change]
     path = write_geotiff(tmp_path / "a.tif", given, GRID, bands=BANDS)
     with caplog.at_level("WARNING", "speciesmap"):
         embed(model_of(pixels), path, tmp_path / "a.zarr")
@@ -164,6 +168,77 @@ def test_nothing_is_said_of_a_model_without_histograms_or_an_area_without_pixels
     with caplog.at_level("WARNING", "speciesmap"):
         fit_values(FakeModel(BANDS), open_imagery(bright), WHOLE)
         fit_values(model_of(landscape()), open_imagery(empty), WHOLE)
+    assert not caplog.messages
+
+
+def with_black_edges() -> np.ndarray:
+    """The landscape, whose western tenth is black."""
+    pixels = landscape()
+    pixels[:, :, :24] = 0
+    return pixels
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_black_edges_that_no_file_declares_are_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, trained: bool
+) -> None:
+    path = write_geotiff(tmp_path / "a.tif", with_black_edges(), GRID, bands=BANDS)
+    model = model_of(with_black_edges()) if trained else FakeModel(BANDS)
+    with caplog.at_level("WARNING", "speciesmap"):
+        embed(model, path, tmp_path / "a.zarr")
+        (message,) = caplog.messages
+        plan(model, path)
+        open_sources(DataConfig(imagery=str(path), window_px=32))
+    assert [told for told in caplog.messages if "in every band" in told] == [message] * 3
+    assert "% of a sample of its pixels are 0 in every band" in message
+    assert message.endswith(f"gdal_edit.py -a_nodata 0 {path}")
+
+
+def test_black_edges_of_a_part_are_told_of_that_part(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_geotiff(tmp_path / "a.tif", with_black_edges(), GRID, bands=BANDS)
+    imagery = open_imagery(path)
+    with caplog.at_level("WARNING", "speciesmap"):
+        warn_of_black(imagery, (0, 30, 200, 200))
+        assert not caplog.messages
+        warn_of_black(imagery, (0, 0, 200, 100))
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("declared", ["nodata", "another nodata", "mask", "alpha"])
+def test_what_is_declared_as_missing_or_as_black_is_believed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, declared: str
+) -> None:
+    pixels, known = with_black_edges(), np.full(GRID.shape, 255, np.uint8)
+    nodata = {"nodata": 0, "another nodata": 255}.get(declared)
+    bands = BANDS
+    if declared == "alpha":
+        pixels, bands = np.concatenate([pixels, known[None]]), (*BANDS, "alpha")
+    path = write_geotiff(
+        tmp_path / "a.tif", pixels, GRID, bands=bands, nodata=nodata,
+        colorinterp=[*COLORS, ColorInterp.alpha] if declared == "alpha" else None,
+    )  # fmt: skip
+    if declared == "mask":
+        with rasterio.open(path, "r+") as raster:
+            raster.write_mask(known)
+    with caplog.at_level("WARNING", "speciesmap"):
+        warn_of_black(open_imagery(path), WHOLE)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("water", [(0, 0, 3), (1, 1, 1), None])
+def test_dark_water_is_not_taken_for_an_edge(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, water: tuple[int, ...] | None
+) -> None:
+    pixels = landscape()
+    if water:
+        pixels[:, :, :24] = np.array(water)[:, None, None]
+    else:
+        pixels[:, 5::11, 5::11] = 0  # single pixels in shadow
+    path = write_geotiff(tmp_path / "a.tif", pixels, GRID, bands=BANDS)
+    with caplog.at_level("WARNING", "speciesmap"):
+        warn_of_black(open_imagery(path), WHOLE)
     assert not caplog.messages
 
 

@@ -129,7 +129,7 @@ def _print_plan(model: Path, imagery: str, as_json: bool, options: dict[str, Any
         return
     read = f"{found.read_bytes / 1e6:,.1f} MB" if found.read_bytes else "unknown"
     for name, value in (
-        ("imagery", f"{found.imagery}, {found.scenes} scenes"),
+        ("imagery", f"{found.imagery}, {found.scenes} scene{'s' * (found.scenes != 1)}"),
         ("grid", found.grid),
         ("pixels", f"{found.pixels:,}"),
         ("windows", f"{found.windows:,}"),

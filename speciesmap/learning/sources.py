@@ -28,7 +28,7 @@ from speciesmap.observations.read import read_places
 from speciesmap.rasters.covariates import Covariates, open_covariates
 from speciesmap.rasters.imagery import Imagery, open_imagery
 from speciesmap.rasters.messages import public
-from speciesmap.rasters.values import tagged_gains
+from speciesmap.rasters.values import tagged_gains, warn_of_black
 from speciesmap.rasters.windows import cells_in
 from speciesmap.taxa import Taxon, suggestion
 
@@ -106,6 +106,8 @@ def open_sources(data: DataConfig) -> Sources:
         imagery = _around(dataset, rows, data) if data.imagery else None
         if imagery is not None and imagery.bands != dataset.bands:
             imagery = imagery.select(dataset.bands)
+        if imagery is not None:
+            warn_of_black(imagery, (0, 0, *imagery.shape))
         scaling = dataset.notes.get("scaling")
         scaling = tuple((float(a), float(b)) for a, b in scaling) if scaling else None
         if imagery is not None and scaling:
@@ -144,6 +146,7 @@ def open_sources(data: DataConfig) -> Sources:
             "set says where; add data.dataset, or name a folder of scenes"
         )
     imagery = _open(data)
+    warn_of_black(imagery, (0, 0, *imagery.shape))
     none = np.empty(0, dtype=np.int64)
     return Sources(
         None,

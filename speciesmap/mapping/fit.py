@@ -7,12 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
 from odc.geo.geobox import GeoBox
 
 from speciesmap.errors import AreaError, ConfigError, ImageryError
 from speciesmap.models import SpeciesModel
 from speciesmap.rasters.imagery import Imagery, Opening, open_imagery
-from speciesmap.rasters.values import Values, conventional_factor, sample_values, tagged_gains
+from speciesmap.rasters.values import (
+    Values,
+    conventional_factor,
+    sample_values,
+    tagged_gains,
+    warn_of_black,
+)
 from speciesmap.rasters.windows import (
     MAX_LATITUDE,
     WindowGrid,
@@ -112,6 +119,9 @@ def fit_values(
     Returns:
         The imagery, as float32 where its values change.
     """
+    pixels = sample_values(imagery, *rectangle)
+    if pixels is not None:
+        warn_of_black(imagery, rectangle, pixels)
     seen = model.values
     if seen is None:
         return imagery
@@ -120,9 +130,11 @@ def fit_values(
     if gains is not None:
         imagery = imagery.rescaled(gains)
         log.info("%s: values are given the scale and offset of the training imagery", name)
-    pixels = sample_values(imagery, *rectangle)
     if pixels is None:
         return imagery
+    if gains is not None:
+        factor, shift = np.array(gains).T[..., None]  # (B, 1)
+        pixels = pixels * factor + shift
     factor = conventional_factor(seen, imagery.dtype, pixels) if gains is None else 1.0
     if factor != 1:
         log.warning(

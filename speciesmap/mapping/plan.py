@@ -98,6 +98,8 @@ def plan(
     side = model.window_px
     stride = max(1, side // 4) if stride_px is None else stride_px
     imagery, cells, (rows, cols) = lay_out(imagery, side, stride, bbox, bbox_crs)
+    grid = WindowGrid(imagery.geobox, side, stride)
+    fit_values(model, imagery, grid.pixels(rows, cols))
     # tiles that the area touches are encoded whole
     rows, cols = (
         slice(r.start // TILE * TILE, min(count, -(-r.stop // TILE) * TILE))
@@ -105,11 +107,10 @@ def plan(
     )
     shape = (rows.stop - rows.start, cols.stop - cols.start)
     rectangle = (
-        *WindowGrid(imagery.geobox, side, stride).start(rows.start, cols.start),
+        *grid.start(rows.start, cols.start),
         (shape[0] - 1) * stride + side,
         (shape[1] - 1) * stride + side,
     )
-    fit_values(model, imagery, rectangle)
     level = log.getEffectiveLevel()
     log.setLevel(max(level, logging.WARNING))  # what is said of noise is not said of the area
     try:

@@ -217,6 +217,17 @@ class Imagery:
         """Scenes that reach into a rectangle, the one that counts first at the front."""
         return [self._origin(m) for m, _ in self._touching(row, col, height, width)]
 
+    def undeclared(self, row: int, col: int, height: int, width: int) -> str | None:
+        """Path of a file in a rectangle whose scene does not say which pixels are invalid, if any.
+
+        Raises:
+            ImageryError: A file cannot be opened.
+        """
+        for m, _ in self._touching(row, col, height, width):
+            if not self._reader.declares_invalid(m):
+                return m.used(self._indexes)[0][0].file.path
+        return None
+
     def _origin(self, m: PlacedScene) -> Origin:
         assets = [p.file.asset for p, _, _ in m.used(self._indexes) if p.file.asset]
         return m.name, m.date, "+".join(assets)

