@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -288,9 +289,15 @@ def test_what_cannot_work_is_said_before_anything_starts(
     out = tmp_path / "s.zarr"
     with pytest.raises(ConfigError, match="give both as paths"):
         embed(tiny_model(bands=3), scene, out, workers=1)
+    monkeypatch.setattr("speciesmap.mapping.cluster.CONNECT_S", 3600)  # and nobody waits for it
+    for wrong in ("tcp://127.0.0.1:9", "tcp://nowhere.invalid:8786", "node1", "tcp://node1:port"):
+        with pytest.raises(ClusterError, match=f"no scheduler answers at {wrong} "):
+            embed(model, scene, out, scheduler=wrong)
     monkeypatch.setattr("speciesmap.mapping.cluster.CONNECT_S", 1)
-    with pytest.raises(ClusterError, match=r"no scheduler answers at tcp://127\.0\.0\.1:9"):
-        embed(model, scene, out, scheduler="tcp://127.0.0.1:9")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # as a dashboard is
+        other = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ClusterError, match=f"no scheduler answers at {other} .timed out"):
+            embed(model, scene, out, scheduler=other)
     assert not out.exists()
     real = builtins.__import__
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pydoc
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -166,16 +167,22 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Client]:
     """Connect to a cluster, or start one on this machine that ends with the block."""
     import dask.config
     from distributed import Client, LocalCluster
+    from distributed.comm.addressing import get_address_host_port, parse_address
 
     dask.config.set({"distributed.comm.timeouts.connect": f"{CONNECT_S}s"})
     if scheduler is not None:
         logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # errors are raised here
         try:
+            # Dask tries a closed port until its time is over, and waits for ever where another
+            # kind of server is silent: a scheduler speaks first
+            with socket.create_connection(get_address_host_port(scheduler), CONNECT_S) as probe:
+                if parse_address(scheduler)[0] == "tcp":
+                    probe.recv(1)
             client = Client(scheduler, timeout=CONNECT_S)
         except (OSError, ValueError, TypeError) as error:
             raise ClusterError(
-                f"no scheduler answers at {scheduler} ({error}); start one with `dask scheduler`, "
-                "or use --workers"
+                f"no scheduler answers at {scheduler} ({error}); start one with `dask scheduler` "
+                "and give the tcp:// address that it tells, or use --workers"
             ) from error
         with client:
             yield client
