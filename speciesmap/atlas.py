@@ -32,7 +32,7 @@ from speciesmap.errors import (
 from speciesmap.mapping.embed import embed
 from speciesmap.mapping.fit import fit_imagery, refuse_poles, refuse_unseen
 from speciesmap.mapping.predict import Map, write_maps
-from speciesmap.mapping.query import Query, make_queries, photo_files, without_calibration
+from speciesmap.mapping.query import Query, make_queries, without_calibration
 from speciesmap.mapping.ranges import draw_range, write_ranges
 from speciesmap.mapping.surroundings import Surroundings, find_surroundings
 from speciesmap.mapping.tiles import Precision
@@ -262,7 +262,7 @@ def predict(
             "seed": seed,
             "months": list(season),
             "covariates": None if around is None else _of_surroundings(around),
-            "photos": {str(photo): _sha256(photo) for photo in photo_files(photos)},
+            "photos": {str(photo): _sha256(photo) for query in asked for photo in query.photos},
         }
         _record(maps, folder, filled, model, source, facts, spent, item_id=out.name)
     return Prediction(

@@ -164,6 +164,30 @@ def test_a_folder_asks_as_its_photos_do(tmp_path: Path, monkeypatch: pytest.Monk
     np.testing.assert_allclose(both.vector, in_parts, atol=1e-6)
 
 
+def test_what_is_no_photo_in_a_folder_is_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, folder = tiny_model(), tmp_path / "oaks"
+    files = [photo(folder / "a.jpg", 1), photo(folder / "scan.tif", 2)]
+    expected = photo_query(model, files)
+    scene(folder / "map.tif")  # pixels of several bands, one after the other
+    grid = GeoBox((8, 8), ORIGIN, "EPSG:32610")
+    write_geotiff(folder / "dem.tif", np.ones((1, 8, 8), np.uint8), grid, bands=["height"])
+    with caplog.at_level("WARNING", "speciesmap"):
+        query = photo_query(model, [folder])
+    (told,) = (message for message in caplog.messages if "cannot be read" in message)
+    assert "dem.tif cannot be read (" in told
+    assert told.endswith(", nor can 1 more; going on with the other 2 photos")
+    assert query.photos == tuple(files)
+    np.testing.assert_allclose(query.vector, expected.vector, atol=1e-6)
+    with pytest.raises(QueryError, match=r"dem\.tif cannot be read \(it is a map, .* no photo\)"):
+        photo_query(model, [folder, folder / "dem.tif"])
+    for file in files:
+        file.unlink()
+    with pytest.raises(QueryError, match=r"dem\.tif cannot be read .*, nor can any other; give"):
+        photo_query(model, [folder])
+
+
 def test_an_untrained_query_is_scaled_by_the_training_landscape(tmp_path: Path) -> None:
     model = FakeModel(dim=64)
     model.reference = F.normalize(

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp")
+GEO_KEYS = 34735  # tag of a TIFF that lies somewhere on Earth (GeoTIFF 1.1, section 7.1)
 MOST_PIXELS = 64_000_000  # decoded, 200 MB; a JPEG is decoded at a fraction where that is enough
 ENOUGH_PX = 2048
 
@@ -27,6 +28,8 @@ def open_photo(source: Path | BinaryIO, side_px: int = ENOUGH_PX) -> Image.Image
     try:
         with warnings.catch_warnings(), Image.open(source, formats=FORMATS) as image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            if GEO_KEYS in getattr(image, "tag_v2", ()):
+                raise ValueError("it is a map, with a place on Earth, and no photo")
             image.draft("RGB", (side_px, side_px))
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(

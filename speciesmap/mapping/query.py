@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from speciesmap.datasets.photos import SUFFIXES, open_photo
@@ -52,6 +51,7 @@ class Query:
         caution: Why a reader should be wary of the map, if anything is known.
         covariates: Weights of features of covariates, in logits, float32, shape (F,); F is 0 of
             queries that read the embedding alone.
+        photos: Files of the photos that it was made from, if any.
     """
 
     label: str
@@ -66,6 +66,7 @@ class Query:
     thresholds: Mapping[str, float] = field(default_factory=dict)
     caution: str = ""
     covariates: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    photos: tuple[Path, ...] = ()
 
     @property
     def stem(self) -> str:
@@ -77,7 +78,11 @@ def without_calibration(query: Query) -> Query:
     """Give a query whose values only rank places, for embeddings other than calibrated on."""
     plain = {f.name: getattr(query, f.name) for f in fields(Query)[:5]}
     return Query(
-        **plain, quantity="suitability", caution=query.caution, covariates=query.covariates
+        **plain,
+        quantity="suitability",
+        caution=query.caution,
+        covariates=query.covariates,
+        photos=query.photos,
     )
 
 
@@ -179,29 +184,48 @@ def photo_query(
 
     Args:
         model: With a ground tower.
-        photos: Image files, or folders of them; the unit embeddings of all are averaged.
+        photos: Image files, or folders of them; the unit embeddings of all are averaged. What is
+            no photo in a folder is left out and named.
         label: The first one's stem, and how many more, by default.
 
     Raises:
-        QueryError: A file is missing or no image, or the model has no ground tower.
+        QueryError: A file is missing or no image, a folder holds none, or the model has no ground
+            tower.
     """
     if model.ground is None:
         raise QueryError(
             f"the model has no ground tower, so it cannot be asked with --photo {photos[0]}; "
             f"{instead(model)} use a model that `speciesmap train` pre-trained on photos"
         )
-    files = photo_files(photos)
+    files = _photo_files(photos)
     if not files:
         raise QueryError("a photo query needs at least one photo; pass --photo FILE")
     more = f" and {len(photos) - 1} more" if len(photos) > 1 else ""
     model.eval()
-    parts = []
+    used, left, parts = list[Path](), list[str](), []
     with torch.inference_mode():
         for start in range(0, len(files), OPENED):
-            images = [_open_photo(file) for file in files[start : start + OPENED]]
-            parts.append(model.encode_ground(images).float())  # (n, D)
-        vector = F.normalize(torch.cat(parts).mean(dim=0), dim=0)
-    return _relative(model, label or Path(photos[0]).absolute().stem + more, "photo", vector)
+            images = []
+            for file in files[start : start + OPENED]:
+                try:
+                    images.append(open_photo(file))
+                    used.append(file)
+                except ValueError as error:
+                    left.append(f"{file} cannot be read ({error})")
+                    if file in map(Path, photos):
+                        raise QueryError(
+                            f"photo {left[-1]}; give a JPEG, PNG or WebP file that opens"
+                        ) from error
+            if images:
+                parts.append(model.encode_ground(images).float())  # (n, D)
+    if not used:
+        raise QueryError(f"{left[0]}, nor can any other; give JPEG, PNG or WebP files that open")
+    if left:
+        others = f", nor can {len(left) - 1} more" if len(left) > 1 else ""
+        log.warning("%s%s; going on with the other %d photos", left[0], others, len(used))
+    vector = F.normalize(torch.cat(parts).mean(dim=0), dim=0)
+    label = label or Path(photos[0]).absolute().stem + more
+    return replace(_relative(model, label, "photo", vector), photos=tuple(used))
 
 
 def text_query(model: SpeciesModel, text: str, *, label: str | None = None) -> Query:
@@ -277,11 +301,11 @@ def _relative(
     )
 
 
-def photo_files(photos: Sequence[Path | str]) -> list[Path]:
+def _photo_files(photos: Sequence[Path | str]) -> list[Path]:
     """Name the files of photos, where a folder stands for those in it, in the order of their names.
 
     Raises:
-        QueryError: A folder holds none.
+        QueryError: A file is missing, or a folder holds none.
     """
     files: list[Path] = []
     for path in map(Path, photos):
@@ -289,21 +313,12 @@ def photo_files(photos: Sequence[Path | str]) -> list[Path]:
         if path.is_dir():
             seen = (file for file in path.glob("[!.]*") if file.is_file())
             found = sorted(file for file in seen if file.suffix.lower() in SUFFIXES)
+        elif not path.is_file():
+            raise QueryError(f"photo {path} does not exist; check the name")
         if not found:
             raise QueryError(f"{path} holds no photo ({', '.join(SUFFIXES)}); name its files")
         files += found
     return files
-
-
-def _open_photo(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise QueryError(f"photo {path} does not exist; check the name")
-    try:
-        return open_photo(path)
-    except ValueError as error:
-        raise QueryError(
-            f"photo {path} cannot be read ({error}); give a JPEG, PNG or WebP file that opens"
-        ) from error
 
 
 def score(
