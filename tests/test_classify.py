@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import math
 import weakref
 from itertools import pairwise
@@ -139,11 +138,6 @@ def stored(pixels: NDArray[np.uint8]) -> dict[str, Any]:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": "photo.png"}
-
-
-@pytest.fixture(autouse=True)
-def silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.getLogger("speciesmap"), "level", logging.WARNING)
 
 
 @pytest.fixture(scope="module")

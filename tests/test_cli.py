@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -143,6 +144,19 @@ def test_what_is_said_goes_to_the_stderr_of_its_call(monkeypatch: pytest.MonkeyP
         done = CliRunner().invoke(cli.group, ["info", name])
         assert done.stderr == f"of {name}\n"
     assert log.handlers == [], "a later message would go to a file that is closed"
+
+
+@pytest.mark.parametrize("words", [["fly"], ["info", "--help"], ["info", "x", "-v"]])
+def test_a_call_gives_the_process_back_as_it_was(words: list[str]) -> None:
+    log = logging.getLogger("speciesmap")
+
+    def state() -> tuple[object, ...]:
+        return log.level, list(log.handlers), signal.getsignal(signal.SIGTERM)
+
+    before = state()
+    with pytest.raises((SystemExit, SpeciesmapError)):
+        cli.main(words)
+    assert state() == before
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import logging
 import os
 import shutil
 import signal
@@ -91,7 +92,7 @@ def test_workers_make_the_bytes_of_one_process_though_one_is_killed(
     assert contents(out) == contents(whole)
 
 
-def dask(what: str, file: Path, *more: str, **variables: str) -> subprocess.Popen[bytes]:
+def start(what: str, file: Path, *more: str, **variables: str) -> subprocess.Popen[bytes]:
     """A scheduler or a worker, which meet through a file, in a process and a folder of its own."""
     words = [sys.executable, "-m", f"distributed.cli.dask_{what}", "--scheduler-file", str(file)]
     silent = {"stderr": subprocess.DEVNULL, "cwd": file.parent}
@@ -111,7 +112,7 @@ def address_in(file: Path) -> str:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Any:
     file = tmp_path_factory.mktemp("dask") / "scheduler.json"
-    started = [dask("scheduler", file, *SCHEDULER), dask("worker", file, *WORKER)]
+    started = [start("scheduler", file, *SCHEDULER), start("worker", file, *WORKER)]
     yield address_in(file)
     for process in started:
         process.kill()
@@ -121,14 +122,19 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_cluster_that_runs_already_makes_the_same_bytes(
     model: Path, scene: Path, whole: Path, tmp_path: Path, address: str
 ) -> None:
+    import dask.config
+
+    said, timeout = logging.getLogger("distributed.client"), "distributed.comm.timeouts.connect"
+    before = said.level, dask.config.get(timeout)
     store = embed(model, scene, tmp_path / "s.zarr", scheduler=address)
     assert contents(store.path) == contents(whole)
+    assert (said.level, dask.config.get(timeout)) == before, "the process is as it was"
     (store.path / "vectors/c/1/1/0").unlink()
-    before = {p: p.stat().st_mtime_ns for p in store.path.rglob("c/*/*/0")}
+    written = {p: p.stat().st_mtime_ns for p in store.path.rglob("c/*/*/0")}
     embed(model, scene, store.path, scheduler=address)
     assert contents(store.path) == contents(whole)
     after = {p: p.stat().st_mtime_ns for p in store.path.rglob("c/*/*/0")}
-    assert {p: after[p] for p in before} == before, "only what was missing was encoded"
+    assert {p: after[p] for p in written} == written, "only what was missing was encoded"
     for stride in (None, 8):  # workers that go on know nothing of the store that was there
         shutil.rmtree(store.path)
         embed(model, scene, store.path, scheduler=address, stride_px=stride)
@@ -245,7 +251,7 @@ def test_a_cluster_that_has_no_fit_workers_or_is_lost_says_so(
     other, stops = tmp_path / "other.py", tmp_path / "stops.py"
     other.write_text("import speciesmap\nspeciesmap.__version__ = '0.0.1'\n")
     stops.write_text(FIRST_TILE_ONLY)
-    started = [dask("scheduler", file, *SCHEDULER)]
+    started = [start("scheduler", file, *SCHEDULER)]
     place = address_in(file)
 
     def when(happened: Callable[[], object], act: Callable[[], object]) -> threading.Thread:
@@ -260,7 +266,7 @@ def test_a_cluster_that_has_no_fit_workers_or_is_lost_says_so(
 
     def begin(preload: Path) -> None:
         loads = {"DASK_DISTRIBUTED__WORKER__PRELOAD": str(preload)}
-        started.append(dask("worker", file, *WORKER, **loads))
+        started.append(start("worker", file, *WORKER, **loads))
 
     try:
         starter = when(lambda: "there are none yet" in caplog.text, lambda: begin(other))

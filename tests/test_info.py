@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -224,9 +223,8 @@ def test_what_it_is_not_gets_an_error_that_says_so(made: Path, tmp_path: Path) -
 
 
 def test_the_command_prints_text_or_one_json_object(
-    made: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    made: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("speciesmap"), "handlers", [])
     for words in (["info", str(made / "maps")], ["info", str(made / "maps"), "--json"]):
         with pytest.raises(SystemExit) as stop:
             cli.main(words)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -112,11 +111,6 @@ def nature_multi_view(folder: Path, groups: tuple[int, ...] = (7, 4)) -> Path:
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return nature_multi_view(tmp_path_factory.mktemp("hub") / "nmv")
-
-
-@pytest.fixture(autouse=True)
-def silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.getLogger("speciesmap"), "level", logging.WARNING)
 
 
 @settings(max_examples=40, deadline=None)

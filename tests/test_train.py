@@ -61,11 +61,6 @@ CPU = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-@pytest.fixture(autouse=True)
-def silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.getLogger("speciesmap"), "level", logging.WARNING)
-
-
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> TinyScene:
     return tiny_scene(tmp_path_factory.mktemp("scene"))
@@ -147,7 +142,10 @@ def test_a_run_counts_its_epochs_from_one_and_ends_by_telling_how_good_it_is(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     caplog.set_level(logging.INFO, "speciesmap")
+    caplog.set_level(logging.INFO, "lightning.pytorch")
     run = train(load_config(crisp(scene)), tmp_path / "pretrained")
+    assert {record.name for record in caplog.records} == {"speciesmap"}, "Lightning is silent"
+    assert logging.getLogger("lightning.pytorch").level == logging.INFO, "and free again"
     assert re.findall(r"Epoch (\S+)", capsys.readouterr().err) == ["1/2", "2/2"]
     loss = read_facts(run)["metrics"]["losses"]["loss"]
     assert caplog.messages[-1] == f"training: loss {loss:.3g} after 6 steps"

@@ -38,11 +38,6 @@ pytest.importorskip("umap", reason="needs umap-learn, pip install 'speciesmap[um
 SIDE = 40
 
 
-@pytest.fixture(autouse=True)
-def silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.getLogger("speciesmap"), "level", logging.WARNING)
-
-
 def halves() -> NDArray[np.float16]:
     """West and east look different, each with a little noise; a corner was not encoded."""
     rng = np.random.default_rng(0)

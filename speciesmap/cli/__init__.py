@@ -85,15 +85,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Words after the program's name; those of the process by default.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, as Ctrl-C
+    log = logging.getLogger("speciesmap")
+    level = log.level
+    earlier = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C
     try:
         with within_memory():
             group.main(args=split_bbox(words), prog_name="speciesmap")
     except SpeciesmapError as error:
-        if logging.getLogger("speciesmap").isEnabledFor(logging.DEBUG):
+        if log.isEnabledFor(logging.DEBUG):
             raise
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
+    finally:  # the process may go on with other work
+        log.setLevel(level)
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def split_bbox(words: Sequence[str]) -> list[str]:

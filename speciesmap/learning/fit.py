@@ -7,6 +7,7 @@ import math
 import signal
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from speciesmap.rasters.values import Values
 
 log = logging.getLogger("speciesmap")
 
+LIGHTNING = ("lightning.pytorch", "lightning.fabric")  # its loggers
 LEAST_BFLOAT16_PX = 16  # sides up to this are not learned in bfloat16 on a CPU
 MEASURED = 2048  # windows that statistics and histograms of bands are measured on
 REFERENCES = 1024  # windows of the training landscape kept as the yardstick of untrained queries
@@ -86,8 +88,6 @@ def fit(
         if loud:
             callbacks.append(Progress(leave=True, console_kwargs={"stderr": True}))
     stage.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     arguments: dict[str, Any] = {
         "accelerator": config.accelerator,
         "devices": config.devices,
@@ -103,8 +103,7 @@ def fit(
         "enable_progress_bar": work is not None and loud,
         "enable_model_summary": False,
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         try:
             trainer = L.Trainer(**arguments)
             if trainer.world_size > 1:  # else it stops at parameters that no loss reaches
@@ -142,6 +141,21 @@ def fit(
             f"optim.lr = {optim.lr:g}, or look for pixels out of range"
         )
     return {"losses": losses, "steps": trainer.global_step, "precision": precision}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let Lightning log what it warns of only, and Python warn of nothing."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, LIGHTNING)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in levels:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in levels.items():
+                logger.setLevel(level)
 
 
 def process_rank() -> int:

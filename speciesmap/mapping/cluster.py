@@ -14,7 +14,7 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -169,9 +169,23 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Client]:
     from distributed import Client, LocalCluster
     from distributed.comm.addressing import get_address_host_port, parse_address
 
-    dask.config.set({"distributed.comm.timeouts.connect": f"{CONNECT_S}s"})
-    if scheduler is not None:
-        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # errors are raised here
+    with ExitStack() as stack:
+        connect = {"distributed.comm.timeouts.connect": f"{CONNECT_S}s"}
+        stack.enter_context(dask.config.set(connect))
+        if scheduler is None:
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                memory_limit=None,
+                dashboard_address=None,
+                silence_logs=logging.CRITICAL,  # errors of workers are raised here
+            )
+            yield stack.enter_context(Client(stack.enter_context(cluster)))
+            return
+        said = logging.getLogger("distributed.client")
+        stack.callback(said.setLevel, said.level)
+        said.setLevel(logging.CRITICAL)  # errors are raised here
         try:
             # Dask tries a closed port until its time is over, and waits for ever where another
             # kind of server is silent: a scheduler speaks first
@@ -184,21 +198,7 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Client]:
                 f"no scheduler answers at {scheduler} ({error}); start one with `dask scheduler` "
                 "and give the tcp:// address that it tells, or use --workers"
             ) from error
-        with client:
-            yield client
-        return
-    with (
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            memory_limit=None,
-            dashboard_address=None,
-            silence_logs=logging.CRITICAL,  # errors of workers are raised here
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+        yield stack.enter_context(client)
 
 
 def _refuse_unlike(client: Client) -> None:
