@@ -1,6 +1,7 @@
 """What all tests need of the process they run in."""
 
 import logging
+import os
 import signal
 from collections.abc import Iterator
 
@@ -16,9 +17,12 @@ settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True)
-def same_level() -> Iterator[None]:
-    """Give back the level of the log, which each call of the command line sets."""
+def same_process() -> Iterator[None]:
+    """Give back what commands set for their whole process: the log's level, variables."""
     log = logging.getLogger("speciesmap")
-    level = log.level
+    level, variables = log.level, dict(os.environ)
     yield
     log.setLevel(level)
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]
+    os.environ.update(variables)

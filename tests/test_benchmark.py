@@ -62,8 +62,11 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
         assert heading in run.stdout
 
 
-def test_imagery_too_small_to_measure_on_is_said_so(caplog: pytest.LogCaptureFixture) -> None:
-    benchmark(tiny_model(), precision="float32", stride_px=16, batch_size=8, seconds=4)
+def test_imagery_too_small_to_measure_on_is_said_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("speciesmap.mapping.benchmark._seconds_each", lambda run, seconds: 1e-3)
+    benchmark(tiny_model(), precision="float32", stride_px=16, batch_size=8, seconds=4000)
     assert "too few to tell the engine's speed by; give larger --imagery" in caplog.text
 
 

@@ -84,11 +84,12 @@ def test_workers_make_the_bytes_of_one_process_though_one_is_killed(
                     killed.append(process.pid)
                     return
 
-    killer = threading.Thread(target=kill_one)
+    killer, variables = threading.Thread(target=kill_one), dict(os.environ)
     killer.start()
     embed(model, scene, out, workers=2)
     killer.join()
     assert killed
+    assert dict(os.environ) == variables, "what workers inherit is not left behind"
     assert contents(out) == contents(whole)
 
 

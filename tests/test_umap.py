@@ -76,7 +76,9 @@ def pixels(path: Path) -> NDArray[np.uint8]:
 
 
 def test_like_cells_have_like_colours_where_they_are(store: Path, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
     colours = pixels(umap_colours(store, tmp_path / "a.tif", sample=300, neighbours=10))
+    assert torch.get_num_threads() == threads, "what is computed next is not slowed down"
     assert colours.shape == (3, SIDE, SIDE)
     assert not colours[:, :5, :5].any(), "nothing was encoded there"
     known = np.isfinite(halves()[..., 0])

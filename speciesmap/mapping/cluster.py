@@ -13,7 +13,7 @@ import pydoc
 import socket
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -173,6 +173,7 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Client]:
         connect = {"distributed.comm.timeouts.connect": f"{CONNECT_S}s"}
         stack.enter_context(dask.config.set(connect))
         if scheduler is None:
+            stack.callback(_give_back, dict(os.environ))  # Dask sets what workers shall inherit
             cluster = LocalCluster(
                 n_workers=workers,
                 threads_per_worker=1,
@@ -199,6 +200,13 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Client]:
                 "and give the tcp:// address that it tells, or use --workers"
             ) from error
         yield stack.enter_context(client)
+
+
+def _give_back(environment: Mapping[str, str]) -> None:
+    """Let the variables of this process be again what they were."""
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
 
 
 def _refuse_unlike(client: Client) -> None:

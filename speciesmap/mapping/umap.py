@@ -139,6 +139,7 @@ def fit_umap(
     numbers, cosines = (torch.cat(part) for part in zip(*found, strict=True))  # (N, neighbours)
     itself = numbers == torch.arange(len(vectors))[:, None]  # (N, neighbours)
     distances = (1 - cosines).clamp(min=0).masked_fill(itself, 0)  # (N, neighbours)
+    threads = torch.get_num_threads()
     with warnings.catch_warnings():  # it will not place other vectors, nor is it asked to
         warnings.filterwarnings("ignore", "precomputed_knn")
         reducer = umap.UMAP(
@@ -152,6 +153,7 @@ def fit_umap(
             precomputed_knn=(numbers.int().numpy(), distances.numpy()),
         )
         placed: NDArray[np.float32] = reducer.fit_transform(vectors.numpy())
+    torch.set_num_threads(threads)  # numba set its own number for both
     return placed
 
 
