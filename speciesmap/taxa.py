@@ -157,13 +157,22 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     return [by_lower[m] for m in matches]
 
 
+def listed(names: Sequence[str]) -> str:
+    """Join names, of more than five the first five and a count.
+
+    >>> listed("abcdefg")
+    'a, b, c, d, e and 2 more'
+    """
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
 def suggestion(name: str, known: Sequence[str]) -> str:
     """Say which known names a strange one may stand for, else what is known at all."""
     close = nearest(name, known)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
-    more = f" and {len(known) - 5} more" if len(known) > 5 else ""
-    return "it knows " + ", ".join(known[:5]) + more
+    return f"it knows {listed(known)}"
 
 
 def find(name: str, taxa: Sequence[Taxon]) -> int:

@@ -27,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 from odc.geo.geobox import GeoBox
+from pyproj import Geod
 from rasterio.transform import from_origin
 from tiny import BANDS, SIDE, TAXA, TinyScene, tiny_model, tiny_scene
 from torch import Tensor
@@ -46,12 +47,14 @@ from speciesmap.learning import modules
 from speciesmap.learning.data import PairedRows, Places
 from speciesmap.learning.finetune import check_validation, refuse_elsewhere
 from speciesmap.learning.fit import ByPlace, best_precision, measure, set_reference
+from speciesmap.learning.heads import fit_heads
 from speciesmap.learning.modules import Crisp, Finetune
 from speciesmap.learning.seen import KEPT, sample_seen, share_seen
 from speciesmap.learning.sources import Sources, draw_background, open_sources, target_group_places
 from speciesmap.learning.train import build, told, train
-from speciesmap.learning.validation import FOLDS, make_folds
+from speciesmap.learning.validation import FOLDS, make_folds, rows_to_train_on
 from speciesmap.models import load_model, read_facts, save_model
+from speciesmap.observations.folds import kmeans_folds
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.imagery import open_imagery
 from speciesmap.taxa import Taxon, words
@@ -236,6 +239,55 @@ def test_blocks_are_as_wide_as_high_on_imagery_in_degrees(
     across = np.flatnonzero((np.diff(folds, axis=1) != 0).any(0))
     assert np.diff(down).mean() * 111.4 == pytest.approx(4000, rel=0.05)
     assert np.diff(across).mean() * 55.9 == pytest.approx(4000, rel=0.05)
+
+
+def test_regions_are_of_the_ground_on_imagery_in_degrees(
+    scene: TinyScene, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Far north, where four degrees across are as far as one down."""
+    grid = GeoBox((100, 400), from_origin(10, 76, 0.01, 0.01), "EPSG:4326")
+    pixels = np.full((4, *grid.shape), 9, np.uint8)
+    imagery = open_imagery(write_geotiff(tmp_path / "a.tif", pixels, grid, bands=BANDS))
+    rng = np.random.default_rng(0)
+    dataset = open_paired(scene.chips)
+    there = {"longitude": rng.uniform(10.2, 13.8, 36), "latitude": rng.uniform(75.2, 75.8, 36)}
+    presences = PairedRows(
+        replace(dataset, facts=dataset.facts.assign(**there)), np.arange(36), TAXA, None, 16
+    )
+    background = draw_background(imagery, 16, 40, rng)
+    config = load_config(tune(scene, untrained, validation={"method": "kmeans", "folds": 4}))
+    assert isinstance(config, FinetuneConfig)
+    given: list[Any] = []
+
+    def spied(x_m: Any, y_m: Any, **options: Any) -> Any:
+        given.append((x_m, y_m))
+        return kmeans_folds(x_m, y_m, **options)
+
+    for room in ("heads", "validation"):
+        monkeypatch.setattr(f"speciesmap.learning.{room}.kmeans_folds", spied)
+    model = load_model(untrained)
+    model.taxa = TAXA
+    fit_heads(model, presences, background, None, None, config)
+    make_folds(*imagery.rowcol(*there.values()), 36, background, config)
+    first, others = np.zeros(35, int), np.arange(1, 36)
+    lonlat = [there[axis][rows] for rows in (first, others) for axis in there]
+    distance = Geod(ellps="WGS84").inv(*lonlat)[2]
+    assert len(given) == 2
+    for x, y in given:
+        measured = np.hypot(x[1:36] - x[0], y[1:36] - y[0])
+        assert measured == pytest.approx(distance, rel=0.05)
+
+
+def test_taxa_that_a_fold_leaves_none_of_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """The first seven have one record each, the eighth is in every fold."""
+    taxon = np.r_[np.arange(7), np.full(8, 7), np.full(8, -1)]
+    place, fold = np.arange(len(taxon)) * 10.0, np.arange(len(taxon)) % 4
+    uses = rows_to_train_on(place, place, fold, 4, taxon, "ABCDEFGH")
+    assert [int(use.sum()) for use in uses.values()] == [17, 17, 17, 18]
+    assert "no record of A, B, C, D, E and 2 more to train on" in caplog.text
+    caplog.clear()
+    rows_to_train_on(place[7:], place[7:], fold[7:], 4, taxon[7:], "ABCDEFGH")
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("biased", [False, True])

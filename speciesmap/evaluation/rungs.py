@@ -127,10 +127,11 @@ def gather(encoder: SpeciesModel, config: FinetuneConfig, sources: Sources) -> R
     rows = np.concatenate([rows, *(places.rows for places in drawn)])
     cols = np.concatenate([cols, *(places.cols for places in drawn)])
     kinds = [np.full(len(d), kind) for d, kind in zip(drawn, (RANDOM, GROUP), strict=False)]
-    taxon = np.concatenate([presences.labels[presences.rows], *kinds])
+    taxon = np.concatenate([presences.taxon, *kinds])
     fold = make_folds(rows, cols, len(presences), background, config)
     window_px = presences.dataset.window_px
-    uses = rows_to_train_on(rows, cols, fold, window_px, taxon >= 0, taxon == RANDOM)
+    names = [taxon.name for taxon in sources.taxa]
+    uses = rows_to_train_on(rows, cols, fold, window_px, taxon, names)
     accelerator = config.trainer.accelerator
     vectors = torch.cat([embeddings(encoder, part, accelerator=accelerator) for part in parts])
     values, categorical = np.empty((len(rows), 0)), []
@@ -160,7 +161,7 @@ def _photos(
     rng: np.random.Generator,
 ) -> dict[tuple[int, int], NDArray[np.float32]]:
     """Embed up to five photos of each taxon in each fold."""
-    labels = presences.labels[presences.rows]
+    labels = presences.taxon
     found = {}
     with torch.inference_mode():
         for k in range(len(presences.taxa)):

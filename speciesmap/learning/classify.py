@@ -172,7 +172,7 @@ def _compare(
             log.warning("%d labels at %g percent; left out of the table", share.sum(), percent)
             continue
         torch.manual_seed(config.seed)
-        labels = {name: torch.from_numpy(rows.labels[rows.rows]) for name, rows in windows.items()}
+        labels = {name: torch.from_numpy(rows.taxon) for name, rows in windows.items()}
         if mode == "probe":
             features = {name: _joined(parts, view) for name, parts in kept.items()}
             network = Classifier(model, view, len(taxa)).to(device)
@@ -367,7 +367,7 @@ def _figures(
         )
     return classification_figures(
         F.log_softmax(logits, 1).double().numpy(),
-        rows.labels[rows.rows],
+        rows.taxon,
         identity(facts, rows.rows),
         counts,
         config.frequent_from,

@@ -18,6 +18,7 @@ from speciesmap.datasets.birds import BirdDataset
 from speciesmap.datasets.paired import PairedDataset
 from speciesmap.errors import DatasetError
 from speciesmap.models.crisp import to_square
+from speciesmap.rasters.grid import sides_m
 from speciesmap.rasters.imagery import Imagery
 from speciesmap.rasters.windows import window_start
 from speciesmap.taxa import Taxon
@@ -66,6 +67,12 @@ class PairedRows(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def taxon(self) -> NDArray[np.int64]:
+        """Position of each row's taxon in `taxa`, shape (N,)."""
+        found: NDArray[np.int64] = self.labels[self.rows]
+        return found
 
     def subset(self, chosen: NDArray[np.bool_]) -> PairedRows:
         """Keep some of the rows, by a mask of shape (N,)."""
@@ -225,6 +232,25 @@ class Places(Dataset[Batch]):
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """Fetch one batch by positions in `rows`."""
         return {"aerial": self.aerial(positions)}
+
+
+def on_ground(
+    imagery: Imagery, rows: NDArray[np.float64], cols: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Metres from the imagery's corner, across and down, by the sides of its central pixel.
+
+    Of imagery in degrees far from the equator pixels are narrower than high.
+
+    Args:
+        imagery: Whose pixels.
+        rows: Continuous rows of places, shape (N,).
+        cols: Continuous columns, shape (N,).
+
+    Returns:
+        Both of shape (N,).
+    """
+    width_m, height_m = sides_m(imagery.geobox)
+    return cols * width_m, rows * height_m
 
 
 class Kept(Dataset[Batch]):

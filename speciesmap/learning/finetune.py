@@ -249,7 +249,7 @@ def judge(
     if model.environment is not None and covariates is not None:
         table = np.concatenate([covariates.at(*where(w)) for w in (presences, background)])
         scaled = torch.from_numpy(model.environment.scaled(table))  # (N + M, S)
-    labels = presences.labels[presences.rows]
+    labels = presences.taxon
     with torch.inference_mode():
         logits = model.head(torch.cat([here, away])).double().numpy()  # (N + M, T)
     taxon = np.r_[labels, np.full(len(away), -1)]

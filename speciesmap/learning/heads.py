@@ -16,7 +16,7 @@ from torch import Tensor
 
 from speciesmap.config import DataConfig, FinetuneConfig, HeadConfig
 from speciesmap.errors import DatasetError
-from speciesmap.learning.data import PairedRows, Places
+from speciesmap.learning.data import PairedRows, Places, on_ground
 from speciesmap.learning.fit import REFERENCES, batches, embeddings, fit
 from speciesmap.learning.modules import Finetune
 from speciesmap.models import SpeciesModel
@@ -133,14 +133,13 @@ def fit_heads(
         model.environment = learn_environment(covariates, covariates.at(x, y), config.data)
     parts = [read_places(model, w, covariates, accelerator) for w in (presences, background)]
     features = torch.cat(parts).numpy()  # (N + M, D + F)
-    taxon = np.r_[presences.labels[presences.rows], np.full(len(background), -1)]
+    taxon = np.r_[presences.taxon, np.full(len(background), -1)]
     records = np.asarray(taxon[:, None] == np.arange(len(model.taxa)), np.float32)  # (N + M, T)
     loss: Loss = (config.head or HeadConfig()).loss
     everything = Records(features, records, 1 - records)
     if fold is None or len(np.unique(fold)) < 2:
-        row, col = background.imagery.rowcol(x, y)
-        side_m = background.imagery.resolution_m
-        fold = kmeans_folds(col * side_m, row * side_m, folds=INNER_FOLDS, seed=seed)
+        places = on_ground(background.imagery, *background.imagery.rowcol(x, y))
+        fold = kmeans_folds(*places, folds=INNER_FOLDS, seed=seed)
     penalty = choose_penalty(everything, fold, rng=np.random.default_rng(seed), loss=loss)
     weight, offset = fit_linear(everything, penalty, loss=loss).linear()  # (T, D + F), (T,)
     if loss == "poisson":  # which knows no level: the mean place of the background gets 0
@@ -199,7 +198,7 @@ def _fine_tune(
     """Train a model in place, and give the metrics of the fit."""
     accelerator = config.trainer.accelerator
     here = embeddings(model, presences, accelerator=accelerator)  # (N, D)
-    labels = torch.from_numpy(presences.labels[presences.rows])  # (N,)
+    labels = torch.from_numpy(presences.taxon)  # (N,)
     away = embeddings(model, background, REFERENCES, accelerator).mean(0)  # (D,)
     with torch.no_grad():
         for k in torch.unique(labels).tolist():

@@ -132,7 +132,7 @@ def _metres(facts: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float6
 def observations_of(facts: pd.DataFrame, rows: PairedRows) -> NDArray[np.int64]:
     """How many observations of each taxon the rows have, shape (T,)."""
     first = np.unique(identity(facts, rows.rows), return_index=True)[1]
-    return np.bincount(rows.labels[rows.rows][first], minlength=len(rows.taxa))
+    return np.bincount(rows.taxon[first], minlength=len(rows.taxa))
 
 
 def identity(facts: pd.DataFrame, rows: NDArray[np.int64]) -> NDArray[Any]:

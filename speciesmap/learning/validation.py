@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,11 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from pyproj import CRS
 from torch import Tensor
 
 from speciesmap.config import DataConfig, FinetuneConfig, HeadConfig
 from speciesmap.errors import ConfigError
-from speciesmap.learning.data import PairedRows, Places
+from speciesmap.learning.data import PairedRows, Places, on_ground
 from speciesmap.learning.fit import process_rank
 from speciesmap.learning.heads import fit_taxa, read_places
 from speciesmap.learning.sources import draw_background
@@ -31,7 +31,6 @@ from speciesmap.observations.folds import (
 from speciesmap.outputs import replacing
 from speciesmap.progress import track
 from speciesmap.rasters.covariates import Covariates
-from speciesmap.rasters.grid import sides_m
 from speciesmap.statistics.chance import (
     bound_for,
     draw_null_maps,
@@ -41,10 +40,12 @@ from speciesmap.statistics.chance import (
     null_scores,
 )
 from speciesmap.statistics.regression import Records
-from speciesmap.taxa import Taxon
+from speciesmap.taxa import Taxon, listed
 
 FOLDS = "folds"  # scores of the folds of a validation that are done
 AREA = 1000  # places of the imagery that folds by `knndm` are matched to
+
+log = logging.getLogger("speciesmap")
 
 
 def cross_validate(
@@ -81,13 +82,14 @@ def cross_validate(
     """
     assert config.validation is not None
     laid = _lay(presences, [background] if other is None else [background, other], config)
-    count, end = len(presences), laid.end
+    end = laid.end
     logits = np.empty((len(laid.rows), len(presences.taxa) + laid.drawn.shape[1]))
     trained = np.empty(len(laid.rows), dtype=np.int64)
     window_px = presences.dataset.window_px
-    uses = rows_to_train_on(
-        laid.rows, laid.cols, laid.folds, window_px, slice(count), slice(count, end)
-    )
+    taxon = np.repeat([-1, -2], [end - len(presences), len(laid.rows) - end])
+    taxon = np.concatenate([presences.taxon, taxon])
+    names = [taxon.name for taxon in presences.taxa]
+    uses = rows_to_train_on(laid.rows, laid.cols, laid.folds, window_px, taxon, names)
     for k, use in track(list(uses.items()), "Cross-validating"):
         held = laid.folds == k
         trained[held] = use[:end].sum()
@@ -99,7 +101,6 @@ def cross_validate(
         if kept is not None and process_rank() == 0:
             with replacing(kept, overwrite=True) as beside:
                 np.save(beside, logits[held])
-    names = [taxon.name for taxon in presences.taxa]
     table = laid.table(background_kind(config.data)).assign(trained=trained)
     random = (table["background"] == "random").to_numpy()
     return (
@@ -182,8 +183,7 @@ def _lay(presences: PairedRows, background: list[Places], config: FinetuneConfig
         group = np.arange(len(rows)) >= end
         if not group.any():
             group[:count] = ~facts.duplicated(["longitude", "latitude"]).to_numpy()
-        labels = presences.labels[presences.rows]
-        counts = np.bincount(labels, minlength=len(presences.taxa)).tolist()
+        counts = np.bincount(presences.taxon, minlength=len(presences.taxa)).tolist()
         drawn = draw_null_maps(group, counts, np.random.default_rng(config.seed))  # (N, M)
     folds = make_folds(rows, cols, count, background[0], config)
     return _Laid(presences, background, rows, cols, folds, drawn)
@@ -212,8 +212,8 @@ def _score_held_out(
     features = laid.read(model, wanted, covariates, config.trainer.accelerator)  # (n, D + F)
     with torch.inference_mode():
         logits = model.head(features[torch.from_numpy(held[wanted])]).numpy()  # (n, T)
-    labels = presences.labels[presences.rows][use[:count]]
-    logits[:, np.setdiff1d(np.arange(len(presences.taxa)), labels)] = np.nan
+    known = presences.taxon[use[:count]]
+    logits[:, np.setdiff1d(np.arange(len(presences.taxa)), known)] = np.nan
     if not maps:
         return np.asarray(logits)
     trainable = np.arange(len(laid.rows)) < end
@@ -239,34 +239,45 @@ def rows_to_train_on(
     cols: NDArray[np.float64],
     folds: NDArray[np.int64],
     window_px: int,
-    presences: slice | NDArray[np.bool_],
-    background: slice | NDArray[np.bool_],
+    taxon: NDArray[np.int64],
+    names: Sequence[str],
 ) -> dict[int, NDArray[np.bool_]]:
     """For each fold, the rows outside it whose windows overlap none of its windows.
+
+    Taxa of which some fold leaves no record are named in a warning.
 
     Args:
         rows: Of the places, in pixels, shape (N,).
         cols: Shape (N,).
         folds: Shape (N,).
         window_px: Side of what is cut around a place.
-        presences: Which rows are presences.
-        background: Which are background to train on.
+        taxon: Position in `names`, -1 for background to train on, less for others, shape (N,).
+        names: Of the taxa.
 
     Returns:
         Masks of shape (N,) by fold.
 
     Raises:
-        ConfigError: A fold leaves fewer than two of either.
+        ConfigError: A fold leaves fewer than two presences, or places of background.
     """
     uses = {int(k): separated(cols, rows, folds, int(k), window_px + 1) for k in np.unique(folds)}
+    lost: set[int] = set()
     for k, use in uses.items():
-        here, away = int(use[presences].sum()), int(use[background].sum())
+        here, away = int((taxon[use] >= 0).sum()), int((taxon[use] == -1).sum())
         if min(here, away) < 2:
             raise ConfigError(
                 f"fold {k} leaves {here} presences and {away} background places to train on, "
                 "since windows that overlap a held-out one are left out; give larger blocks in "
                 "validation.block_m, fewer folds, or more places"
             )
+        held_out = taxon[(folds == k) & (taxon >= 0)]
+        lost.update(np.setdiff1d(held_out, taxon[use]).tolist())
+    if lost:
+        log.warning(
+            "some fold leaves no record of %s to train on, and nothing can be said of those that "
+            "it holds out; give fewer folds, or more records",
+            listed([names[k] for k in sorted(lost)]),
+        )
     return uses
 
 
@@ -286,12 +297,7 @@ def make_folds(
     chosen = config.validation
     assert chosen is not None
     imagery = background.imagery
-    width_m = height_m = imagery.resolution_m
-    if CRS.from_user_input(
-        imagery.geobox.crs
-    ).is_geographic:  # where a degree of longitude is the shorter one
-        width_m, height_m = sides_m(imagery.geobox)
-    x, y = cols * width_m, rows * height_m
+    x, y = on_ground(imagery, rows, cols)
     if chosen.block_m is not None and chosen.method == "blocks":
         return spatial_blocks(
             x,
@@ -305,14 +311,8 @@ def make_folds(
         fold = kmeans_folds(x[:count], y[:count], folds=chosen.folds, seed=config.seed)
     else:
         area = draw_background(imagery, 1, AREA, np.random.default_rng(config.seed))
-        fold = knndm(
-            x[:count],
-            y[:count],
-            area.cols * width_m,
-            area.rows * height_m,
-            folds=chosen.folds,
-            seed=config.seed,
-        )
+        wanted = on_ground(imagery, area.rows, area.cols)
+        fold = knndm(x[:count], y[:count], *wanted, folds=chosen.folds, seed=config.seed)
     rest = nearest_fold(x[:count], y[:count], fold, x[count:], y[count:])
     return np.concatenate([fold, rest])
 
