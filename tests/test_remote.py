@@ -39,6 +39,7 @@ from speciesmap.errors import AreaError, ConfigError, DependencyError, ImageryEr
 from speciesmap.mapping.embed import embed
 from speciesmap.observations.read import read_observations
 from speciesmap.rasters import files
+from speciesmap.rasters.files import plain_address
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.grid import METRES_PER_DEGREE, grown
 from speciesmap.rasters.imagery import open_imagery
@@ -274,6 +275,67 @@ def bucket(server: Server) -> Iterator[Path]:
         del_gdal_config(name)
 
 
+@pytest.fixture
+def signed_bucket(bucket: Path) -> Iterator[Path]:
+    """The same, whose files are asked for with a signature."""
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    for name, value in {**keys, "AWS_NO_SIGN_REQUEST": "NO"}.items():
+        set_gdal_config(name, value)
+    yield bucket
+    for name in keys:
+        del_gdal_config(name)
+
+
+def test_a_file_of_an_open_bucket_that_changes_while_it_is_read_is_named(
+    bucket: Path, tmp_path: Path
+) -> None:
+    cog(bucket / "2018.tif", noise())
+    imagery = open_imagery("s3://bucket/2018.tif")
+    fingerprint = imagery.fingerprint
+    imagery.read(0, 0, 100, 100)
+    assert imagery.bytes_in(0, 0, *imagery.shape) == (bucket / "2018.tif").stat().st_size
+    cog(tmp_path / "b.tif", noise(seed=1))
+    shutil.move(tmp_path / "b.tif", bucket / "2018.tif")
+    with pytest.raises(ImageryError, match=r"s3://bucket/2018\.tif changed on its server"):
+        imagery.read(300, 300, 100, 100)
+    assert open_imagery("s3://bucket/2018.tif").fingerprint != fingerprint
+
+
+@pytest.mark.parametrize(
+    ("settings", "address"),
+    [
+        ({}, None),
+        ({"AWS_NO_SIGN_REQUEST": "NO"}, None),
+        ({"AWS_NO_SIGN_REQUEST": "YES"}, "https://b.s3.amazonaws.com/k/a%20b.tif"),
+        (
+            {"AWS_NO_SIGN_REQUEST": "1", "AWS_S3_ENDPOINT": "x.org"},
+            "https://b.x.org/k/a%20b.tif",
+        ),
+        (
+            {
+                "AWS_NO_SIGN_REQUEST": "TRUE",
+                "AWS_S3_ENDPOINT": "localhost:9000",
+                "AWS_HTTPS": "NO",
+                "AWS_VIRTUAL_HOSTING": "FALSE",
+            },
+            "http://localhost:9000/b/k/a%20b.tif",
+        ),
+    ],
+)
+def test_a_file_of_an_open_bucket_has_a_plain_address(
+    settings: dict[str, str], address: str | None
+) -> None:
+    for name, value in settings.items():
+        set_gdal_config(name, value)
+    try:
+        assert plain_address("s3://b/k/a b.tif") == address
+    finally:
+        for name in settings:
+            del_gdal_config(name)
+    assert plain_address("https://x.org/a.tif?sig=1") == "https://x.org/a.tif?sig=1"
+    assert plain_address("gs://b/a.tif") is plain_address("/data/a.tif") is None
+
+
 def test_a_bucket_of_s3_reads_as_the_file(bucket: Path) -> None:
     path = cog(bucket / "a.tif", noise())
     imagery = open_imagery("s3://bucket/a.tif")
@@ -282,8 +344,9 @@ def test_a_bucket_of_s3_reads_as_the_file(bucket: Path) -> None:
 
 
 def test_the_store_of_one_file_of_a_bucket_is_not_taken_for_anothers(
-    bucket: Path, tmp_path: Path
+    signed_bucket: Path, tmp_path: Path
 ) -> None:
+    bucket = signed_bucket
     for seed, name in enumerate(("2018.tif", "2020.tif")):
         cog(bucket / name, noise(seed=seed))
     shutil.copy(bucket / "2018.tif", bucket / "copy.tif")

@@ -25,7 +25,7 @@ import rasterio
 from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
-from rasterio.env import set_gdal_config
+from rasterio.env import get_gdal_config, set_gdal_config
 from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader
 from rasterio.vrt import WarpedVRT
@@ -83,6 +83,28 @@ def cached_blocks(size: int) -> Iterator[None]:
 def is_remote(path: str) -> bool:
     """Tell whether reading a path needs a network."""
     return "://" in path or path.startswith(("/vsicurl", "/vsis3", "/vsigs", "/vsiaz"))
+
+
+def plain_address(path: str) -> str | None:
+    """Address that requests without a signature find a remote file at, if GDAL's settings tell one.
+
+    That is the file's own on http servers, and that of files in buckets of s3 open to all.
+    """
+    scheme, _, rest = path.partition("://")
+    if scheme in ("http", "https"):
+        return path
+    if scheme != "s3" or not _set("AWS_NO_SIGN_REQUEST", False):
+        return None
+    bucket, _, key = rest.partition("/")
+    host = get_gdal_config("AWS_S3_ENDPOINT") or "s3.amazonaws.com"
+    place = f"{bucket}.{host}" if _set("AWS_VIRTUAL_HOSTING", True) else f"{host}/{bucket}"
+    return f"{'https' if _set('AWS_HTTPS', True) else 'http'}://{place}/{quote(key)}"
+
+
+def _set(option: str, default: bool) -> bool:
+    """Whether an option of GDAL is set, or its default."""
+    value = get_gdal_config(option)
+    return default if value is None else str(value).upper() in ("YES", "TRUE", "ON", "1")
 
 
 def signed(address: str, signer: str | None) -> str:
@@ -311,12 +333,13 @@ class Files:
     def refuse_changed(self, path: str, signer: str | None) -> None:
         """Stop where a file is no longer the one that was read first.
 
-        Only http and https servers tell; a change in a cloud's bucket is not noticed.
+        Only files that have a `plain_address` are asked for; a change in a bucket that takes
+        signed requests is not noticed.
 
         Raises:
             ImageryError: It changed on its server, or the server does not answer.
         """
-        if not path.startswith(("http://", "https://")):
+        if plain_address(path) is None:
             return
         waiting: dict[str, str | None] | None = getattr(self._local, "waiting", None)
         if waiting is not None:
@@ -356,12 +379,13 @@ _sessions = threading.local()
 def remote_version(path: str, signer: str | None = None) -> Version:
     """Ask a server for a file's ETag or date, and its size, by a request for its first byte.
 
-    Only http and https are asked; of others, which need signed requests, nothing is known.
+    Of files without a `plain_address`, which need signed requests, nothing is known.
 
     Raises:
         ImageryError: The server does not answer, or has no such file.
     """
-    if not path.startswith(("http://", "https://")):
+    address = plain_address(path)
+    if address is None:
         return Version("", 0)
     import requests
 
@@ -372,7 +396,7 @@ def remote_version(path: str, signer: str | None = None) -> Version:
     def ask() -> Version:
         try:
             with session.get(
-                signed(path, signer), headers={"Range": "bytes=0-0"}, timeout=30, stream=True
+                signed(address, signer), headers={"Range": "bytes=0-0"}, timeout=30, stream=True
             ) as answer:
                 if answer.status_code not in (200, 206):
                     raise ImageryError(
@@ -385,7 +409,7 @@ def remote_version(path: str, signer: str | None = None) -> Version:
                 tag = told.get("ETag") or told.get("Last-Modified")
                 return Version(f"{tag} {size}" if tag else "", int(size))
         except requests.RequestException as error:
-            host = urlsplit(path).hostname
+            host = urlsplit(address).hostname
             raise ImageryError(
                 f"{host} does not answer for {public(path)} ({type(error).__name__}); check the "
                 "address and the network"

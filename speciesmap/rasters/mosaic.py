@@ -127,8 +127,8 @@ class Imagery:
         """SHA-256, in hex, of the grid, the bands, the files' sizes and a sample of the pixels.
 
         Times and paths are left out: a copy of the imagery has the same fingerprint. Of files on
-        http servers the ETag, or date, stands for the pixels. Of others on servers, in a bucket
-        for one, the address counts too.
+        servers that tell an ETag, or date, that stands for the pixels. Of others, in a bucket that
+        takes signed requests for one, the address counts too.
         """
         digest = hashlib.sha256()
         digest.update(repr((self.shape, tuple(self.geobox.transform), self.bands)).encode())
