@@ -12,8 +12,8 @@ test: $(STAMP) lint
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses logical --dist loadfile
 
 lint: $(STAMP)
-	$(BIN)/ruff check speciesmap tests benchmarks examples
-	$(BIN)/ruff format --check speciesmap tests benchmarks examples
+	$(BIN)/ruff check speciesmap tests benchmarks examples docs
+	$(BIN)/ruff format --check speciesmap tests benchmarks examples docs
 	$(BIN)/mypy
 
 # faults that bandit knows, and published holes in the pinned set; the latter asks pypi.org

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +281,11 @@ def test_a_value_that_is_nested_too_deeply_or_names_code_is_refused(value: str) 
     with pytest.raises(ConfigError, match="not readable YAML") as refused:
         load_config(shipped_config("demo_crisp.yaml"), [f"optim.lr={value}"])
     assert len(str(refused.value)) < 400
+
+
+def test_the_page_of_configurations_tells_the_keys_as_they_are() -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    told = runpy.run_path(str(docs / "keys.py"))["page"]()
+    assert (docs / "configuration.md").read_text() == told, "run python docs/keys.py"
+    for key in ("optim", "model.aerial.factored", "data.stream"):
+        assert f"\n## {key}\n" in told

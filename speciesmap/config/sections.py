@@ -1,29 +1,19 @@
-"""Training configurations: YAML, checked before anything else runs."""
+"""The sections and keys of training configurations, with their defaults and bounds."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections import Counter
-from collections.abc import Container, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from collections.abc import Container
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    TypeAdapter,
-    ValidationError,
     field_validator,
     model_validator,
 )
-
-from speciesmap.errors import ConfigError
-from speciesmap.taxa import nearest
 
 AsText = Annotated[str | None, BeforeValidator(lambda v: v if v is None else str(v))]
 """A text that YAML takes for a number or a date where it is not quoted."""
@@ -63,7 +53,10 @@ def divided(section: Section, heads: str, parts: int, width: str, whole: int) ->
 
 
 class BackboneConfig(Strict):
-    """A timm backbone."""
+    """A timm backbone, from its weights on the hub with `pretrained`.
+
+    `kwargs` are further arguments of `timm.create_model`.
+    """
 
     backbone: str
     pretrained: bool = False
@@ -71,7 +64,11 @@ class BackboneConfig(Strict):
 
 
 class FactoredConfig(Strict):
-    """Of a factored encoder: the side of its cells, and the transformer over a window's cells."""
+    """Of a factored encoder: the side of its cells, and the transformer over a window's cells.
+
+    A window holds a whole number of cells along its side. A map's stride that is a multiple of
+    `cell_px` lets windows share them, so that each is encoded once.
+    """
 
     cell_px: int = Field(default=64, ge=8, le=MOST_PX)
     width: int = Field(default=384, ge=4, le=MOST_WIDTH, multiple_of=4)
@@ -80,10 +77,11 @@ class FactoredConfig(Strict):
 
 
 class AerialConfig(BackboneConfig):
-    """The aerial tower; bands and window come from the data, statistics too unless given.
+    """The aerial tower, any backbone of timm; bands and window come from the data.
 
-    `encoder: factored` makes the backbone an encoder of cells, which overlapping windows share in
-    mapping; see `FactoredConfig`.
+    So do the bands' `mean` and deviation `std`, unless given. With `pretrained` it begins with
+    timm's weights; `kwargs` are further arguments of `timm.create_model`. `encoder: factored`
+    makes the backbone an encoder of cells, which overlapping windows share in mapping.
     """
 
     encoder: Literal["plain", "factored"] = "plain"
@@ -93,13 +91,19 @@ class AerialConfig(BackboneConfig):
 
 
 class GroundConfig(BackboneConfig):
-    """The ground tower, on RGB photos with ImageNet's statistics."""
+    """The ground tower, any backbone of timm, on RGB photos with ImageNet's statistics.
+
+    Photos are seen `image_px` wide. `pretrained` and `kwargs` are as for the aerial tower.
+    """
 
     image_px: int = Field(default=224, ge=16, le=MOST_PX)
 
 
 class TextConfig(Strict):
-    """The text tower: a small one trained jointly, or a frozen one of the hub by name."""
+    """The text tower: a small one trained jointly, or a frozen one that `hub` names.
+
+    That is `hf-hub:OWNER/NAME` of the hub, or `local-dir:PATH` of a folder, as open_clip has them.
+    """
 
     hub: str | None = None
     width: int = Field(default=128, ge=8, le=MOST_WIDTH)
@@ -119,13 +123,13 @@ class TextConfig(Strict):
 
 
 class MetadataConfig(Strict):
-    """Layers for place and date; each is dropped from a row with this probability in training."""
+    """Layers for place and date, each left out of a row with probability `dropout` in training."""
 
     dropout: float = Field(default=0.25, ge=0, lt=1)
 
 
 class ModelConfig(Strict):
-    """The joint space, its towers, and layers for place and date if there are any."""
+    """The joint space, of `dim` dimensions, its towers, and layers for place and date if any."""
 
     dim: int = Field(default=512, ge=8, le=MOST_WIDTH)
     aerial: AerialConfig
@@ -239,7 +243,7 @@ LabelledConfig = Annotated[DecodedConfig, _reads("classify", "data", LABELLED)]
 
 
 class OptimConfig(Strict):
-    """AdamW with linear warm-up and cosine decay.
+    """AdamW with linear warm-up, for the share `warmup` of all steps, and cosine decay.
 
     `batch_size` is of each device. With `chunk_size` a contrastive batch is embedded so many rows
     at a time and each chunk's activations are computed again in the backward pass (gradient
@@ -255,7 +259,10 @@ class OptimConfig(Strict):
 
 
 class TrainerConfig(Strict):
-    """What is handed to Lightning's Trainer."""
+    """What is handed to Lightning's Trainer; `workers` processes read images, or this one alone.
+
+    Precision `auto` is bfloat16 where the device computes in it and the network stays stable.
+    """
 
     accelerator: str = "auto"
     devices: int | str = "auto"
@@ -285,7 +292,7 @@ OneDeviceConfig = Annotated[
 
 
 class MaskedConfig(Strict):
-    """Masked image modelling (He et al. 2022): share masked, and the decoder's size.
+    """Masked image modelling (He et al. 2022): `mask_ratio` of patches hidden, the decoder's size.
 
     Method mae hides patches of one `view`. With `standardise` the pixels to paint are standardised
     patch by patch; BirdSAT paints them as they are.
@@ -419,8 +426,11 @@ class PretrainConfig(Strict):
 class FinetuneConfig(Strict):
     """Stage two: learned embeddings of taxa, from presences against background.
 
-    With `head`, or with covariates, heads are fitted anew once the encoder is fine-tuned. With
-    `freeze_encoder` too nothing else is trained, on one device.
+    It begins from the model in the folder `init`. A presence weighs `positive_weight` times an
+    assumed absence, by default as many times as there are taxa (Cole et al. 2023); `align` weighs
+    the loss that keeps photos and names of the records near their windows. With `head`, or with
+    covariates, heads are fitted anew once the encoder is fine-tuned. With `freeze_encoder` too
+    nothing else is trained, on one device.
     """
 
     stage: Literal["finetune"]
@@ -468,7 +478,8 @@ class ClassifyConfig(Strict):
     species-averaged top-1 of the validation rows has not risen for `patience` epochs, and tested
     once. A taxon is frequent from `frequent_from` training observations on and rare below
     `common_from` (the many-, medium- and few-shot classes of Liu et al. 2019). `init` is a model,
-    or several by name.
+    or several by name. Probes, which leave the encoder as it is, learn with rate `probe_lr`;
+    `augment` are the random views of fine-tuning.
     """
 
     stage: Literal["classify"]
@@ -501,174 +512,3 @@ class ClassifyConfig(Strict):
 AnyConfig = PretrainConfig | FinetuneConfig | ClassifyConfig
 Config = Annotated[AnyConfig, Field(discriminator="stage")]
 STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "classify": ClassifyConfig}
-
-BRANCH = re.compile(rf"{'|'.join(STAGES)}|int|float|str|(constrained-|dict\[|list\[).*")
-"""What pydantic adds to a key's path: the one of several types that it tried."""
-
-MOST_VALUES = 100_000
-
-_adapter: TypeAdapter[AnyConfig] = TypeAdapter(Config)
-
-
-def load_config(source: Path | str | Mapping[str, Any], changes: Sequence[str] = ()) -> AnyConfig:
-    """Read a training configuration.
-
-    Args:
-        source: A YAML file, the name of one that comes with speciesmap, such as `crisp` or
-            `configs/crisp.yaml`, or the same as a mapping.
-        changes: Assignments such as `optim.lr=0.001`; values are read as YAML.
-
-    Returns:
-        The checked configuration.
-
-    Raises:
-        ConfigError: The file is missing or no YAML, a key is unknown (the message names the
-            nearest), or a value is out of range.
-
-    >>> load_config("demo_crisp", ["optim.lr=0.01"]).optim.lr
-    0.01
-    """
-    where = "the configuration" if isinstance(source, Mapping) else str(source)
-    content: Any = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
-    if not isinstance(content, dict):
-        raise ConfigError(f"{where} is not a mapping of keys to values; see configs/ for examples")
-    for change in changes:
-        key, equals, value = change.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--set {change!r} is no assignment; write --set optim.lr=0.001")
-        try:
-            read = _plain(value)
-        except (yaml.YAMLError, RecursionError) as error:
-            raise ConfigError(
-                f"--set {change[:200]!r} has a value that is not readable YAML; quote it, or write "
-                "--set optim.lr=0.001"
-            ) from error
-        _assign(content, key.split("."), read, change)
-    try:
-        return _adapter.validate_python(content)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(error)}") from error
-
-
-def shipped_config(name: str) -> Path:
-    """Path of a configuration that comes with speciesmap, by its name with or without `.yaml`.
-
-    They lie in `configs/` of the repository and inside the installed package.
-
-    Raises:
-        ConfigError: There is none of that name; the message tells those there are.
-    """
-    here = Path(__file__).parent
-    folder = next(f for f in (here / "configs", here.parent / "configs") if f.is_dir())
-    path = folder / f"{name.removesuffix('.yaml')}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-        raise ConfigError(
-            f"{name} is no file, nor a configuration that comes with speciesmap: those are {known}"
-        )
-    return path
-
-
-class _Plain(yaml.SafeLoader):
-    """Plain values only, each key once, and not so many that a few lines fill the memory.
-
-    An alias costs nothing until what it stands for is written out; nine aliases of nine aliases,
-    ten times over, are three thousand million values.
-    """
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        for key, count in keys.most_common(1):
-            if count > 1:
-                raise yaml.YAMLError(f"the key {key!r} stands twice; keep one")
-        return node
-
-    def get_single_node(self) -> Any:
-        node = super().get_single_node()
-        if node is not None and _values(node, {}) > MOST_VALUES:
-            raise yaml.YAMLError(
-                f"its aliases stand for more than {MOST_VALUES} values, or for themselves; write "
-                "out what is meant"
-            )
-        return node
-
-
-def _plain(text: str) -> Any:
-    loader = _Plain(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
-def _values(node: yaml.Node, counted: dict[int, float]) -> float:
-    """How many values a node stands for with its aliases written out; infinite in a circle."""
-    if id(node) not in counted:
-        counted[id(node)] = math.inf
-        inner: list[yaml.Node] = []
-        if isinstance(node, yaml.MappingNode):
-            inner = [part for pair in node.value for part in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            inner = node.value
-        counted[id(node)] = 1 + sum(_values(part, counted) for part in inner)
-    return counted[id(node)]
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        if not path.is_file() and path.parent in (Path(), Path("configs")):
-            path = shipped_config(path.name)
-        return _plain(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist; check the path") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
-
-
-def _assign(content: dict[str, Any], keys: Sequence[str], value: Any, change: str) -> None:
-    for depth, key in enumerate(keys[:-1], 1):
-        section = content.get(key) or {}
-        if not isinstance(section, dict):
-            raise ConfigError(
-                f"--set {change!r}: {'.'.join(keys[:depth])} is {section!r}, not a section with "
-                "keys; set it as a whole"
-            )
-        content[key] = dict(section)
-        content = content[key]
-    if not keys[-1]:
-        raise ConfigError(f"--set {change!r} names no key; write --set optim.lr=0.001")
-    content[keys[-1]] = value
-
-
-def _explain(error: ValidationError) -> str:
-    """The first thing that is wrong, in words."""
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if not BRANCH.fullmatch(str(part))]
-    where = ".".join(path)
-    if first["type"] == "extra_forbidden":
-        known = _keys_at(first["loc"])
-        close = nearest(path[-1], known, 1) or sorted(known)
-        return f"unknown key {where!r}; did you mean {' or '.join(repr(c) for c in close[:8])}?"
-    if first["type"] == "missing":
-        return f"key {where!r} is missing; see configs/ for examples"
-    if first["type"].startswith("union_tag"):
-        got = first["input"].get("stage")
-        return f"'stage' must be one of {', '.join(STAGES)}, got {got!r:.200}"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    return f"{where} = {first['input']!r:.200}: {message}" if where else message
-
-
-def _keys_at(location: Sequence[int | str]) -> list[str]:
-    """Keys known in the section where a location's last part was found."""
-    section: Any = STAGES[str(location[0])]
-    for part in location[1:-1]:
-        annotation = section.model_fields[part].annotation
-        options = [a for a in (annotation, *get_args(annotation)) if _is_section(a)]
-        section = options[0]
-    return list(section.model_fields)
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Strict)
