@@ -16,8 +16,9 @@ PAGE = Path(__file__).parent / "configuration.md"
 INTRODUCTION = """# Configurations
 
 `speciesmap train CONFIG.yaml` reads a file of these keys, and `--set optim.lr=0.001` sets one on
-the command line. Those [that come with speciesmap](../configs) go by name: `speciesmap train crisp`.
-A key that is not known is refused, and the nearest one named; so is one that a stage would not read.
+the command line. Those [that come with speciesmap](../configs) go by name: `speciesmap train
+crisp`. A key that is not known is refused, and the nearest one named; so is a key that a stage
+would not read.
 """
 KINDS = {
     "integer": "whole number",
