@@ -190,8 +190,9 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Client]:
         try:
             # Dask tries a closed port until its time is over, and waits for ever where another
             # kind of server is silent: a scheduler speaks first
-            with socket.create_connection(get_address_host_port(scheduler), CONNECT_S) as probe:
-                if parse_address(scheduler)[0] == "tcp":
+            if parse_address(scheduler)[0] == "tcp":
+                there = get_address_host_port(scheduler)
+                with socket.create_connection(there, CONNECT_S) as probe:
                     probe.recv(1)
             client = Client(scheduler, timeout=CONNECT_S)
         except (OSError, ValueError, TypeError) as error:
