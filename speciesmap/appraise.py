@@ -159,11 +159,16 @@ def _encoder(
             "Embeddings are those before fine-tuning. The fine-tuned encoder's own "
             "cross-validation is in folds.parquet of the model."
         )
-    if share := share_seen(facts, sources):
+    share = share_seen(facts, sources)
+    if share != 0:
         notes.append(
-            f"Pre-training paired windows of {share:.0%} of these records with their photos or "
-            "names, those held out here among them: rungs on embeddings, and most of all queries "
-            "by text and photo, are a little too good."
+            f"Pre-training paired windows of {100 * share:.3g}% of these records with their photos "
+            "or names, those held out here among them: rungs on embeddings, and most of all "
+            "queries by text and photo, are a little too good."
+            if share
+            else "The checkpoint does not tell whether pre-training paired windows of these "
+            "records with their photos or names: rungs on embeddings, and most of all queries by "
+            "text and photo, may be a little too good."
         )
     note = "the model itself" if folder is None else f"{folder.name}, before fine-tuning"
     return model, note, notes

@@ -23,7 +23,7 @@ from speciesmap.config import load_config
 from speciesmap.errors import ConfigError, ImageryError, ObservationsError, OutputError
 from speciesmap.evaluation.ladder import on_surveys
 from speciesmap.evaluation.rungs import HEAD, SHUFFLED, WITH_COVARIATES, gather
-from speciesmap.learning.seen import sample_seen
+from speciesmap.learning.seen import NOTHING, sample_seen
 from speciesmap.learning.sources import open_sources
 from speciesmap.models import load_model, save_model
 from speciesmap.present.odmap import protocol
@@ -266,10 +266,11 @@ def test_an_encoder_that_saw_the_held_out_records_is_said_to_have(
     assert encoder is model
     assert "has seen the held-out records" in notes[0]
     frozen = {"training": {**gone["training"], "freeze_encoder": True}}
-    assert _encoder(model, frozen, sources)[2] == []
+    assert _encoder(model, {**frozen, **NOTHING}, sources)[2] == []
+    assert "does not tell whether pre-training paired" in _encoder(model, frozen, sources)[2][0]
     data = {"dataset": str(scene.chips)}
     paired = {"stage": "pretrain", "data": data, "model": {"aerial": {"backbone": "test_resnet"}}}
-    seen = sample_seen(load_config(paired), sources)  # type: ignore[arg-type]
+    seen = sample_seen(load_config(paired), sources, NOTHING)  # type: ignore[arg-type]
     base = save_model(tiny_model(), tmp_path / "crisp", {"seen": seen})
     tuned = {"training": settings(scene, base)}
     _, _, notes = _encoder(model, tuned, sources)

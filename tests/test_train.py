@@ -49,7 +49,7 @@ from speciesmap.learning.finetune import check_validation, refuse_elsewhere
 from speciesmap.learning.fit import ByPlace, best_precision, measure, set_reference
 from speciesmap.learning.heads import fit_heads
 from speciesmap.learning.modules import Crisp, Finetune
-from speciesmap.learning.seen import KEPT, sample_seen, share_seen
+from speciesmap.learning.seen import ENOUGH, KEPT, NOTHING, sample_seen, share_seen
 from speciesmap.learning.sources import Sources, draw_background, open_sources, target_group_places
 from speciesmap.learning.train import build, told, train
 from speciesmap.learning.validation import FOLDS, make_folds, rows_to_train_on
@@ -1120,15 +1120,21 @@ def test_folds_that_hold_out_what_training_saw_are_said_to_wherever_it_lies(
     tuned = train(load_config(tune(scene, pretrained, align=0.0)), tmp_path / "tuned")
     frozen = tune(scene, untrained, freeze_encoder=True, head={}, trainer={"accelerator": "cpu"})
     heads = train(load_config(frozen), tmp_path / "heads")
-    for init, said in ((pretrained, True), (tuned, True), (untrained, False), (heads, False)):
+    masked = train(load_config(mae(scene)), tmp_path / "masked")
+    shown = "{} learned from 100% of the records of "
+    silent = "{} does not tell whether it learned from the records of "  # none made by `train`
+    for init, said in (
+        (pretrained, shown), (tuned, shown), (untrained, silent), (heads, silent), (masked, ""),
+    ):  # fmt: skip
         caplog.clear()
         config = load_config(
             tune(scene, init, validation={"block_m": 40}),
             [f"data.dataset={tmp_path / 'copy'}"],
         )
         assert isinstance(config, FinetuneConfig)
-        check_validation(config, open_sources(config.data))
-        assert ("learned from 100% of the records" in caplog.text) == said
+        check_validation(config, open_sources(config.data), read_facts(init))
+        assert len(caplog.messages) == bool(said)
+        assert said.format(init) in caplog.text
 
 
 @settings(max_examples=20, deadline=None)
@@ -1148,11 +1154,22 @@ def test_the_share_of_records_seen_is_told_from_a_sample(
     before = rng.uniform(-100, -50, 30_000)
     again = rng.permutation(before)[: round(rows * shared)]
     now = np.r_[again, rng.uniform(50, 100, rows - len(again))]
-    facts = {"seen": sample_seen(config, of(before))}  # type: ignore[arg-type]
+    facts = {"seen": sample_seen(config, of(before), NOTHING)}  # type: ignore[arg-type]
+    assert facts["seen"] is not None
     assert len(facts["seen"]) < 50_000
     exact = len(again) / max(rows, 1)
     looked = max(rows * KEPT / 30_000, 1)  # rows of the sample's range
-    assert share_seen(facts, of(now)) == pytest.approx(exact, abs=4 * (0.25 / looked) ** 0.5)
+    told = share_seen(facts, of(now))
+    if told is None:  # too few to tell, and none of them found
+        assert looked < 2 * ENOUGH
+        assert exact < 1 or looked < 10
+    else:
+        assert told == pytest.approx(exact, abs=4 * (0.25 / looked) ** 0.5)
+        assert told or looked > ENOUGH / 2
+    assert share_seen({"seen": ""}, of(now)) == 0
+    assert share_seen({}, of(now)) is None
+    with pytest.raises(ModelError, match=r"sample of the records it saw is damaged"):
+        share_seen({"seen": "QQ=="}, of(now))
 
 
 def test_losses_that_are_no_numbers_are_an_error(scene: TinyScene, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from speciesmap.learning.surveys import read_surveys, surveyed_places
 from speciesmap.learning.trust import measure_trust
 from speciesmap.learning.validation import background_kind, cross_validate, summarise
 from speciesmap.mapping.fit import MOST_RESOLUTION_RATIO
-from speciesmap.models import SpeciesModel, load_model, read_facts
+from speciesmap.models import SpeciesModel, load_model
 from speciesmap.models.trust import Trust
 from speciesmap.rasters.covariates import Covariates
 from speciesmap.rasters.imagery import Imagery
@@ -42,7 +42,10 @@ log = logging.getLogger("speciesmap")
 
 
 def finetune(
-    config: FinetuneConfig, sources: Sources, work: Path | None = None
+    config: FinetuneConfig,
+    sources: Sources,
+    initial: Mapping[str, Any],
+    work: Path | None = None,
 ) -> tuple[SpeciesModel, dict[str, Any]]:
     """Learn embeddings of taxa from presences against background.
 
@@ -52,6 +55,7 @@ def finetune(
     Args:
         config: The stage.
         sources: Its data: a paired data set, and the imagery that background is drawn from.
+        initial: Facts of the checkpoint that it starts from.
         work: Folder for logs, folds and for resuming, if any.
 
     Returns:
@@ -68,7 +72,7 @@ def finetune(
     dataset, imagery = sources.both()
     refuse_unfit(base, config, sources)
     if config.validation is not None:
-        check_validation(config, sources)
+        check_validation(config, sources, initial)
     image_px = base.ground.image_px if base.ground and dataset.has_ground else None
     presences = PairedRows(dataset, sources.rows, sources.taxa, image_px, sources.window_px)
     refuse_elsewhere(presences, imagery, config)
@@ -205,8 +209,8 @@ def compare_values(
     return values[config.data.imagery]
 
 
-def check_validation(config: FinetuneConfig, sources: Sources) -> None:
-    """Refuse prevalences of taxa that are not there; say where folds hold out nothing new.
+def check_validation(config: FinetuneConfig, sources: Sources, initial: Mapping[str, Any]) -> None:
+    """Refuse prevalences of taxa that are not there; say where folds may hold out nothing new.
 
     Raises:
         ConfigError: A prevalence is stated of a taxon that the data set lacks.
@@ -220,14 +224,18 @@ def check_validation(config: FinetuneConfig, sources: Sources) -> None:
                 f"validation.prevalence names {name!r}, which {config.data.dataset} lacks; it has "
                 f"{', '.join(nearest(name, names) or names[:5])}"
             )
-    if share := share_seen(read_facts(config.init), sources):
+    share = share_seen(initial, sources)
+    if share != 0:
         log.warning(
-            "%s learned from %.0f%% of the records of %s with their names, which folds hold out as "
-            "if it had not: validation will look better than it is; pre-train with method: mae, or "
-            "on other records, to measure it",
+            "%s %s the records of %s with their names, which folds hold out as if it had not: "
+            "validation %s look better than it is; pre-train with method: mae, or on other "
+            "records, to be sure",
             config.init,
-            100 * share,
+            f"learned from {100 * share:.3g}% of"
+            if share
+            else "does not tell whether it learned from",
             config.data.dataset,
+            "will" if share else "may",
         )
 
 

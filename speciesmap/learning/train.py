@@ -35,7 +35,7 @@ from speciesmap.learning.fit import (
     set_reference,
 )
 from speciesmap.learning.modules import Crisp, Masked, Stage, check_chunks
-from speciesmap.learning.seen import sample_seen
+from speciesmap.learning.seen import NOTHING, sample_seen
 from speciesmap.learning.sources import Sources, draw_background, open_sources
 from speciesmap.learning.streaming import StreamedBatches
 from speciesmap.learning.validation import FOLDS
@@ -80,13 +80,13 @@ def train(
         return classify(config, out, overwrite=overwrite)
     out = Path(out)
     first = process_rank() == 0  # further processes of a run only train
+    start = surveys = None
+    if isinstance(config, FinetuneConfig):
+        start, surveys = config.init, config.validation.surveys if config.validation else None
+    elif config.method == "cve_mae":
+        start = config.crossview.aerial_init
     if first:
-        others = (
-            [config.crossview.aerial_init]
-            if isinstance(config, PretrainConfig)
-            else [config.init, config.validation and config.validation.surveys]
-        )
-        refuse_existing(out, overwrite, *config.data.inputs, *others)
+        refuse_existing(out, overwrite, *config.data.inputs, start, surveys)
     work = unfinished(out)
     recorded = without_credentials(config.model_dump(mode="json"))
     described = yaml.safe_dump(recorded, sort_keys=False)
@@ -112,14 +112,15 @@ def train(
         sources = open_sources(config.data)
         if first:
             refuse_other_data(work, config, sources)
-        origin = {  # before it trains: what it starts from may be gone when it ends
-            "seen": sample_seen(config, sources),
-            "initial": read_facts(config.init)["fingerprint"]
-            if isinstance(config, FinetuneConfig)
-            else None,
+        before = NOTHING if start is None else read_facts(start)  # which may be gone in the end
+        origin = {
+            "seen": sample_seen(config, sources, before),
+            "initial": before.get("fingerprint"),
         }
-        procedure = pretrain if isinstance(config, PretrainConfig) else finetune
-        model, metrics = procedure(config, sources, work)  # type: ignore[arg-type]
+        if isinstance(config, PretrainConfig):
+            model, metrics = pretrain(config, sources, work)
+        else:
+            model, metrics = finetune(config, sources, before, work)
     except BaseException:
         if first and not (work / STATE).exists() and not (work / FOLDS).exists():
             shutil.rmtree(work)  # nothing to go on from
