@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from speciesmap.datasets.columns import FACTS, FRACTIONS
-from speciesmap.datasets.cutting import Cutter, write_provenance
-from speciesmap.datasets.photos import SUFFIXES
+from speciesmap.datasets.cutting import Cutter, Window, write_provenance
+from speciesmap.datasets.photos import PhotoFolder, encode_photo
 from speciesmap.datasets.writer import PairedWriter
 from speciesmap.errors import DatasetError
 from speciesmap.observations.read import COLUMNS
@@ -39,8 +36,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("speciesmap")
 
-MAX_PHOTO_BYTES = 100_000_000
 BATCH_OBSERVATIONS = 256
+Photo = tuple[dict[str, Any] | None, str]
+"""An encoded photo as the writer takes it, if there is any, and its licence."""
 
 ABSENT = "not a presence"
 OUTSIDE = "window leaves the imagery"
@@ -147,10 +145,7 @@ def make_chips(
     left_out = _Left(observations)
     candidates = _candidates(observations, imagery, starts, window_px, limit_m, left_out)
 
-    finder = None if photos is None else _PhotoFinder(photos)
-    seen: set[str] = set()
-    used: set[int] = set()
-    provenance: list[tuple[str, list[Origin]]] = []
+    folder = None if photos is None else PhotoFolder(photos)
     cutter = Cutter(imagery, starts, candidates, window_px, out)
     batches = -(-len(candidates) // BATCH_OBSERVATIONS)
     with (
@@ -159,6 +154,7 @@ def make_chips(
         PairedWriter(beside, imagery.bands, window_px, imagery.dtype) as writer,
         ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,
     ):
+        rows = _Rows(writer, facts, dated=not imagery_date)
         for _ in track(range(batches), f"Cutting chips from {imagery.source}"):
             windows = []
             for window in islice(cut, BATCH_OBSERVATIONS):
@@ -166,27 +162,9 @@ def make_chips(
                     left_out.add(window.row, MISSING, f"{window.valid:.1%} valid")
                 else:
                     windows.append(window)
-            rows = [window.row for window in windows]
-            encoded = _encode(finder, observations, rows, photo_px, pool, left_out)
-            repeats = [k for k, of_row in enumerate(encoded) for _ in of_row]
-            if not repeats:
-                continue
-            part = facts.iloc[[rows[k] for k in repeats]].copy()
-            identity = part["observation_uuid"]
-            part["rs_classification"] = ~identity.isin(seen) & ~identity.duplicated()
-            part["gl_photo_id"] = np.arange(writer.rows, writer.rows + len(part))
-            part["license"] = [terms for of_row in encoded for _, terms in of_row]
-            if not imagery_date:
-                part["rs_image_date"] = [windows[k].date for k in repeats]
-            taken = dict(zip(identity, (windows[k].scenes for k in repeats), strict=True))
-            provenance.extend((name, scenes) for name, scenes in taken.items() if name not in seen)
-            writer.write(
-                part,
-                np.stack([windows[k].pixels for k in repeats]),
-                [photo for of_row in encoded for photo, _ in of_row],
-            )
-            seen.update(identity)
-            used.update(part["taxon_id"])
+            chosen = [window.row for window in windows]
+            encoded = _encode(folder, observations, chosen, photo_px, pool, left_out)
+            rows.write(windows, encoded)
         if not writer.rows:
             raise DatasetError(
                 f"none of {len(observations)} observations could be paired with "
@@ -206,19 +184,53 @@ def make_chips(
         report = ChipsReport(
             path=out,
             observations=len(set(facts["observation_uuid"])),
-            kept=len(seen),
+            kept=len(rows.provenance),
             rows=writer.rows,
-            taxa=len(used),
+            taxa=len(rows.taxa),
             left_out=left_out.counts(),
         )
         left_out.write(beside, report)
-        write_provenance(beside, provenance)
+        write_provenance(beside, list(rows.provenance.items()))
     cutter.finish()
     tell = log.warning if report.left_out else log.info
     tell("%d of %d observations kept in %s", report.kept, report.observations, out)
     if report.left_out:
         log.warning("left out, by reason: %s", left_out.summary())
     return report
+
+
+class _Rows:
+    """Writes a row for each photo of an observation, or one where none is asked for.
+
+    Attributes:
+        provenance: Scenes that show each observation written, by its id.
+        taxa: Numbers of the taxa written.
+    """
+
+    def __init__(self, writer: PairedWriter, facts: pd.DataFrame, *, dated: bool) -> None:
+        self._writer, self._facts, self._dated = writer, facts, dated
+        self.provenance: dict[str, list[Origin]] = {}
+        self.taxa: set[int] = set()
+
+    def write(self, windows: Sequence[Window], photos: Sequence[Sequence[Photo]]) -> None:
+        """Write windows with the photos of each."""
+        pairs = [
+            (window, *photo) for window, its in zip(windows, photos, strict=True) for photo in its
+        ]
+        if not pairs:
+            return
+        part = self._facts.iloc[[window.row for window, _, _ in pairs]].copy()
+        identity = part["observation_uuid"]
+        part["rs_classification"] = ~identity.isin(self.provenance.keys()) & ~identity.duplicated()
+        part["gl_photo_id"] = np.arange(self._writer.rows, self._writer.rows + len(part))
+        part["license"] = [terms for _, _, terms in pairs]
+        if self._dated:
+            part["rs_image_date"] = [window.date for window, _, _ in pairs]
+        for name, (window, _, _) in zip(identity, pairs, strict=True):
+            self.provenance.setdefault(name, window.scenes)
+        self.taxa.update(part["taxon_id"])
+        pixels = np.stack([window.pixels for window, _, _ in pairs])
+        self._writer.write(part, pixels, [photo for _, photo, _ in pairs])
 
 
 class _Left:
@@ -343,68 +355,25 @@ def _facts(
     return facts[list(FACTS)]
 
 
-class _PhotoFinder:
-    """Finds the photo files of an observation in one folder, listed once."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._by_name: dict[str, list[Path]] = {}
-        self._by_stem: dict[str, list[Path]] = {}
-        for file in sorted(folder.rglob("*")):
-            if file.suffix.lower() in SUFFIXES:
-                self._by_name.setdefault(file.name, []).append(file)
-                self._by_stem.setdefault(file.stem, []).append(file)
-
-    def find(self, photo: str, identity: str) -> list[tuple[str, Path | None]]:
-        """Names of an observation's photos with the file of each, None where there is none."""
-        found: list[tuple[str, Path | None]] = []
-        for name in (part.strip() for part in photo.split("|")):
-            if name:
-                found.append((name, self._named(name)))
-        if all(file is None for _, file in found):
-            own = self._only(self._by_stem.get(identity, []))
-            if own is not None:
-                return [(own.name, own)]
-        return found or [(f"{identity}.jpg", None)]
-
-    def _named(self, name: str) -> Path | None:
-        address = "://" in name
-        place = PurePosixPath(urlsplit(name).path if address else name)
-        files = self._by_name.get(place.name, [])
-        inside = [file for file in files if file == self._folder / place]
-        if inside or files:
-            return self._only(inside or files)
-        return self._only(self._by_stem.get(place.parent.name, [])) if address else None
-
-    @staticmethod
-    def _only(files: list[Path]) -> Path | None:
-        if len(files) > 1:
-            raise DatasetError(
-                f"{files[0]} and {files[1]} have one name, and no observation says which it means; "
-                "rename one, or give paths inside the folder in the column `photo`"
-            )
-        return files[0] if files else None
-
-
 def _encode(
-    finder: _PhotoFinder | None,
+    folder: PhotoFolder | None,
     observations: gpd.GeoDataFrame,
     rows: Sequence[int],
     photo_px: int,
     pool: ThreadPoolExecutor,
     left_out: _Left,
-) -> list[list[tuple[dict[str, Any] | None, str]]]:
+) -> list[list[Photo]]:
     """Encoded photos of each row with the licence of each: its own, else the record's.
 
     One without a photo where photos are not wanted, an empty list where none can be read.
     """
-    if finder is None:
+    if folder is None:
         return [[(None, observations["license"].iloc[row])] for row in rows]
-    encoded: list[list[tuple[dict[str, Any] | None, str]]] = [[] for _ in rows]
+    encoded: list[list[Photo]] = [[] for _ in rows]
     jobs: list[tuple[int, str, Path, str]] = []
     for k, row in enumerate(rows):
         observation = observations.iloc[row]
-        found = finder.find(str(observation["photo"]), str(observation["observation_id"]))
+        found = folder.find(str(observation["photo"]), str(observation["observation_id"]))
         terms = [part.strip() for part in str(observation["photo_license"]).split("|")]
         terms += [""] * (len(found) - len(terms))
         for (name, file), own in zip(found, terms, strict=False):
@@ -412,44 +381,17 @@ def _encode(
                 left_out.add(row, NO_PHOTO, name)
             else:
                 jobs.append((k, name, file, own or str(observation["license"])))
-    results: Iterator[bytes | str] = pool.map(lambda job: encode_photo(job[2], photo_px), jobs)
-    for (k, name, _, terms_of_photo), result in zip(jobs, results, strict=True):
-        if isinstance(result, str):
+
+    def stored(job: tuple[int, str, Path, str]) -> bytes | ValueError:
+        try:
+            return encode_photo(job[2], photo_px)
+        except ValueError as error:
+            return error
+
+    for (k, name, _, terms_of_photo), result in zip(jobs, pool.map(stored, jobs), strict=True):
+        if isinstance(result, ValueError):
             left_out.add(rows[k], BAD_PHOTO, f"{name}: {result}")
         else:
             photo = {"bytes": result, "path": PurePosixPath(name).name}
             encoded[k].append((photo, terms_of_photo))
     return encoded
-
-
-def encode_photo(file: Path, photo_px: int) -> bytes | str:
-    """Read a photo whole and give it as a JPEG of bounded size.
-
-    Args:
-        file: Any image file that Pillow reads.
-        photo_px: Longest side of the result.
-
-    Returns:
-        The JPEG, or in words why the photo cannot be used: too large to be sane, truncated, not an
-        image.
-    """
-    try:
-        size = file.stat().st_size
-        if size > MAX_PHOTO_BYTES:
-            return f"{size / 1e6:.0f} MB, at most {MAX_PHOTO_BYTES / 1e6:.0f} MB"
-        original = file.read_bytes()
-        with Image.open(io.BytesIO(original)) as image:
-            small = max(image.size) <= photo_px
-            upright = image.getexif().get(0x0112, 1) == 1
-            as_is = small and upright and image.format == "JPEG" and image.mode in ("RGB", "L")
-            image.draft("RGB", (photo_px, photo_px))
-            image.load()
-            if as_is:
-                return original
-            photo = ImageOps.exif_transpose(image).convert("RGB")
-        photo.thumbnail((photo_px, photo_px), Image.Resampling.LANCZOS)
-        stored = io.BytesIO()
-        photo.save(stored, "JPEG", quality=90)
-        return stored.getvalue()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return str(error) or type(error).__name__
