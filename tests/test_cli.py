@@ -84,6 +84,8 @@ def test_words_that_are_no_bbox_are_left_alone() -> None:
         ["chips", "o.csv", "--imagery", "a.tif", "--out", "x", "--seed", "-1"],
         ["demo", "--out", "x", "--seed", "-1"],
         ["umap", "s.zarr", "--out", "x.tif", "--seed", "-1"],
+        ["map", "a.tif", "--out", "m.html", "--photos", "tests"],
+        ["map", "a.tif", "--out", "m.html", "--observations", "o.csv", "--photos", "nowhere"],
     ],
     ids=" ".join,
 )

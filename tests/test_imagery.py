@@ -319,6 +319,11 @@ def test_what_cannot_be_read_is_refused_by_name_with_a_remedy(tmp_path: Path) ->
     text.write_text("not a raster")
     with pytest.raises(ImageryError, match=r"notes\.tif cannot be opened as a raster"):
         open_raster(text)
+    with pytest.raises(ImageryError, match=r"is a folder; name the rasters in it, such as .*/\*\."):
+        open_raster(tmp_path)
+    metres = plain(tmp_path / "metres.tif", noise(1), crs="EPSG:4326")
+    with pytest.raises(ImageryError, match=r"no longitude and latitude in EPSG:4326.*-a_srs"):
+        open_imagery(metres)
     homeless = plain(tmp_path / "homeless.tif", noise(1), crs=None)
     with pytest.raises(ImageryError, match=r"homeless\.tif has no coord.*gdal_edit\.py -a_srs"):
         open_imagery(homeless)

@@ -23,7 +23,8 @@ from test_remote import BANDS, COLLECTION, cog, item
 
 from speciesmap.atlas import predict
 from speciesmap.mapping.embed import embed
-from speciesmap.rasters.windows import bounds_in
+from speciesmap.present.warp import Grid, read_picture
+from speciesmap.rasters.windows import bounds_in, bounds_of
 
 GRID = GeoBox((300, 380), Affine(0.6, 0, 550_000, 0, -0.6, 4_180_000), "EPSG:32610")
 WHOLE = bounds_in(GRID)
@@ -133,6 +134,18 @@ def test_every_source_gives_the_same_map(sources: dict[str, str], tmp_path: Path
     assert np.isfinite(expected[0]).all() and np.ptp(expected[0]) > 0.01
     for number, (kind, source) in enumerate(sources.items()):
         same(mapped(source, tmp_path / str(number), WHOLE), expected, kind)
+
+
+def test_every_source_gives_the_same_picture_under_maps(sources: dict[str, str]) -> None:
+    left, bottom, right, top = bounds_of(WHOLE, "EPSG:4326", "EPSG:3857")
+    pictures = {
+        kind: read_picture(source, Grid(left, bottom, right, top, 1, 1), 64).pixels.astype(int)
+        for kind, source in sources.items()
+    }
+    expected = pictures["a GeoTIFF"]
+    for kind, picture in pictures.items():
+        assert picture.shape == expected.shape, kind
+        assert np.median(np.abs(picture - expected)) < 10, kind
 
 
 def test_a_part_of_every_source_is_the_same(sources: dict[str, str], tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def test_the_share_of_an_area_that_imagery_covers(right: int, up: int, turns: in
         ((10, 10, 11, 11), "misses the imagery, which covers -122.4"),
         ((-122.42, 37.76, -122.43, 37.77), "its west -122.42 is not below its east -122.43"),
         ((-122.43, 37.77, -122.42, 37.76), "its south 37.77 is not below its north 37.76"),
+        ((550_000, 4_179_000, 551_000, 4_180_000), "the CRS of numbers that are no degrees as"),
         ((float("nan"), 37, 38, 39), "not four numbers"),
         ((-122.43, 37.764, -122.4299999, 37.7640001), "holds the centre of no cell"),
     ],

@@ -40,7 +40,7 @@ def encoding_options(command: F) -> F:
             click.option(
                 "--any-resolution",
                 is_flag=True,
-                help="Accept pixels of another size than the model's.",
+                help="Accept pixels more than 1.5 times as large or small as the model's.",
             ),
             click.option(
                 "--batch-size",
@@ -82,7 +82,8 @@ def encoding_options(command: F) -> F:
     type=click.IntRange(min=0),
     default=0,
     metavar="N",
-    help="Encode in N processes of this machine, each on a GPU of its own where there are several.",
+    help="Encode in N processes of this machine, each on a GPU of its own where there are several; "
+    "by default in this one.",
 )
 @click.option(
     "--scheduler", metavar="ADDRESS", help="Encode on a Dask cluster, for example tcp://node1:8786."

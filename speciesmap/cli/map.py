@@ -57,6 +57,10 @@ def command(
     Example:
       speciesmap map maps/*.tif --out map.html --observations slugs.parquet --imagery scene.tif
     """
+    if photos is not None and observations is None:
+        raise click.UsageError("--photos are those of --observations; give them too.")
+    if photos is not None and not photos.is_dir():
+        raise click.UsageError(f"--photos {photos} is no folder; check the name.")
     from speciesmap.observations.read import read_observations
     from speciesmap.outputs import refuse_existing
     from speciesmap.present.webmap import make_map

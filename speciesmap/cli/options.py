@@ -95,7 +95,8 @@ def imagery_options(command: F) -> F:
                 "--bands",
                 metavar="B,B,...",
                 callback=split_bands,
-                help="Bands, in a model's order if there is one: names, numbers or name=number.",
+                help="Bands, in a model's order if there is one: names, numbers or name=number; by "
+                "default those of the model's names, else all.",
             ),
             bbox_option,
             bbox_crs_option,
@@ -113,15 +114,24 @@ def imagery_options(command: F) -> F:
                 show_default=True,
                 help="Which scene counts where several overlap.",
             ),
-            click.option("--crs", metavar="CRS", help="CRS of the grid that scenes are read on."),
+            click.option(
+                "--crs",
+                metavar="CRS",
+                help="CRS of the grid that scenes are read on; their own by default, of "
+                "unlike scenes the UTM zone.",
+            ),
             click.option(
                 "--resolution-m",
                 type=click.FloatRange(min=0, min_open=True),
                 metavar="M",
-                help="Side of that grid's pixels, metres.",
+                help="Side of that grid's pixels, metres on the ground; their own by default, "
+                "of unlike scenes the model's or the finest.",
             ),
             click.option(
-                "--like", type=PATH_OR_ADDRESS, metavar="RASTER", help="Take this raster's grid."
+                "--like",
+                type=PATH_OR_ADDRESS,
+                metavar="RASTER",
+                help="Take this raster's grid, instead of --crs and --resolution-m.",
             ),
         )
     ):

@@ -23,25 +23,35 @@ from speciesmap.cli.options import (
 @click.argument("model", type=PATH)
 @encoding_options
 @click.option(
-    "--store", type=PATH, metavar="STORE", help="Embeddings to use, and to fill from --imagery."
+    "--store",
+    type=PATH,
+    metavar="STORE",
+    help="Embeddings to use, and to fill from --imagery; DIR.store.zarr by default.",
 )
-@click.option("--species", multiple=True, metavar="NAME", help="Taxon of the model; repeatable.")
+@click.option(
+    "--species", multiple=True, metavar="NAME", help="Taxon of the model, a map each; repeatable."
+)
 @click.option(
     "--photo",
     "photos",
     multiple=True,
     type=PATH,
     metavar="FILE",
-    help="Ground photo, or a folder of them; several together ask for one map.",
+    help="Ground photo, or a folder of them; several together ask for one map; repeatable.",
 )
 @click.option(
-    "--text", "texts", multiple=True, metavar="TEXT", help="A name or lineage; repeatable."
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="TEXT",
+    help="Name or lineage, broadest first, a map each; repeatable.",
 )
 @click.option(
     "--covariates",
     multiple=True,
     metavar="[NAME=]RASTER",
-    help="For a model trained with covariates; by default the rasters it was trained on.",
+    help="For a model trained with covariates; by default the rasters it was trained on; "
+    "repeatable.",
 )
 @click.option("--qgis-project", is_flag=True, help="Also write DIR/maps.qgz, all maps grouped.")
 @click.option(

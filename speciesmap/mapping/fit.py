@@ -88,6 +88,8 @@ def fit_imagery(
         elif len(imagery.bands) >= len(wanted):
             given = ",".join(f"{band}={k}" for k, band in enumerate(wanted, 1))
             remedy = f"say which is which, for example --bands {given}, or {remedy}"
+        else:
+            remedy = f"give imagery that has them, or {remedy}"
         raise ImageryError(
             f"{name} has the bands {', '.join(imagery.bands)}, the model was trained on "
             f"{', '.join(wanted)}; {remedy}"

@@ -324,8 +324,8 @@ def read_picture(
         ImageryError: The imagery cannot be read, or shows nothing of the extent.
     """
     name = source.source if isinstance(source, Imagery) else str(source)
-    if list_files(name) != [name]:
-        imagery = source if isinstance(source, Imagery) else open_imagery(name)
+    if name.startswith("stac+") or list_files(name) != [name]:
+        imagery = source if isinstance(source, Imagery) else _open_around(name, extent)
         crs: Any = imagery.geobox.crs
         crs = crs.to_wkt()
         grid = _picture_grid(
@@ -346,6 +346,13 @@ def read_picture(
         ]
         indexes = [i + 1 for i in _colours(names)]
         return Picture(_stretch(warp(dataset, indexes, grid, Resampling.bilinear)), grid)
+
+
+def _open_around(source: str, extent: Grid) -> Imagery:
+    """Open scenes for a picture; of a STAC collection those of an extent."""
+    west, south = longitude_latitude(extent.left, extent.bottom)
+    east, north = longitude_latitude(extent.right, extent.top)
+    return open_imagery(source, bbox=(west, south, east, north), wanted=COLOURS)
 
 
 def _colours(names: Sequence[str]) -> list[int]:

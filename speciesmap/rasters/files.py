@@ -154,6 +154,10 @@ def open_raster(path: Path | str, signer: str | None = None) -> DatasetReader:
             ) from error
         if not Path(path).exists():
             raise ImageryError(f"{path} does not exist; check the name") from error
+        if Path(path).is_dir():
+            raise ImageryError(
+                f"{path} is a folder; name the rasters in it, such as {path}/*.tif"
+            ) from error
         raise ImageryError(
             f"{path} cannot be opened as a raster ({reason(error)}); it is damaged, truncated or "
             "of a format that GDAL does not read"

@@ -51,8 +51,8 @@ def to_pixels(
         transformer = pyproj.Transformer.from_crs(source.crs, grid.crs, always_xy=True)
     except pyproj.exceptions.ProjError as error:
         raise ImageryError(
-            f"no way is known from {source.crs} to {grid.crs} ({error}); choose another grid with "
-            "--crs or --like"
+            f"no way is known from {_name(source.crs)} to {_name(grid.crs)} ({error}); choose "
+            "another grid with --crs or --like"
         ) from error
     there = transformed(~grid.transform, *transformer.transform(x, y))
     return there[1], there[0]
@@ -194,14 +194,15 @@ def sides_m(geobox: GeoBox) -> tuple[float, float]:
         to_lonlat = pyproj.Transformer.from_crs(geobox.crs, "EPSG:4326", always_xy=True)
     except pyproj.exceptions.ProjError as error:
         raise ImageryError(
-            f"the imagery's CRS, {geobox.crs}, has no longitude and latitude; set the right one "
+            f"the imagery's CRS, {_name(geobox.crs)}, has no longitude and latitude; set the right one "
             "with gdal_edit.py"
         ) from error
     lon, lat = to_lonlat.transform(x, y)
-    if not np.isfinite([lon, lat]).all():
+    if not (np.isfinite([lon, lat]).all() and np.abs(lat).max() <= 90):
         raise ImageryError(
             f"the centre of the imagery, {x[0]:.6g} {y[0]:.6g}, has no longitude and latitude in "
-            f"{geobox.crs}; its CRS or transform is wrong: set the right one with gdal_edit.py"
+            f"{_name(geobox.crs)}; its CRS or transform is wrong: set the right one with gdal_edit.py "
+            "-a_srs or -a_ullr"
         )
     _, _, sides = pyproj.Geod(ellps="WGS84").inv(lon[[0, 0]], lat[[0, 0]], lon[1:], lat[1:])
     if not (np.isfinite(sides).all() and sides.all()):
@@ -215,12 +216,17 @@ def sides_m(geobox: GeoBox) -> tuple[float, float]:
 def in_words(geobox: GeoBox) -> str:
     """A line that tells a grid: its CRS, pixels, origin and shape."""
     t = geobox.transform
-    name = pyproj.CRS.from_user_input(geobox.crs)
     height, width = geobox.shape
     return (
-        f"{':'.join(name.to_authority() or ()) or name.name}, pixels of {abs(t.a):.6g} x "
+        f"{_name(geobox.crs)}, pixels of {abs(t.a):.6g} x "
         f"{abs(t.e):.6g}, origin {t.c:.10g} {t.f:.10g}, {height} rows x {width} columns"
     )
+
+
+def _name(crs: Any) -> str:
+    """A CRS as people call it: EPSG:32610, not its definition."""
+    known = pyproj.CRS.from_user_input(crs)
+    return ":".join(known.to_authority() or ()) or known.name
 
 
 def _crs(crs: Any) -> pyproj.CRS:

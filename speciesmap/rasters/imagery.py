@@ -100,7 +100,9 @@ def open_imagery(
             around_m=around_m,
         )
     elif datetime is not None or query:
-        raise ConfigError(f"--datetime and --query choose items of STAC; {source} has none")
+        raise ConfigError(
+            f"--datetime and --query choose items of STAC; {source} has none, leave them out"
+        )
     else:
         files = describe_files(list_files(given))
         found = [Scene(public(f.path).replace("\\", "/").rpartition("/")[2], (f,)) for f in files]

@@ -205,7 +205,8 @@ def _refuse_truncated(raster: DatasetReader, path: str) -> None:
     except (RasterioError, OSError) as error:
         raise ImageryError(
             f"{path} is truncated or damaged: its last pixel, row {raster.height - 1}, column "
-            f"{raster.width - 1}, cannot be read ({reason(error)}); copy or download it again"
+            f"{raster.width - 1}, cannot be read ({reason(error)}); copy or download "
+            f"{'the files that it names' if raster.driver == 'VRT' else 'it'} again"
         ) from error
 
 
@@ -223,5 +224,5 @@ def refuse_unlike(scenes: Sequence[Scene], source: str) -> None:
                 f"{scene.name} has the bands {', '.join(scene.bands)} of "
                 f"{', '.join(sorted(types[0]))}, the first scene of {source} "
                 f"{', '.join(first.bands)} of {', '.join(sorted(types[1]))}; a mosaic needs the "
-                "same bands in every scene"
+                "same bands in every scene: name those that go together, by a pattern for one"
             )

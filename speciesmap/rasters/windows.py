@@ -251,7 +251,8 @@ def _refuse_malformed(
         )
     if geographic and (south < -90 or north > 90):
         raise AreaError(
-            f"--bbox {_words(bbox)} has latitudes beyond 90 degrees; give west south east north"
+            f"--bbox {_words(bbox)} has latitudes beyond 90 degrees; give west south east north, "
+            "and the CRS of numbers that are no degrees as --bbox-crs"
         )
 
 
