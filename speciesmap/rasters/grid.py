@@ -194,15 +194,15 @@ def sides_m(geobox: GeoBox) -> tuple[float, float]:
         to_lonlat = pyproj.Transformer.from_crs(geobox.crs, "EPSG:4326", always_xy=True)
     except pyproj.exceptions.ProjError as error:
         raise ImageryError(
-            f"the imagery's CRS, {_name(geobox.crs)}, has no longitude and latitude; set the right one "
-            "with gdal_edit.py"
+            f"the imagery's CRS, {_name(geobox.crs)}, has no longitude and latitude; set the right "
+            "one with gdal_edit.py -a_srs"
         ) from error
     lon, lat = to_lonlat.transform(x, y)
     if not (np.isfinite([lon, lat]).all() and np.abs(lat).max() <= 90):
         raise ImageryError(
             f"the centre of the imagery, {x[0]:.6g} {y[0]:.6g}, has no longitude and latitude in "
-            f"{_name(geobox.crs)}; its CRS or transform is wrong: set the right one with gdal_edit.py "
-            "-a_srs or -a_ullr"
+            f"{_name(geobox.crs)}; its CRS or transform is wrong: set the right one with "
+            "gdal_edit.py -a_srs or -a_ullr"
         )
     _, _, sides = pyproj.Geod(ellps="WGS84").inv(lon[[0, 0]], lat[[0, 0]], lon[1:], lat[1:])
     if not (np.isfinite(sides).all() and sides.all()):
