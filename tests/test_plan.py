@@ -54,7 +54,7 @@ def test_a_dry_run_prints_and_writes_nothing(
     words += ["--bands", ",".join(BANDS)]
     result = CliRunner().invoke(command, words, catch_exceptions=False)
     assert result.exit_code == 0
-    for word in ("1 scenes", "EPSG:32610", "windows", "MB", "windows/s"):
+    for word in ("1 scene", "EPSG:32610", "windows", "MB", "windows/s"):
         assert word in result.stdout
     facts = json.loads(CliRunner().invoke(command, [*words, "--json", "-q"]).stdout)
     assert facts["windows"] == facts["cells"][0] * facts["cells"][1]

@@ -38,8 +38,7 @@ from speciesmap.datasets.paired import open_paired
 from speciesmap.errors import AreaError, ConfigError, DependencyError, ImageryError, StoreError
 from speciesmap.mapping.embed import embed
 from speciesmap.observations.read import read_observations
-from speciesmap.rasters import files
-from speciesmap.rasters.files import plain_address
+from speciesmap.rasters import files, remote
 from speciesmap.rasters.geotiff import write_geotiff
 from speciesmap.rasters.grid import METRES_PER_DEGREE, grown
 from speciesmap.rasters.imagery import open_imagery
@@ -63,7 +62,7 @@ needs_naip = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As many attempts as ever, without the pauses."""
-    monkeypatch.setattr(files, "WAITS_S", tuple(0.01 for _ in files.WAITS_S))
+    monkeypatch.setattr(remote, "WAITS_S", tuple(0.01 for _ in remote.WAITS_S))
     set_gdal_config("GDAL_HTTP_RETRY_DELAY", 0.01)
     yield
     set_gdal_config("GDAL_HTTP_RETRY_DELAY", files.GDAL_DEFAULTS["GDAL_HTTP_RETRY_DELAY"])
@@ -328,12 +327,12 @@ def test_a_file_of_an_open_bucket_has_a_plain_address(
     for name, value in settings.items():
         set_gdal_config(name, value)
     try:
-        assert plain_address("s3://b/k/a b.tif") == address
+        assert remote.plain_address("s3://b/k/a b.tif") == address
     finally:
         for name in settings:
             del_gdal_config(name)
-    assert plain_address("https://x.org/a.tif?sig=1") == "https://x.org/a.tif?sig=1"
-    assert plain_address("gs://b/a.tif") is plain_address("/data/a.tif") is None
+    assert remote.plain_address("https://x.org/a.tif?sig=1") == "https://x.org/a.tif?sig=1"
+    assert remote.plain_address("gs://b/a.tif") is remote.plain_address("/data/a.tif") is None
 
 
 def test_a_bucket_of_s3_reads_as_the_file(bucket: Path) -> None:
@@ -510,9 +509,9 @@ def test_only_one_host_is_signed_and_tokens_are_kept_nowhere(
     server: Server, tmp_path: Path, naip: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signer = SimpleNamespace(sign_url=lambda address: f"{address}?sig=hush")
-    real = files.importlib.import_module
+    real = remote.importlib.import_module
     monkeypatch.setattr(
-        files.importlib,
+        remote.importlib,
         "import_module",
         lambda name: signer if name == "planetary_computer" else real(name),
     )
@@ -531,9 +530,9 @@ def test_only_one_host_is_signed_and_tokens_are_kept_nowhere(
     def missing(name: str) -> Any:
         raise ImportError(name)
 
-    monkeypatch.setattr(files.importlib, "import_module", missing)
+    monkeypatch.setattr(remote.importlib, "import_module", missing)
     with pytest.raises(DependencyError, match=r"planetary-computer.*speciesmap\[stac\]"):
-        files.signed("https://a/b.tif", host)
+        remote.signed("https://a/b.tif", host)
 
 
 @needs_rustac

@@ -178,12 +178,11 @@ def with_black_edges() -> np.ndarray:
     return pixels
 
 
-@pytest.mark.parametrize("trained", [False, True])
 def test_black_edges_that_no_file_declares_are_told_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, trained: bool
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_geotiff(tmp_path / "a.tif", with_black_edges(), GRID, bands=BANDS)
-    model = model_of(with_black_edges()) if trained else FakeModel(BANDS)
+    model = model_of(with_black_edges())
     with caplog.at_level("WARNING", "speciesmap"):
         embed(model, path, tmp_path / "a.zarr")
         (message,) = caplog.messages

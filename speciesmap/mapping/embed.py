@@ -10,13 +10,12 @@ from typing import Any, Unpack
 
 from speciesmap.errors import ConfigError, StoreError, within_memory
 from speciesmap.mapping.cluster import Job, encode_on_cluster
-from speciesmap.mapping.fit import fit_imagery, fit_values, lay_out
+from speciesmap.mapping.fit import fit_imagery, lay_out
 from speciesmap.mapping.tiles import Precision, encode_tiles
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.outputs import land
 from speciesmap.rasters.imagery import Imagery, Opening
 from speciesmap.rasters.store import EmbeddingStore, Identity, open_store
-from speciesmap.rasters.windows import WindowGrid
 
 MIN_VALID = 0.5
 
@@ -117,9 +116,7 @@ def embed(
         stride_px = stride_px or existing.identity.stride_px
         min_valid = existing.identity.min_valid if min_valid is None else min_valid
     stride_px = max(1, model.window_px // 4) if stride_px is None else stride_px
-    imagery, cells, area = lay_out(imagery, model.window_px, stride_px, bbox, bbox_crs)
-    grid = WindowGrid(imagery.geobox, model.window_px, stride_px)
-    imagery = fit_values(model, imagery, grid.pixels(*area))
+    imagery, cells, area = lay_out(model, imagery, stride_px, bbox, bbox_crs)
     identity = Identity(
         model=model.fingerprint,
         window_px=model.window_px,

@@ -121,13 +121,13 @@ def fit_values(
     Returns:
         The imagery, as float32 where its values change.
     """
-    pixels = sample_values(imagery, *rectangle)
-    if pixels is not None:
-        warn_of_black(imagery, rectangle, pixels)
     seen = model.values
     if seen is None:
         return imagery
     name = _name(imagery)
+    pixels = sample_values(imagery, *rectangle)
+    if pixels is not None:
+        warn_of_black(imagery, rectangle, pixels)
     gains = tagged_gains(imagery.scaling, seen.scaling)
     if gains is not None:
         imagery = imagery.rescaled(gains)
@@ -177,22 +177,23 @@ def _refuse_other_resolution(imagery: Imagery, trained_m: float, name: str) -> N
 
 
 def lay_out(
+    model: SpeciesModel,
     imagery: Imagery,
-    window_px: int,
     stride_px: int,
     bbox: Sequence[float] | None = None,
     bbox_crs: Any = "EPSG:4326",
 ) -> tuple[Imagery, GeoBox, tuple[slice, slice]]:
-    """Find the cells of an area; imagery on servers is cropped to them, in the same places.
+    """Find the cells of an area and fit the values there; imagery on servers is cropped to it.
 
     Returns:
-        The imagery, the grid of all its cells, and the rows and columns of those in the area.
+        The imagery, the grid of all its cells, which are in the same places if it is cropped, and
+        the rows and columns of those in the area.
 
     Raises:
         AreaError: The area is malformed or misses the imagery.
         ImageryError: The raster is too small for a cell.
     """
-    grid, words = WindowGrid(imagery.geobox, window_px, stride_px), imagery.in_words
+    grid, words = WindowGrid(imagery.geobox, model.window_px, stride_px), imagery.in_words
     cells = grid.geobox
     rows, cols = (slice(0, count) for count in cells.shape)
     if bbox is not None:
@@ -204,12 +205,13 @@ def lay_out(
                 imagery.source,
                 100 * share,
             )
-        if imagery.remote:
-            imagery = imagery.crop(*grid.pixels(rows, cols))
-            cells = cells[rows, cols]
-            rows, cols = (slice(0, count) for count in cells.shape)
+    rectangle = grid.pixels(rows, cols)
+    if bbox is not None and imagery.remote:
+        imagery, rectangle = imagery.crop(*rectangle), (0, 0, *rectangle[2:])
+        cells = cells[rows, cols]
+        rows, cols = (slice(0, count) for count in cells.shape)
     log.info("grid: %s", words)
-    return imagery, cells, (rows, cols)
+    return fit_values(model, imagery, rectangle), cells, (rows, cols)
 
 
 def refuse_poles(bbox: Sequence[float], crs: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from speciesmap.mapping.benchmark import benchmark
-from speciesmap.mapping.fit import fit_imagery, fit_values, lay_out, refuse_poles, refuse_unseen
+from speciesmap.mapping.fit import fit_imagery, lay_out, refuse_poles, refuse_unseen
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.rasters.imagery import Imagery, Opening
 from speciesmap.rasters.store import TILE
@@ -97,9 +97,7 @@ def plan(
     refuse_unseen(imagery.source, imagery.geobox)
     side = model.window_px
     stride = max(1, side // 4) if stride_px is None else stride_px
-    imagery, cells, (rows, cols) = lay_out(imagery, side, stride, bbox, bbox_crs)
-    grid = WindowGrid(imagery.geobox, side, stride)
-    fit_values(model, imagery, grid.pixels(rows, cols))
+    imagery, cells, (rows, cols) = lay_out(model, imagery, stride, bbox, bbox_crs)
     # tiles that the area touches are encoded whole
     rows, cols = (
         slice(r.start // TILE * TILE, min(count, -(-r.stop // TILE) * TILE))
@@ -107,7 +105,7 @@ def plan(
     )
     shape = (rows.stop - rows.start, cols.stop - cols.start)
     rectangle = (
-        *grid.start(rows.start, cols.start),
+        *WindowGrid(imagery.geobox, side, stride).start(rows.start, cols.start),
         (shape[0] - 1) * stride + side,
         (shape[1] - 1) * stride + side,
     )

@@ -17,10 +17,11 @@ from odc.geo.geobox import GeoBox
 
 from speciesmap.errors import ImageryError
 from speciesmap.rasters.bands import canonical
-from speciesmap.rasters.files import Files, is_remote
+from speciesmap.rasters.files import Files
 from speciesmap.rasters.grid import in_words
 from speciesmap.rasters.messages import public
 from speciesmap.rasters.placed import PlacedScene, Reader, Rectangle
+from speciesmap.rasters.remote import is_remote
 from speciesmap.rasters.scenes import RasterFile
 from speciesmap.rasters.windows import transformed
 

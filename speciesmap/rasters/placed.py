@@ -16,9 +16,10 @@ from rasterio.warp import reproject
 from rasterio.windows import Window
 
 from speciesmap.errors import ImageryError
-from speciesmap.rasters.files import Files, is_remote, retrying
+from speciesmap.rasters.files import Files
 from speciesmap.rasters.grid import offset, on_grid, to_pixels
 from speciesmap.rasters.messages import public, reason
+from speciesmap.rasters.remote import is_remote, retrying
 from speciesmap.rasters.scenes import RasterFile, Scene
 
 KERNEL_PX = 3  # source pixels around a warped one; a bilinear kernel reaches one, scaled

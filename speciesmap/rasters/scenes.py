@@ -19,8 +19,9 @@ from rasterio.windows import Window
 
 from speciesmap.errors import ImageryError
 from speciesmap.rasters.bands import band_names
-from speciesmap.rasters.files import AT_ONCE, is_remote, open_raster, retrying
+from speciesmap.rasters.files import open_raster
 from speciesmap.rasters.messages import no_error_lost, public, reason
+from speciesmap.rasters.remote import AT_ONCE, is_remote, retrying
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img")
 TILE_INDEXES = (".gpkg", ".shp", ".geojson", ".fgb")

@@ -30,9 +30,9 @@ from speciesmap.errors import (
     SpeciesmapError,
 )
 from speciesmap.rasters.bands import canonical
-from speciesmap.rasters.files import AT_ONCE, CLOUDS, SIGNED_HOST
 from speciesmap.rasters.grid import grown
 from speciesmap.rasters.messages import public, reason
+from speciesmap.rasters.remote import AT_ONCE, CLOUDS, SIGNED_HOST
 from speciesmap.rasters.scenes import RasterFile, Scene, describe_file
 from speciesmap.rasters.windows import bounds_of
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from speciesmap.errors import ImageryError
-from speciesmap.rasters.files import CLOUDS, is_remote
 from speciesmap.rasters.messages import public
+from speciesmap.rasters.remote import CLOUDS, is_remote
 
 if TYPE_CHECKING:
     from speciesmap.rasters.imagery import Imagery
