@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import multiprocessing
 import os
 import random
 import re
@@ -28,7 +27,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from unittest.mock import patch
 
 import numpy as np
 import yaml
+from forks import ended, start
 from sklearn.decomposition import PCA
 from tiny import BANDS, TAXA, tiny_model, tiny_scene
 
@@ -207,34 +206,18 @@ PATCHES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     ),
 }
 
-SERVER = multiprocessing.get_context("forkserver")
-"""Forks a process that has imported everything and started no thread: no lock can be lost."""
-
-SERVER.set_forkserver_preload(["interruptions"])
-
 
 def work(words: Sequence[str], patched: str) -> None:
     """Run the command line, in a process of its own."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
     with PATCHES[patched]():
         sys.exit(run(words))
 
 
-def start(words: Sequence[Any], patched: str) -> BaseProcess:
+def begin(words: Sequence[Any], patched: str) -> BaseProcess:
     """Run the command line in a process of its own."""
     from interruptions import work  # as the server knows it, also where this is `__main__`
 
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
-        forkserver.ensure_running()
-    process = SERVER.Process(target=work, args=([str(word) for word in words], patched))
-    process.start()
-    return process
-
-
-def ended(process: BaseProcess) -> int | None:
-    """Wait for a process and give its exit status, negative where a signal ended it."""
-    process.join()
-    return process.exitcode
+    return start(work, [str(word) for word in words], patched)
 
 
 def state(out: Path) -> State:
@@ -278,7 +261,7 @@ def whole(words: Sequence[Any], case: Case, place: Path, folder: Path) -> Whole:
         place.mkdir(parents=True)
         began = time.perf_counter()
         status = ended(
-            start([*words, "--out", place / case.out, "--overwrite", "-q"], case.patched)
+            begin([*words, "--out", place / case.out, "--overwrite", "-q"], case.patched)
         )
         assert status == 0, (words, status)
         seconds = time.perf_counter() - began
@@ -329,7 +312,7 @@ def stop_at_random(
         before = state(out)
         words = [*case.calls[1], "--out", out, "--overwrite", "-q"]
         after_s = rng.uniform(0, 1.1 * new.seconds)
-        child = start(words, case.patched)
+        child = begin(words, case.patched)
         time.sleep(after_s)
         if child.is_alive():
             os.kill(child.pid or 0, by)
@@ -355,7 +338,7 @@ def stop_at_random(
             left = [name for name in beside if not name.endswith(RESUMED)]
             broken += [f"{what}: left {left}"] if left else []
         if by is signal.SIGKILL and moment % 5 == 0:  # what lies about is in no one's way
-            status = ended(start(words, case.patched))
+            status = ended(begin(words, case.patched))
             if status or not is_new(state(out), new):
                 broken.append(f"{what}: run again it ended with {status}")
     return outcome, broken

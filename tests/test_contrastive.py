@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
+from forks import ended, start
 from tiny import TAXA, tiny_model
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from speciesmap.config import ContrastiveConfig, load_config
 from speciesmap.errors import ConfigError
@@ -61,9 +59,9 @@ def loss_and_gradients(
     return loss.detach(), grads
 
 
-def one_process(rank: int, port: int, whole: Batch, out: Path) -> None:
+def one_process(rank: int, whole: Batch, out: Path) -> None:
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=2
+        "gloo", init_method=f"file://{out / 'meet'}", rank=rank, world_size=2
     )
     network = model()
     loss, grads = loss_and_gradients(network, share(whole, rank, 2), ContrastiveConfig(), None)
@@ -97,10 +95,8 @@ def test_two_processes_give_the_loss_and_gradients_of_one_with_the_joined_batch(
 ) -> None:
     whole = batch(rows=8)
     whole["aerial"] = whole["aerial"][:-1]  # two of the background for each process
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    spawn(one_process, (port, whole, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    both = [start(one_process, rank, whole, tmp_path) for rank in range(2)]
+    assert [ended(process) for process in both] == [0, 0]
     wanted_loss, wanted = loss_and_gradients(model(), whole, ContrastiveConfig(), None)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

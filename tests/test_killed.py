@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from affine import Affine
+from forks import ended, start
 from odc.geo.geobox import GeoBox
 from tiny import tiny_model
 
@@ -23,48 +23,6 @@ from speciesmap.rasters.store import open_store
 
 KILLS = 20
 TILES = 16
-SERVER = """
-import os, sys
-from speciesmap.mapping import embed as engine
-from speciesmap.models import load_model
-
-model, imagery = load_model(sys.argv[1]), sys.argv[2]
-for line in sys.stdin:
-    word, _, what = line.strip().partition(" ")
-    if word == "start":  # a run in a process of its own, which need import nothing
-        child = os.fork()
-        if child == 0:
-            engine.embed(model, imagery, what, precision="float32")
-            os._exit(0)
-        print(child, flush=True)
-    else:
-        print(os.waitpid(int(what), 0)[1], flush=True)
-"""
-
-
-class Runs:
-    """Runs of the engine, each in a process of its own."""
-
-    def __init__(self, model: Path, scene: Path) -> None:
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER, model, scene],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def start(self, out: Path) -> int:
-        """Give the number of a process that encodes into a store."""
-        return self._ask(f"start {out}")
-
-    def status(self, process: int) -> int:
-        """Wait for its end."""
-        return self._ask(f"wait {process}")
-
-    def _ask(self, line: str) -> int:
-        assert self.server.stdin is not None and self.server.stdout is not None
-        print(line, file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline())
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +41,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_geotiff(tmp_path_factory.mktemp("scene") / "a.tif", pixels, grid, bands=names)
 
 
-@pytest.fixture(scope="module")
-def runs(model: Path, scene: Path) -> Iterator[Runs]:
-    runs = Runs(model, scene)
-    yield runs
-    runs.server.communicate(timeout=30)
+def begin(model: Path, scene: Path, out: Path) -> BaseProcess:
+    """Encode into a store, in a process of its own."""
+    return start(partial(embed, precision="float32"), model, scene, out)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -99,20 +55,21 @@ def chunks(folder: Path) -> dict[str, int]:
 
 
 def test_a_run_killed_again_and_again_ends_in_the_same_bytes(
-    model: Path, scene: Path, runs: Runs, tmp_path: Path
+    model: Path, scene: Path, tmp_path: Path
 ) -> None:
     whole = embed(model, scene, tmp_path / "whole.zarr", precision="float32").path
     out, rng = tmp_path / "s.zarr", np.random.default_rng(0)
     at_work = 0
     for by in [signal.SIGKILL] * KILLS + [signal.SIGTERM] * 4:
         before = chunks(out)
-        process = runs.start(out)
+        process = begin(model, scene, out)
         more, deadline = int(rng.integers(TILES // 2)), time.monotonic() + 30
         while len(chunks(out)) < len(before) + more and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.1))
-        os.kill(process, by)
-        runs.status(process)
+        if process.is_alive():
+            os.kill(process.pid or 0, by)
+        ended(process)
         after = chunks(out)
         assert {name: after[name] for name in before} == before, "what was done stays as it is"
         if out.exists():
@@ -128,9 +85,11 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bytes(
     assert contents(out) == contents(whole)
 
 
-def test_two_processes_on_one_store_end_in_the_same_bytes(runs: Runs, tmp_path: Path) -> None:
+def test_two_processes_on_one_store_end_in_the_same_bytes(
+    model: Path, scene: Path, tmp_path: Path
+) -> None:
     whole, out = tmp_path / "whole.zarr", tmp_path / "s.zarr"
-    assert runs.status(runs.start(whole)) == 0
-    both = [runs.start(out), runs.start(out)]
-    assert [runs.status(process) for process in both] == [0, 0]
+    assert ended(begin(model, scene, whole)) == 0
+    both = [begin(model, scene, out), begin(model, scene, out)]
+    assert [ended(process) for process in both] == [0, 0]
     assert contents(out) == contents(whole)

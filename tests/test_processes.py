@@ -1,13 +1,10 @@
-"""Every method learns in two processes what one learns from the joined batch.
-
-As a program this file is one process of the two: `test_processes.py FOLDER`.
-"""
+"""Every method learns in two processes what one learns from the joined batch."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
+import socket
 import zlib
 from collections import defaultdict
 from functools import partial
@@ -16,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import ended, start
 from tiny import BANDS, tiny_model, tiny_scene
 from torch import Tensor
 from torch.utils.data import SequentialSampler
@@ -66,6 +64,12 @@ def learn(folder: Path, processes: int) -> None:
         stream_in(folder, processes, patch)
     few = configured(METHODS["finetune"], folder, processes, batch=6, background=8)
     train(few, folder / f"few_{processes}")
+
+
+def learn_together(folder: Path) -> None:
+    """Be one of two processes."""
+    fit.rank_zero_only.rank = int(os.environ["RANK"])  # Lightning has asked as it was imported
+    learn(folder, 2)
 
 
 def stream_in(folder: Path, processes: int, patch: pytest.MonkeyPatch) -> None:
@@ -119,14 +123,19 @@ def hide_the_last(tokens: Tensor, ratio: float, *_: Any) -> tuple[Tensor, Tensor
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     tiny_scene(folder, rows=ROWS)
-    start = tiny_model(taxa=(), aerial=VIT, ground=GROUND)
-    object.__setattr__(start.architecture, "bands", BANDS)
-    save_model(start, folder / "init", {})
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*words, __file__, str(folder)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    base = tiny_model(taxa=(), aerial=VIT, ground=GROUND)
+    object.__setattr__(base.architecture, "bands", BANDS)
+    save_model(base, folder / "init", {})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "both"}
+    told |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}  # by torchrun
+    both = [
+        start(learn_together, folder, err=folder / f"err_{k}", **told, RANK=k, LOCAL_RANK=k)
+        for k in "01"
+    ]
+    assert [ended(process) for process in both] == [0, 0], (folder / "err_0").read_text()[-3000:]
     learn(folder, 1)
     return folder
 
@@ -188,7 +197,3 @@ def test_processes_that_cannot_fill_a_batch_each_learn_nothing_and_say_so(
     with pytest.raises(ConfigError, match=r"share too few rows .* lower optim\.batch_size"):
         train(made, tmp_path / "run")
     assert not list(tmp_path.iterdir())
-
-
-if __name__ == "__main__":
-    learn(Path(sys.argv[1]), 2)

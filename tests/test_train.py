@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -23,6 +22,7 @@ import rasterio
 import torch
 import yaml
 from affine import Affine
+from forks import ended, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike
@@ -567,18 +567,18 @@ def test_a_run_keeps_no_credentials(
 
 def test_ctrl_c_ends_in_one_line_that_tells_how_to_go_on(scene: TinyScene, tmp_path: Path) -> None:
     (tmp_path / "long.yaml").write_text(yaml.safe_dump(crisp(scene)))
-    program = str(Path(sys.executable).with_name("speciesmap"))
     words = ["train", str(tmp_path / "long.yaml"), "--out", str(tmp_path / "a run")]
     words += ["--set", "optim.epochs=100000"]
-    run = subprocess.Popen(
-        [program, *words, "-q"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    printed, said = tmp_path / "out.txt", tmp_path / "err.txt"
+    run = start(main, [*words, "-q"], out=printed, err=said)
     state = tmp_path / ".a run.training" / "state" / "last.ckpt"
-    while not state.exists() and run.poll() is None:
+    while not state.exists() and run.is_alive():
         time.sleep(0.05)
-    run.send_signal(signal.SIGINT)
-    out, told = run.communicate(timeout=120)
-    assert (run.returncode, out) == (130, ""), told
+    while run.is_alive():  # Python forgets one that falls into a finaliser
+        os.kill(run.pid or 0, signal.SIGINT)
+        run.join(30)
+    told = said.read_text()
+    assert (ended(run), printed.read_text()) == (130, ""), told
     line, command = told.removesuffix("`\n").split("`")
     assert line == "interrupted: go on where it was last saved with "
     assert shlex.split(command) == ["speciesmap", *words, "--resume"]
