@@ -126,7 +126,7 @@ class EmbeddingStore:
         Where another process lands the same store first, that one is opened.
 
         Args:
-            path: Of the group; must not exist.
+            path: Of the group.
             identity: What its vectors will be made from.
             geobox: Grid of the cells.
             dim: Size of the embeddings.
@@ -134,10 +134,10 @@ class EmbeddingStore:
             gains: What its values are multiplied by and shifted by, band by band.
 
         Raises:
-            OutputError: The path exists or cannot be written.
-            StoreError: Another process landed another store first.
+            OutputError: The path cannot be written.
+            StoreError: Another store is there, or another process landed one first.
         """
-        outputs.refuse_existing(path, overwrite=False)
+        outputs.refuse_existing(path, overwrite=True)
         beside = outputs.name_beside(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ class EmbeddingStore:
             with warnings.catch_warnings():  # xarray wants it, Zarr's specification not yet
                 warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
                 zarr.consolidate_metadata(beside)
-            beside.rename(path)  # fails where another process landed its own meanwhile
+            beside.rename(path)  # fails where another process landed its own before
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise OutputError(
