@@ -45,8 +45,9 @@ from speciesmap.datasets.chips import make_chips
 from speciesmap.datasets.splits import SPLITS
 from speciesmap.learning.classify import classify, read_results
 from speciesmap.learning.data import PairedRows
+from speciesmap.learning.pretrain import build
 from speciesmap.learning.sources import open_sources
-from speciesmap.learning.train import build, train
+from speciesmap.learning.train import train
 from speciesmap.models import save_model
 from speciesmap.observations.folds import separated, spatial_blocks
 from speciesmap.observations.read import read_observations

@@ -14,11 +14,12 @@ from tiny import TinyScene, tiny_model, tiny_scene
 
 from speciesmap.config import DataConfig, PretrainConfig, load_config
 from speciesmap.errors import ConfigError, ModelError
-from speciesmap.learning.crossview import CveMae, CvmMae, crossview_stage
+from speciesmap.learning.crossview import CveMae, CvmMae, masked_stage
 from speciesmap.learning.data import PairedRows
 from speciesmap.learning.modules import dates
+from speciesmap.learning.pretrain import build
 from speciesmap.learning.sources import open_sources
-from speciesmap.learning.train import build, train
+from speciesmap.learning.train import train
 from speciesmap.models import SpeciesModel, load_model, read_facts, save_model
 
 CPU = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
@@ -60,7 +61,7 @@ def ready(made: PretrainConfig) -> tuple[Any, dict[str, torch.Tensor], dict[str,
     assert sources.dataset is not None
     rows = PairedRows(sources.dataset, sources.rows, sources.taxa, 16)
     model = build(made.model, sources, rows, matcher=made.method == "cvm_mae")
-    stage = crossview_stage(model, sources.taxa, made, 10)
+    stage = masked_stage(model, sources.taxa, made, 10)
     stage.log_dict = lambda parts, **_: reported.update(parts)  # type: ignore[method-assign]
     reported: dict[str, torch.Tensor] = {}
     return stage, rows.__getitems__(range(12)), reported

@@ -193,7 +193,7 @@ def test_processes_that_cannot_fill_a_batch_each_learn_nothing_and_say_so(
 ) -> None:
     made = configured(METHODS["aerial_mae"], runs, 1)
     monkeypatch.setattr(fit, "batches", lambda *_, **__: [])
-    monkeypatch.setattr("speciesmap.learning.train.batches", lambda *_, **__: [])
+    monkeypatch.setattr("speciesmap.learning.pretrain.batches", lambda *_, **__: [])
     with pytest.raises(ConfigError, match=r"share too few rows .* lower optim\.batch_size"):
         train(made, tmp_path / "run")
     assert not list(tmp_path.iterdir())

@@ -506,7 +506,7 @@ def test_the_learning_rate_falls_to_the_end_of_a_process_whoever_starts_it(
         rates.extend(factor(step) for step in range(2 * len(loader)))
         raise InterruptedError
 
-    monkeypatch.setattr("speciesmap.learning.train.fit", fit)
+    monkeypatch.setattr("speciesmap.learning.pretrain.fit", fit)
     monkeypatch.setenv("WORLD_SIZE", "2" if told == "before the run" else "1")
     config = load_config(crisp(hub, optim={"epochs": 2, "batch_size": 2, "warmup": 0}))
     with pytest.raises(InterruptedError):

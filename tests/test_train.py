@@ -49,9 +49,10 @@ from speciesmap.learning.finetune import check_validation, refuse_elsewhere
 from speciesmap.learning.fit import ByPlace, best_precision, measure, set_reference
 from speciesmap.learning.heads import fit_heads
 from speciesmap.learning.modules import Crisp, Finetune
+from speciesmap.learning.pretrain import build
 from speciesmap.learning.seen import ENOUGH, KEPT, NOTHING, sample_seen, share_seen
 from speciesmap.learning.sources import Sources, draw_background, open_sources, target_group_places
-from speciesmap.learning.train import build, told, train
+from speciesmap.learning.train import told, train
 from speciesmap.learning.validation import FOLDS, make_folds, rows_to_train_on
 from speciesmap.models import load_model, read_facts, save_model
 from speciesmap.observations.folds import kmeans_folds
@@ -632,11 +633,11 @@ def test_a_run_interrupted_after_its_last_step_ends_with_the_very_losses(
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr("speciesmap.learning.train.set_reference", interrupted)
+        patch.setattr("speciesmap.learning.pretrain.set_reference", interrupted)
         with pytest.raises(Interrupted):
             train(config, tmp_path / "run")
     for end in (interrupted, set_reference):  # interrupted a second time before anything is saved
-        monkeypatch.setattr("speciesmap.learning.train.set_reference", end)
+        monkeypatch.setattr("speciesmap.learning.pretrain.set_reference", end)
         with suppress(Interrupted):
             train(config, tmp_path / "run", resume=True)
     assert read_facts(tmp_path / "run")["metrics"] == whole

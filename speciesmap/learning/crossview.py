@@ -1,4 +1,4 @@
-"""BirdSAT's pre-training (Sastry et al. 2024): the ground MAE, CVE-MAE and CVM-MAE."""
+"""Pre-training that hides patches: MAE of one view, and BirdSAT's CVE-MAE and CVM-MAE."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from speciesmap.config import CrossViewConfig, OptimConfig, PretrainConfig, View
 from speciesmap.errors import ConfigError, ModelError
 from speciesmap.learning.data import Batch
 from speciesmap.learning.modules import Prompts, Stage, crisp_loss, in_chunks, seen
-from speciesmap.learning.views import ground_view
+from speciesmap.learning.views import aerial_view, ground_view
 from speciesmap.models import SpeciesModel, load_model
 from speciesmap.models.crossview import CrossViewAutoencoder
 from speciesmap.models.encoders import ImageTower
@@ -21,10 +21,10 @@ from speciesmap.models.masked import MaskedAutoencoder
 from speciesmap.taxa import Taxon
 
 
-def crossview_stage(
+def masked_stage(
     model: SpeciesModel, taxa: Sequence[Taxon], config: PretrainConfig, steps: int
 ) -> Stage:
-    """Make the training stage of a method that hides patches of photos.
+    """Make the training stage of a method that hides patches.
 
     Args:
         model: New; for method cvm_mae one that scores pairs.
@@ -36,12 +36,7 @@ def crossview_stage(
         ConfigError: The model lacks a tower, or would freeze an encoder that knows nothing.
         ModelError: A tower is no vision transformer, or `crossview.aerial_init` does not fit.
     """
-    if model.ground is None:
-        raise ConfigError(
-            f"method {config.method} needs photos here; give model.ground, or method: mae with "
-            "masked.view: aerial"
-        )
-    masked, ground = config.masked, config.model.ground
+    masked, towers = config.masked, config.model
     decoder = (
         masked.mask_ratio,
         masked.decoder_dim,
@@ -49,25 +44,37 @@ def crossview_stage(
         masked.decoder_heads,
         masked.standardise,
     )
-    pretrained = ground is not None and ground.pretrained
+    if config.method == "mae" and masked.view == "aerial":
+        if not isinstance(model.aerial, ImageTower):
+            raise ConfigError(
+                "method mae hides patches of whole windows, which a factored encoder never sees; "
+                "choose model.aerial.encoder: plain, or method: crisp"
+            )
+        network = MaskedAutoencoder(model.aerial, *decoder, keep_positions=towers.aerial.pretrained)
+        return Masked(network, config.optim, steps, config.views)
+    if model.ground is None or towers.ground is None:
+        raise ConfigError(
+            f"method {config.method} needs photos here; give model.ground, or method: mae with "
+            "masked.view: aerial"
+        )
     if config.method == "cvm_mae":
         assert isinstance(model.aerial, ImageTower)  # as a matcher demands
         both = CrossViewAutoencoder(
-            model.aerial, model.ground, *decoder, keep_positions=config.model.aerial.pretrained
+            model.aerial, model.ground, *decoder, keep_positions=towers.aerial.pretrained
         )
         return CvmMae(model, both, config.optim, steps, config.crossview, config.views)
-    autoencoder = MaskedAutoencoder(model.ground, *decoder, keep_positions=pretrained)
+    network = MaskedAutoencoder(model.ground, *decoder, keep_positions=towers.ground.pretrained)
     if config.method == "mae":
-        return GroundMae(autoencoder, config.optim, steps, config.views)
+        return Masked(network, config.optim, steps, config.views)
     start = config.crossview.aerial_init
     if start:
         take_aerial(model, start)
-    elif config.crossview.freeze_aerial and not config.model.aerial.pretrained:
+    elif config.crossview.freeze_aerial and not towers.aerial.pretrained:
         raise ConfigError(
             "crossview.freeze_aerial would keep an aerial encoder of random weights; give "
             "crossview.aerial_init, model.aerial.pretrained: true, or freeze_aerial: false"
         )
-    return CveMae(model, autoencoder, taxa, config, steps)
+    return CveMae(model, network, taxa, config, steps)
 
 
 def take_aerial(model: SpeciesModel, start: str) -> None:
@@ -98,8 +105,8 @@ def take_aerial(model: SpeciesModel, start: str) -> None:
     model.architecture = replace(model.architecture, mean=mean, std=std)
 
 
-class GroundMae(Stage):
-    """Masked image modelling of ground photos."""
+class Masked(Stage):
+    """Masked image modelling of photos where batches hold any, else of windows."""
 
     network: MaskedAutoencoder
 
@@ -111,7 +118,12 @@ class GroundMae(Stage):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Hide patches and paint them."""
-        return self.report(self.network(ground_view(batch["ground"], **dict(self.views.ground))))
+        tower, views = self.network.tower, self.views
+        if "ground" in batch:
+            drawn = ground_view(batch["ground"], **dict(views.ground))
+        else:
+            drawn = aerial_view(batch["aerial"], tower.std, tower.image_px, **dict(views.aerial))
+        return self.report(self.network(drawn))
 
 
 class ModelAndDecoder(nn.Module):

@@ -71,49 +71,10 @@ def fit(
     precision: str = config.precision
     if precision == "auto":
         precision = best_precision(config.accelerator, stage.network)
-    callbacks: list[Callback] = []
-    loud = log.isEnabledFor(logging.INFO)
-    state = None
-    if work is not None:
-        state = work / STATE
-        place: dict[str, Any] = {"dirpath": state.parent, "filename": state.stem}
-        callbacks.append(ModelCheckpoint(**place, enable_version_counter=False))
-        if save_steps is not None:
-            callbacks.append(
-                ModelCheckpoint(
-                    **place, enable_version_counter=False, every_n_train_steps=save_steps
-                )
-            )
-        callbacks.append(Randomness())
-        if loud:
-            callbacks.append(Progress(leave=True, console_kwargs={"stderr": True}))
     stage.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    arguments: dict[str, Any] = {
-        "accelerator": config.accelerator,
-        "devices": config.devices,
-        "precision": precision,
-        "max_epochs": optim.epochs,
-        "gradient_clip_val": 1.0,
-        "callbacks": callbacks,
-        "logger": [CSVLogger(work, "logs", ""), TensorBoardLogger(work, "logs", "")]
-        if work is not None
-        else False,
-        "log_every_n_steps": 10,
-        "enable_checkpointing": work is not None,
-        "enable_progress_bar": work is not None and loud,
-        "enable_model_summary": False,
-    }
+    state = None if work is None else work / STATE
     with _quiet():
-        try:
-            trainer = L.Trainer(**arguments)
-            if trainer.world_size > 1:  # else it stops at parameters that no loss reaches
-                trainer = L.Trainer(**arguments, strategy="ddp_find_unused_parameters_true")
-        except (ValueError, TypeError, MisconfigurationException) as error:
-            raise ConfigError(
-                f"Lightning cannot train with trainer.accelerator = {config.accelerator!r}, "
-                f"devices = {config.devices!r}, precision = {precision!r} ({error}); leave them at "
-                "'auto'"
-            ) from error
+        trainer = _trainer(config, optim.epochs, precision, work, save_steps)
         ctrl_c = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit(
@@ -141,6 +102,57 @@ def fit(
             f"optim.lr = {optim.lr:g}, or look for pixels out of range"
         )
     return {"losses": losses, "steps": trainer.global_step, "precision": precision}
+
+
+def _trainer(
+    config: TrainerConfig, epochs: int, precision: str, work: Path | None, save_steps: int | None
+) -> L.Trainer:
+    """Lightning's, which logs, saves and shows its progress where there is a folder for it.
+
+    Raises:
+        ConfigError: It has no such device or precision here.
+    """
+    loud = log.isEnabledFor(logging.INFO)
+    callbacks: list[Callback] = []
+    if work is not None:
+        for steps in (None,) if save_steps is None else (None, save_steps):
+            callbacks.append(
+                ModelCheckpoint(
+                    dirpath=(work / STATE).parent,
+                    filename=STATE.stem,
+                    enable_version_counter=False,
+                    every_n_train_steps=steps,
+                )
+            )
+        callbacks.append(Randomness())
+        if loud:
+            callbacks.append(Progress(leave=True, console_kwargs={"stderr": True}))
+    arguments: dict[str, Any] = {
+        "accelerator": config.accelerator,
+        "devices": config.devices,
+        "precision": precision,
+        "max_epochs": epochs,
+        "gradient_clip_val": 1.0,
+        "callbacks": callbacks,
+        "logger": [CSVLogger(work, "logs", ""), TensorBoardLogger(work, "logs", "")]
+        if work is not None
+        else False,
+        "log_every_n_steps": 10,
+        "enable_checkpointing": work is not None,
+        "enable_progress_bar": work is not None and loud,
+        "enable_model_summary": False,
+    }
+    try:
+        trainer = L.Trainer(**arguments)
+        if trainer.world_size > 1:  # else it stops at parameters that no loss reaches
+            trainer = L.Trainer(**arguments, strategy="ddp_find_unused_parameters_true")
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise ConfigError(
+            f"Lightning cannot train with trainer.accelerator = {config.accelerator!r}, "
+            f"devices = {config.devices!r}, precision = {precision!r} ({error}); leave them at "
+            "'auto'"
+        ) from error
+    return trainer
 
 
 @contextmanager

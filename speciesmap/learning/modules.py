@@ -21,7 +21,6 @@ from speciesmap.learning.data import Batch
 from speciesmap.learning.views import aerial_view, ground_view, random_crop
 from speciesmap.models.crisp import SpeciesModel
 from speciesmap.models.losses import assume_negative, info_nce
-from speciesmap.models.masked import MaskedAutoencoder
 from speciesmap.taxa import Taxon
 
 log = logging.getLogger("speciesmap")
@@ -86,24 +85,6 @@ class Stage(L.LightningModule):
         """Log the loss and its parts, their means over processes, and give the loss back."""
         self.log_dict({"loss": loss, **parts}, prog_bar=True, batch_size=1, sync_dist=True)
         return loss
-
-
-class Masked(Stage):
-    """Masked image modelling of aerial windows."""
-
-    network: MaskedAutoencoder
-
-    def __init__(
-        self, network: MaskedAutoencoder, optim: OptimConfig, steps: int, views: ViewsConfig
-    ) -> None:
-        super().__init__(network, optim, steps)
-        self.views = views
-
-    def training_step(self, batch: Batch, index: int) -> Tensor:
-        """Hide patches and paint them."""
-        tower, windows = self.network.tower, batch["aerial"]
-        drawn = aerial_view(windows, tower.std, tower.image_px, **dict(self.views.aerial))
-        return self.report(self.network(drawn))
 
 
 class Crisp(Stage):

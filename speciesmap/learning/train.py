@@ -18,34 +18,19 @@ import pandas as pd
 import torch
 import yaml
 
-from speciesmap.config import AnyConfig, ClassifyConfig, FinetuneConfig, ModelConfig, PretrainConfig
+from speciesmap.config import AnyConfig, ClassifyConfig, FinetuneConfig, PretrainConfig
 from speciesmap.datasets.paired import PairedDataset
 from speciesmap.errors import ConfigError, OutputError
 from speciesmap.learning.classify import classify
-from speciesmap.learning.crossview import crossview_stage
-from speciesmap.learning.data import Kept, PairedRows, Places
 from speciesmap.learning.finetune import finetune
-from speciesmap.learning.fit import (
-    REFERENCES,
-    STATE,
-    batches,
-    fit,
-    measure,
-    process_rank,
-    set_reference,
-)
-from speciesmap.learning.modules import Crisp, Masked, Stage, check_chunks
+from speciesmap.learning.fit import STATE, process_rank
+from speciesmap.learning.pretrain import pretrain
 from speciesmap.learning.seen import NOTHING, sample_seen
-from speciesmap.learning.sources import Sources, draw_background, open_sources
-from speciesmap.learning.streaming import StreamedBatches
+from speciesmap.learning.sources import Sources, open_sources
 from speciesmap.learning.validation import FOLDS
-from speciesmap.models import Architecture, SpeciesModel, read_facts, save_model
-from speciesmap.models.encoders import ImageTower
-from speciesmap.models.masked import MaskedAutoencoder
-from speciesmap.models.text import TextTower
+from speciesmap.models import read_facts, save_model
 from speciesmap.outputs import refuse_existing, replacing
 from speciesmap.rasters.messages import without_credentials
-from speciesmap.taxa import every_name
 
 log = logging.getLogger("speciesmap")
 
@@ -90,21 +75,8 @@ def train(
     work = unfinished(out)
     recorded = without_credentials(config.model_dump(mode="json"))
     described = yaml.safe_dump(recorded, sort_keys=False)
-    if first and work.exists() and not resume:
-        if not overwrite:
-            raise OutputError(
-                f"an interrupted run lies in {work}; pass --resume to go on, or --overwrite to "
-                "start anew"
-            )
-        shutil.rmtree(work)
-    if first and work.exists() and (work / "config.yaml").read_text() != described:
-        raise ConfigError(
-            f"the interrupted run in {work} had another configuration; pass --overwrite to start "
-            "anew, or the configuration in its config.yaml"
-        )
     if first:
-        work.mkdir(parents=True, exist_ok=True)
-        (work / "config.yaml").write_text(described)
+        begin(work, described, resume, overwrite)
 
     L.seed_everything(config.seed, verbose=False)
     started = time.perf_counter()
@@ -143,6 +115,35 @@ def train(
     shutil.rmtree(work)
     log.info(told(metrics))
     return out
+
+
+def begin(work: Path, described: str, resume: bool, overwrite: bool) -> None:
+    """Make the folder of a run, or check that of the interrupted one that is to go on.
+
+    Args:
+        work: The folder.
+        described: The configuration.
+        resume: Go on.
+        overwrite: Start anew, unless it is to go on.
+
+    Raises:
+        OutputError: An interrupted run lies there, and neither is said.
+        ConfigError: It had another configuration.
+    """
+    if work.exists() and not resume:
+        if not overwrite:
+            raise OutputError(
+                f"an interrupted run lies in {work}; pass --resume to go on, or --overwrite to "
+                "start anew"
+            )
+        shutil.rmtree(work)
+    if work.exists() and (work / "config.yaml").read_text() != described:
+        raise ConfigError(
+            f"the interrupted run in {work} had another configuration; pass --overwrite to start "
+            "anew, or the configuration in its config.yaml"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "config.yaml").write_text(described)
 
 
 def told(metrics: Mapping[str, Any]) -> str:
@@ -226,154 +227,3 @@ def _digests(
 def unfinished(out: Path) -> Path:
     """Folder beside an output where a run keeps what it needs to go on, until it is done."""
     return out.with_name(f".{out.name}.training")
-
-
-def pretrain(
-    config: PretrainConfig, sources: Sources, work: Path | None = None
-) -> tuple[SpeciesModel, dict[str, Any]]:
-    """Learn a joint space from paired views, or features from imagery alone.
-
-    Args:
-        config: The stage.
-        sources: Its data.
-        work: Folder for logs and for resuming, if any.
-
-    Returns:
-        The model, in evaluation mode, and metrics of the training.
-
-    Raises:
-        ConfigError: The method lacks the data it learns from.
-    """
-    rng = np.random.default_rng(config.seed)
-    contrastive = config.method == "crisp"
-    paired = config.method != "mae" or config.masked.view == "ground"
-    if paired and sources.dataset is None:
-        raise ConfigError(
-            f"method {config.method} learns from pairs here; give data.dataset, or method: mae "
-            "with masked.view: aerial"
-        )
-    if contrastive and config.model.ground is None and config.model.text is None:
-        raise ConfigError(
-            "method crisp needs model.ground or model.text beside model.aerial; give one, or "
-            "method: mae"
-        )
-    windows: PairedRows | Places
-    if sources.dataset is not None:
-        ground = config.model.ground
-        image_px = ground.image_px if paired and ground else None
-        if image_px and not sources.dataset.has_ground:
-            raise ConfigError(
-                f"{config.data.dataset} has no photos (column gl_image), which model.ground learns "
-                "from; leave model.ground out, or cut chips with --photos"
-            )
-        windows = PairedRows(
-            sources.dataset, sources.rows, sources.taxa, image_px, sources.window_px
-        )
-    else:
-        assert sources.imagery is not None
-        windows = draw_background(sources.imagery, sources.window_px, config.data.background, rng)
-    stream = config.data.stream if isinstance(windows, PairedRows) else None
-    streamed: StreamedBatches | None = None
-    sample: PairedRows | Places | Kept = windows
-    if stream is not None and isinstance(windows, PairedRows):
-        if config.contrastive.same_place == "positive":
-            raise ConfigError(
-                "data.stream cannot keep rows of one place together, as contrastive.same_place: "
-                "positive needs; leave one of them out"
-            )
-        streamed = StreamedBatches(
-            windows,
-            batch_size=config.optim.batch_size,
-            buffer_rows=stream.buffer_rows,
-            seed=config.seed,
-            workers=config.trainer.workers,
-        )
-        sample = Kept(streamed.first_windows(REFERENCES))
-    model = build(config.model, sources, sample, matcher=config.method == "cvm_mae")
-    check_chunks(model, config.optim.chunk_size)
-    if isinstance(windows, Places):
-        sample = windows = windows.filled(model.fill)
-    loader = streamed or batches(
-        windows, config.optim, config.trainer, together=config.contrastive.same_place == "positive"
-    )
-    alone = len(loader) if streamed is None else streamed.batches(world=1)
-    steps = config.optim.epochs * alone  # of one process, whoever started how many
-    if contrastive:
-        stage: Stage = Crisp(
-            model, sources.taxa, config.optim, steps, config.contrastive, config.views
-        )
-    elif paired:
-        stage = crossview_stage(model, sources.taxa, config, steps)
-    else:
-        masked = config.masked
-        if not isinstance(model.aerial, ImageTower):
-            raise ConfigError(
-                "method mae hides patches of whole windows, which a factored encoder never sees; "
-                "choose model.aerial.encoder: plain, or method: crisp"
-            )
-        network = MaskedAutoencoder(
-            model.aerial,
-            masked.mask_ratio,
-            masked.decoder_dim,
-            masked.decoder_depth,
-            masked.decoder_heads,
-            masked.standardise,
-            keep_positions=config.model.aerial.pretrained,
-        )
-        stage = Masked(network, config.optim, steps, config.views)
-    save_steps = stream.save_steps if stream is not None else None
-    metrics = fit(stage, loader, config.optim, config.trainer, work, save_steps)
-    if isinstance(model.text, TextTower):
-        model.names = every_name(sources.taxa)
-    set_reference(model, sample, rng, config.trainer.accelerator)
-    return model, metrics
-
-
-def build(
-    config: ModelConfig,
-    sources: Sources,
-    windows: PairedRows | Places | Kept,
-    matcher: bool = False,
-) -> SpeciesModel:
-    """Make an untrained model for data, with the data's own band statistics unless given.
-
-    Args:
-        config: Of the model.
-        sources: What it learns from.
-        windows: Where statistics and histograms are measured.
-        matcher: Whether one transformer encodes both views and scores pairs.
-    """
-    mean, std, values = measure(windows, sources)
-    mean, std = config.aerial.mean or mean, config.aerial.std or std
-    for name, given in (("mean", mean), ("std", std)):
-        if len(given) != len(sources.bands):
-            raise ConfigError(
-                f"model.aerial.{name} has {len(given)} values, the data has "
-                f"{len(sources.bands)} bands ({', '.join(sources.bands)})"
-            )
-    towers = {"aerial": config.aerial, "ground": config.ground}
-    architecture = Architecture(
-        dim=config.dim,
-        bands=sources.bands,
-        window_px=sources.window_px,
-        resolution_m=sources.resolution_m,
-        mean=tuple(mean),
-        std=tuple(std),
-        aerial=config.aerial.model_dump(
-            include={"backbone", "kwargs"}
-            | ({"factored"} if config.aerial.encoder == "factored" else set())
-        ),
-        ground=config.ground.model_dump(include={"backbone", "kwargs", "image_px"})
-        if config.ground
-        else None,
-        text=config.text.model_dump(exclude_none=True) if config.text else None,
-        metadata=config.metadata.model_dump() if config.metadata else None,
-        matcher=matcher,
-    )
-    model = SpeciesModel(
-        architecture,
-        references=REFERENCES,
-        pretrained=[name for name, tower in towers.items() if tower and tower.pretrained],
-    )
-    model.values = values
-    return model
