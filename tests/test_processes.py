@@ -49,8 +49,8 @@ def learn(folder: Path, processes: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for module in (modules, crossview):
             patch.setattr(module, "ground_view", as_they_are)
+            patch.setattr(module, "aerial_view", as_they_are)
             patch.setattr(module, "Prompts", partial(modules.Prompts, full=1.0))
-        patch.setattr(modules, "aerial_view", as_they_are)
         for module in (masked, pairs):
             patch.setattr(module, "draw_mask", hide_the_last)
         patch.setattr(fit, "RandomSampler", lambda windows, **_: SequentialSampler(windows))
@@ -76,9 +76,9 @@ def stream_in(folder: Path, processes: int, patch: pytest.MonkeyPatch) -> None:
     """Train on a stream, three batches an epoch, and keep what each process saw at what rate."""
     seen: dict[int, list[int]] = defaultdict(list)
     rates: list[float] = []
-    step = modules.Masked.training_step
+    step = crossview.Masked.training_step
 
-    def watched(stage: modules.Masked, batch: dict[str, Tensor], index: int) -> Tensor:
+    def watched(stage: crossview.Masked, batch: dict[str, Tensor], index: int) -> Tensor:
         seen[stage.current_epoch] += digests(batch["aerial"])
         rates.append(stage.trainer.optimizers[0].param_groups[0]["lr"])
         return step(stage, batch, index)
@@ -87,7 +87,7 @@ def stream_in(folder: Path, processes: int, patch: pytest.MonkeyPatch) -> None:
         content = {"seen": list(seen.values()), "rates": rates}
         (folder / f"streamed_{processes}_{stage.global_rank}").write_text(json.dumps(content))
 
-    patch.setattr(modules.Masked, "training_step", watched)
+    patch.setattr(crossview.Masked, "training_step", watched)
     patch.setattr(modules.Stage, "on_train_end", write)
     config = configured(METHODS["aerial_mae"], folder, processes, batch=ROWS // 3, stream={})
     train(config, folder / f"streamed_{processes}")

@@ -43,7 +43,7 @@ from speciesmap.errors import (
     ObservationsError,
     OutputError,
 )
-from speciesmap.learning import modules
+from speciesmap.learning import crossview
 from speciesmap.learning.data import PairedRows, Places
 from speciesmap.learning.finetune import check_validation, refuse_elsewhere
 from speciesmap.learning.fit import ByPlace, best_precision, measure, set_reference
@@ -496,13 +496,13 @@ def test_masked_windows_are_jittered_as_configured(
     scene: TinyScene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jitter: float
 ) -> None:
     asked: set[float] = set()
-    original = modules.aerial_view
+    original = crossview.aerial_view
 
     def spy(*call: Any, **options: Any) -> Tensor:
         asked.add(options["jitter"])
         return original(*call, **options)
 
-    monkeypatch.setattr(modules, "aerial_view", spy)
+    monkeypatch.setattr(crossview, "aerial_view", spy)
     train(load_config(mae(scene, views={"aerial": {"jitter": jitter}})), tmp_path / "mae")
     assert asked == {jitter}
 
@@ -690,7 +690,7 @@ def test_a_resumed_validation_repeats_no_fold(
 def test_a_run_is_not_resumed_on_other_data(
     untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
-    def interrupted(config: Any, sources: Any, work: Path) -> Any:
+    def interrupted(config: Any, sources: Any, initial: Any, work: Path) -> Any:
         (work / FOLDS).mkdir(exist_ok=True)
         raise Interrupted
 

@@ -76,13 +76,13 @@ def finetune(
     image_px = base.ground.image_px if base.ground and dataset.has_ground else None
     presences = PairedRows(dataset, sources.rows, sources.taxa, image_px, sources.window_px)
     refuse_elsewhere(presences, imagery, config)
-    data, area = config.data, (imagery, sources.window_px)
-    kind = background_kind(data)
-    background = (
-        target_group_places(sources, data.target_group, base.fill)
-        if kind == "target-group"
-        else draw_background(*area, data.background, rng, base.fill, bias=sources.bias)
-    )
+    data, kind = config.data, background_kind(config.data)
+    if kind == "target-group":
+        background = target_group_places(sources, data.target_group, base.fill)
+    else:
+        background = draw_background(
+            imagery, sources.window_px, data.background, rng, base.fill, bias=sources.bias
+        )
     covariates = sources.covariates
     presences = presences.subset(with_covariates(presences, covariates))
     background = background.subset(with_covariates(background, covariates))
@@ -95,13 +95,7 @@ def finetune(
     calibrations: dict[str, Calibration] = {}
     own = None
     if config.validation is not None:
-        other = None
-        if kind != "random":
-            other = draw_background(*area, data.background, rng, base.fill)
-        elif data.target_group is not None:
-            other = target_group_places(sources, data.target_group, base.fill)
-        if other is not None:
-            other = other.subset(with_covariates(other, covariates))
+        other = _other_background(base, config, sources, rng)
         folds, bounds = cross_validate(base, presences, background, config, work, other, covariates)
         metrics["validation"] = summarise(folds, sources.taxa, kind, bounds)
         if work is not None:
@@ -114,14 +108,8 @@ def finetune(
     set_reference(model, background, rng, config.trainer.accelerator)
     model.values = values
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    if config.validation is not None and surveyed is not None:
-        surveys, places = surveyed
-        read = read_places(model, places, covariates, config.trainer.accelerator)  # (N, D + F)
-        with torch.inference_mode():
-            logits = model.head(read).double().numpy()  # (N, T)
-        found, curves = calibrate_on_surveys(
-            logits, surveys, model.taxa, config.validation.calibration
-        )
+    if surveyed is not None:
+        found, curves = _calibrate_on_surveys(model, *surveyed, config, covariates)
         calibrations |= found
     model.prevalence = {name: c.prevalence for name, c in calibrations.items()}
     for k, taxon in enumerate(sources.taxa):
@@ -133,6 +121,36 @@ def finetune(
     dark = [name for name, found in judged.items() if found["informative"] is False]
     model.trust = replace(trust, uninformative=dark)
     return model, {**fitted, **metrics}
+
+
+def _other_background(
+    base: SpeciesModel, config: FinetuneConfig, sources: Sources, rng: np.random.Generator
+) -> Places | None:
+    """Background of the kind that is not trained on, which is evaluated too, if there is any."""
+    data = config.data
+    if background_kind(data) != "random":
+        imagery = sources.both()[1]
+        places = draw_background(imagery, sources.window_px, data.background, rng, base.fill)
+    elif data.target_group is not None:
+        places = target_group_places(sources, data.target_group, base.fill)
+    else:
+        return None
+    return places.subset(with_covariates(places, sources.covariates))
+
+
+def _calibrate_on_surveys(
+    model: SpeciesModel,
+    surveys: pd.DataFrame,
+    places: Places,
+    config: FinetuneConfig,
+    covariates: Covariates | None,
+) -> tuple[dict[str, Calibration], dict[str, tuple[list[float], list[float]]]]:
+    """Calibrate a model's heads as `calibrate_on_surveys` does, on what they say of places."""
+    assert config.validation is not None
+    read = read_places(model, places, covariates, config.trainer.accelerator)  # (N, D + F)
+    with torch.inference_mode():
+        logits = model.head(read).double().numpy()  # (N, T)
+    return calibrate_on_surveys(logits, surveys, model.taxa, config.validation.calibration)
 
 
 def refuse_unfit(base: SpeciesModel, config: FinetuneConfig, sources: Sources) -> None:

@@ -103,26 +103,9 @@ def open_sources(data: DataConfig) -> Sources:
                 "iNat-2021 birds, and evaluate on this"
             )
         taxa, rows = usable(dataset, data)
-        imagery = _around(dataset, rows, data) if data.imagery else None
-        if imagery is not None and imagery.bands != dataset.bands:
-            imagery = imagery.select(dataset.bands)
-        if imagery is not None:
-            warn_of_black(imagery, (0, 0, *imagery.shape))
         scaling = dataset.notes.get("scaling")
         scaling = tuple((float(a), float(b)) for a, b in scaling) if scaling else None
-        if imagery is not None and scaling:
-            gains = tagged_gains(imagery.scaling, scaling)
-            imagery = imagery if gains is None else imagery.rescaled(gains)
-        if imagery is not None and not (
-            1 / MOST_RESOLUTION_RATIO
-            <= imagery.resolution_m / dataset.resolution_m
-            <= MOST_RESOLUTION_RATIO
-        ):
-            raise ConfigError(
-                f"{imagery.source} has pixels of {imagery.resolution_m:.3g} m, those of "
-                f"{data.dataset} have {dataset.resolution_m:.3g} m; presences and background would "
-                "differ by that alone: name the imagery that the chips were cut from"
-            )
+        imagery = _matching(dataset, rows, data, scaling) if data.imagery else None
         return Sources(
             dataset,
             rows,
@@ -188,6 +171,30 @@ def window_side(dataset: PairedDataset | BirdDataset, data: DataConfig) -> int:
             f"{data.dataset}; leave it out, or cut larger chips"
         )
     return window_px
+
+
+def _matching(
+    dataset: PairedDataset | BirdDataset,
+    rows: NDArray[np.int64],
+    data: DataConfig,
+    scaling: tuple[tuple[float, float], ...] | None,
+) -> Imagery:
+    """Open the imagery that background is drawn from, with the bands and units of a data set."""
+    imagery = _around(dataset, rows, data)
+    if imagery.bands != dataset.bands:
+        imagery = imagery.select(dataset.bands)
+    warn_of_black(imagery, (0, 0, *imagery.shape))
+    gains = tagged_gains(imagery.scaling, scaling) if scaling else None
+    if gains is not None:
+        imagery = imagery.rescaled(gains)
+    ratio = imagery.resolution_m / dataset.resolution_m
+    if not 1 / MOST_RESOLUTION_RATIO <= ratio <= MOST_RESOLUTION_RATIO:
+        raise ConfigError(
+            f"{imagery.source} has pixels of {imagery.resolution_m:.3g} m, those of "
+            f"{data.dataset} have {dataset.resolution_m:.3g} m; presences and background would "
+            "differ by that alone: name the imagery that the chips were cut from"
+        )
+    return imagery
 
 
 def _around(
