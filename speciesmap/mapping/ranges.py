@@ -58,7 +58,8 @@ def draw_range(path: Path, taxon: str, thresholds: Mapping[str, float]) -> gpd.G
     ]
     names = ["taxon", "rule", "threshold", "quantity", "geometry"]
     table = gpd.GeoDataFrame(rows, columns=names, geometry="geometry", crs=source.geobox.crs)
-    table.insert(4, "area_km2", area(table.geometry.to_crs(EQUAL_AREA).to_numpy()) / 1e6)
+    area_m2 = area(table.geometry.to_crs(EQUAL_AREA).to_numpy())
+    table.insert(4, "area_km2", np.round(area_m2 / 1e6, 6))
     return table
 
 

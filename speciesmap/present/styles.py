@@ -304,7 +304,7 @@ def style_elements(legend: Legend) -> list[ET.Element]:
     )
     for at, colour in zip(legend.breaks, PALETTE, strict=True):
         label = f"{at:.3g}" if abs(at) >= 1e-9 else "0"
-        ET.SubElement(ramp, "item", value=repr(at), color=colour, alpha="255", label=label)
+        ET.SubElement(ramp, "item", value=f"{at:.12g}", color=colour, alpha="255", label=label)
     ET.SubElement(ramp, "rampLegendSettings", useContinuousLegend="0")
     blend = ET.Element("blendMode")
     blend.text = "0"
