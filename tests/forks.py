@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ from unittest.mock import patch
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["pytest", "interruptions"])
+
+
+def server() -> ForkServerContext:
+    """The process that is forked, with the path of this one."""
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
+    return SERVER
 
 
 def start(
@@ -35,11 +43,9 @@ def start(
         err: File for what it says on stderr, which is left as it is by default.
         variables: Of its environment, beside those of this process.
     """
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
-        forkserver.ensure_running()
     streams = {1: out, 2: err} if err else {1: out}
     place = (Path.cwd(), os.environ | variables, streams)
-    process = SERVER.Process(target=_run, args=(*place, target, arguments))
+    process = server().Process(target=_run, args=(*place, target, arguments))
     process.start()
     return process
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import json
 import logging
 import os
@@ -13,8 +14,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import numpy as np
 import pytest
 import rasterio
 from affine import Affine
+from forks import start
 from odc.geo.geobox import GeoBox
 from tiny import tiny_model
 
@@ -93,11 +96,15 @@ def test_workers_make_the_bytes_of_one_process_though_one_is_killed(
     assert contents(out) == contents(whole)
 
 
-def start(what: str, file: Path, *more: str, **variables: str) -> subprocess.Popen[bytes]:
+def run_dask(what: str, folder: Path, words: Sequence[str]) -> None:
+    os.chdir(folder)
+    importlib.import_module(f"distributed.cli.dask_{what}").main(words)
+
+
+def begin(what: str, file: Path, *more: str) -> BaseProcess:
     """A scheduler or a worker, which meet through a file, in a process and a folder of its own."""
-    words = [sys.executable, "-m", f"distributed.cli.dask_{what}", "--scheduler-file", str(file)]
-    silent = {"stderr": subprocess.DEVNULL, "cwd": file.parent}
-    return subprocess.Popen([*words, *more], env=os.environ | variables, **silent)  # type: ignore[call-overload, no-any-return]
+    words = ["--scheduler-file", str(file), *more]
+    return start(run_dask, what, file.parent, words, err=os.devnull)
 
 
 SCHEDULER = ("--port", "0", "--dashboard-address", ":0")
@@ -113,11 +120,11 @@ def address_in(file: Path) -> str:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Any:
     file = tmp_path_factory.mktemp("dask") / "scheduler.json"
-    started = [start("scheduler", file, *SCHEDULER), start("worker", file, *WORKER)]
+    started = [begin("scheduler", file, *SCHEDULER), begin("worker", file, *WORKER)]
     yield address_in(file)
     for process in started:
         process.kill()
-        process.wait()
+        process.join()
 
 
 def test_a_cluster_that_runs_already_makes_the_same_bytes(
@@ -252,7 +259,7 @@ def test_a_cluster_that_has_no_fit_workers_or_is_lost_says_so(
     other, stops = tmp_path / "other.py", tmp_path / "stops.py"
     other.write_text("import speciesmap\nspeciesmap.__version__ = '0.0.1'\n")
     stops.write_text(FIRST_TILE_ONLY)
-    started = [start("scheduler", file, *SCHEDULER)]
+    started = [begin("scheduler", file, *SCHEDULER)]
     place = address_in(file)
 
     def when(happened: Callable[[], object], act: Callable[[], object]) -> threading.Thread:
@@ -265,18 +272,17 @@ def test_a_cluster_that_has_no_fit_workers_or_is_lost_says_so(
         thread.start()
         return thread
 
-    def begin(preload: Path) -> None:
-        loads = {"DASK_DISTRIBUTED__WORKER__PRELOAD": str(preload)}
-        started.append(start("worker", file, *WORKER, **loads))
+    def work(preload: Path) -> None:
+        started.append(begin("worker", file, *WORKER, "--preload", str(preload)))
 
     try:
-        starter = when(lambda: "there are none yet" in caplog.text, lambda: begin(other))
+        starter = when(lambda: "there are none yet" in caplog.text, lambda: work(other))
         with pytest.raises(ClusterError, match=r"has speciesmap 0\.0\.1, this machine .*the same"):
             embed(model, scene, out, scheduler=place)
         starter.join()
         started[1].kill()
-        started[1].wait()
-        begin(stops)
+        started[1].join()
+        work(stops)
         killer = when(lambda: out.exists() and open_store(out).done(), started[0].kill)
         with pytest.raises(ClusterError, match=r"connection to the cluster was lost; .*are kept"):
             embed(model, scene, out, scheduler=place)
@@ -284,7 +290,7 @@ def test_a_cluster_that_has_no_fit_workers_or_is_lost_says_so(
     finally:
         for process in started:
             process.kill()
-            process.wait()
+            process.join()
     assert len(list(out.glob("vectors/c/*/*/0"))) == 1
     embed(model, scene, out)
     assert contents(out) == contents(whole)

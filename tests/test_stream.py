@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from forks import server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -36,6 +37,7 @@ from speciesmap.datasets.nature_multi_view import (
 from speciesmap.datasets.paired import open_paired
 from speciesmap.datasets.stream import Stream
 from speciesmap.errors import ConfigError, DatasetError
+from speciesmap.learning import streaming
 from speciesmap.learning.data import PairedRows
 from speciesmap.learning.modules import Crisp
 from speciesmap.learning.sources import open_sources
@@ -209,11 +211,20 @@ def test_a_state_at_the_end_of_an_epoch_begins_the_next(hub: Path) -> None:
     assert places(resumed) == whole[1]
 
 
-def test_workers_and_processes_share_an_epoch_and_go_on_in_turn(hub: Path) -> None:
+def test_workers_and_processes_share_an_epoch_and_go_on_in_turn(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawned = streaming.DataLoader
+
+    def forked(*words: Any, **options: Any) -> Any:
+        return spawned(*words, **{**options, "multiprocessing_context": server()})
+
     seen: list[float] = []
     for rank in range(2):
         mine = loader(hub, rank=rank, world=2, workers=2)
-        batches = places(mine)
+        with monkeypatch.context() as patch:
+            patch.setattr(streaming, "DataLoader", forked)  # need not import everything
+            batches = places(mine)
         assert len(batches) == len(mine) == 2 * (50 // 4 // 4)
         seen += [value for batch in batches for value in batch]
     resumed = loader(hub, rank=1, world=2, workers=2)
