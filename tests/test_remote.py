@@ -331,6 +331,12 @@ def test_a_file_of_an_open_bucket_has_a_plain_address(
     finally:
         for name in settings:
             del_gdal_config(name)
+    set_gdal_config("AWS_NO_SIGN_REQUEST", "YES")
+    try:
+        dotted = remote.plain_address("s3://b.org/a.tif")
+    finally:
+        del_gdal_config("AWS_NO_SIGN_REQUEST")
+    assert dotted is None
     assert remote.plain_address("https://x.org/a.tif?sig=1") == "https://x.org/a.tif?sig=1"
     assert remote.plain_address("gs://b/a.tif") is remote.plain_address("/data/a.tif") is None
 

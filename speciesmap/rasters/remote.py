@@ -50,7 +50,10 @@ def plain_address(path: str) -> str | None:
     if scheme != "s3" or not _set("AWS_NO_SIGN_REQUEST", False):
         return None
     bucket, _, key = rest.partition("/")
-    host = get_gdal_config("AWS_S3_ENDPOINT") or "s3.amazonaws.com"
+    host = get_gdal_config("AWS_S3_ENDPOINT")
+    if host is None and "." in bucket:  # its name fits no certificate, and its region is not known
+        return None
+    host = host or "s3.amazonaws.com"  # knows the region by the name
     place = f"{bucket}.{host}" if _set("AWS_VIRTUAL_HOSTING", True) else f"{host}/{bucket}"
     return f"{'https' if _set('AWS_HTTPS', True) else 'http'}://{place}/{quote(key)}"
 
