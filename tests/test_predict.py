@@ -8,8 +8,6 @@ import io
 import json
 import logging
 import re
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from affine import Affine
 from fake_model import BlobModel, FakeModel
+from forks import ended, start
 from odc.geo.geobox import GeoBox
 from PIL import Image
 from rio_cogeo.cogeo import cog_validate
 from tiny import TAXA, tiny_model
 
-from speciesmap import atlas
+from speciesmap import atlas, cli
 from speciesmap.errors import ConfigError, QueryError, StoreError
 from speciesmap.mapping.embed import embed
 from speciesmap.mapping.predict import write_maps
@@ -92,7 +91,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
     """Run the command line in this process."""
-    from speciesmap import cli
 
     def run(*words: object) -> SimpleNamespace:
         capfd.readouterr()
@@ -692,15 +690,11 @@ def test_a_truncated_raster_prints_one_line_in_a_process_of_its_own(
     tmp_path: Path, checkpoint: Path
 ) -> None:
     words, _ = bad_inputs(tmp_path)["truncated"]
-    command = [sys.executable, "-m", "speciesmap"]
-    ran = subprocess.run(
-        [*command, "predict", checkpoint, "--out", tmp_path / "maps", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 1
-    assert ran.stdout == ""
-    assert len(ran.stderr.splitlines()) == 1, ran.stderr
-    assert "cut.tif" in ran.stderr
+    printed, said = tmp_path / "out.txt", tmp_path / "err.txt"
+    words = ["predict", str(checkpoint), "--out", str(tmp_path / "maps"), *map(str, words)]
+    assert ended(start(cli.main, words, out=printed, err=said)) == 1
+    assert printed.read_text() == ""
+    told = said.read_text()
+    assert told.count("\n") == 1, told
+    assert "cut.tif" in told
     assert not (tmp_path / "maps").exists()
