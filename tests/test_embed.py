@@ -317,7 +317,7 @@ def test_bands_fit_by_meaning_or_are_refused(tmp_path: Path) -> None:
         engine.fit_imagery(FakeModel(bands=("red", "green", "blue", "nir")), path)
     assert str(caught.value) == (
         "scene.tif has the bands red, green, blue, the model was trained on red, green, blue, nir; "
-        "use another model"
+        "give imagery that has them, or use another model"
     )
     with pytest.raises(
         ImageryError, match="model was trained on blue, red; name 2 bands with --bands"
