@@ -30,11 +30,12 @@ from speciesmap.datasets.paired import PairedDataset, open_paired
 from speciesmap.datasets.splits import OVERLAP, SAME_OBSERVATION, leaks
 from speciesmap.datasets.writer import PairedWriter
 from speciesmap.errors import ConfigError, ModelError, OutputError
-from speciesmap.learning.classify import classification_figures, read_results
+from speciesmap.learning.classify import read_results
 from speciesmap.learning.data import PairedRows
 from speciesmap.learning.splitting import observations_of, split_rows
 from speciesmap.learning.train import train
 from speciesmap.models import SpeciesModel, load_model, save_model
+from speciesmap.statistics.metrics import classification_figures
 
 SIDE = 16
 CPU = {"accelerator": "cpu", "devices": 1}

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 import yaml
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from speciesmap.config import ClassifyConfig, ViewsConfig
@@ -32,6 +32,7 @@ from speciesmap.models.device import choose_device, computes_bfloat16
 from speciesmap.outputs import refuse_existing, replacing
 from speciesmap.progress import track
 from speciesmap.rasters.messages import without_credentials
+from speciesmap.statistics.metrics import classification_figures
 
 log = logging.getLogger("speciesmap")
 
@@ -373,54 +374,6 @@ def _figures(
         config.frequent_from,
         config.common_from,
     )
-
-
-def classification_figures(
-    scores: NDArray[np.float64],
-    label: NDArray[np.int64],
-    observation: ArrayLike,
-    counts: NDArray[np.int64],
-    frequent_from: int = 100,
-    common_from: int = 20,
-) -> dict[str, float | None]:
-    """Figures of merit as CRISP's evaluation has them.
-
-    The photos of one observation vote by the mean of their log-probabilities. Species-averaged
-    figures are the mean over taxa of the share of their observations that are right.
-
-    Args:
-        scores: Log-probabilities, shape (N, T).
-        label: Shape (N,).
-        observation: What tells the rows of one observation, shape (N,).
-        counts: Training observations of each taxon, shape (T,).
-        frequent_from: Fewest training observations of a frequent taxon.
-        common_from: Fewest training observations of a common taxon; others are rare.
-
-    Returns:
-        `top1`, `top5` over observations; `species_top1`, `species_top5`, `species_top30`, also of
-        `frequent_`, `common_` and `rare_` taxa (None where no such taxon is tested).
-    """
-    _, first, member = np.unique(np.asarray(observation), return_index=True, return_inverse=True)
-    summed = np.zeros((len(first), scores.shape[1]))
-    np.add.at(summed, member, scores)
-    scores = summed / np.bincount(member)[:, None]  # (O, T)
-    label = label[first]
-    own = scores[np.arange(len(label)), label]
-    rank = (scores >= own[:, None]).sum(1) - 1  # ties count against
-    tested = np.bincount(label, minlength=len(counts))
-    there = tested > 0
-    groups = {
-        "": there,
-        "frequent_": there & (counts >= frequent_from),
-        "common_": there & (counts < frequent_from) & (counts >= common_from),
-        "rare_": there & (counts < min(common_from, frequent_from)),
-    }
-    figures: dict[str, float | None] = {f"top{k}": float((rank < k).mean()) for k in (1, 5)}
-    for prefix, group in groups.items():
-        for k in (1, 5, 30):
-            right = np.bincount(label, rank < k, len(counts))[group] / tested[group]
-            figures[f"{prefix}species_top{k}"] = float(right.mean()) if group.any() else None
-    return figures
 
 
 def markdown(results: pd.DataFrame, notes: Mapping[str, Any]) -> str:
