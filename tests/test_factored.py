@@ -55,6 +55,16 @@ def test_a_token_sees_nothing_around_its_cell_and_the_window_sees_where_it_lies(
     assert cosine < 1 - 1e-5, "the same cells in other places make another window"
 
 
+def test_before_training_tokens_lie_as_the_features_of_their_cells_do() -> None:
+    tower = factored(width=96).factored
+    assert tower is not None and tower.cells.backbone.num_features == 96
+    cells = torch.randint(0, 255, (5, 4, 8, 8), generator=torch.manual_seed(0)).byte()
+    with torch.inference_mode():
+        features = tower.cells.backbone(tower.cells.normalise(cells))
+        tokens = tower.encode_cells(cells)
+    torch.testing.assert_close(torch.cdist(tokens, tokens), torch.cdist(features, features))
+
+
 def test_a_plain_model_says_that_it_shares_nothing() -> None:
     assert tiny_model().factored is None
 

@@ -114,6 +114,8 @@ class FactoredTower(nn.Module):
         self.cell_px = cell_px
         self.side = image_px // cell_px
         self.cells = ImageTower(backbone, cell_px, mean, std, width, pretrained, kwargs)
+        nn.init.orthogonal_(self.cells.project.weight)  # keeps angles: another one follows
+        nn.init.zeros_(self.cells.project.bias)
         positions = sincos_positions(self.side, self.side, width)
         self.positions = nn.Parameter(positions - positions.mean(0))  # so that means are of looks
         between = (Block(width, heads, qkv_bias=True, init_values=SCALE) for _ in range(layers - 1))
