@@ -17,8 +17,7 @@ INTRODUCTION = """# Configurations
 
 `speciesmap train CONFIG.yaml` reads a file of these keys, and `--set optim.lr=0.001` sets one on
 the command line. Those [that come with speciesmap](../configs) go by name: `speciesmap train
-crisp`. A key that is not known is refused, and the nearest one named; so is a key that a stage
-would not read.
+crisp`. A key that is not known is refused, and the nearest one named.
 """
 KINDS = {
     "integer": "whole number",

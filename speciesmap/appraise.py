@@ -166,9 +166,9 @@ def _encoder(
             "or names, those held out here among them: rungs on embeddings, and most of all "
             "queries by text and photo, are a little too good."
             if share
-            else "The checkpoint does not tell whether pre-training paired windows of these "
-            "records with their photos or names: rungs on embeddings, and most of all queries by "
-            "text and photo, may be a little too good."
+            else "Pre-training may have paired windows of these records with their photos or "
+            "names: rungs on embeddings, and most of all queries by text and photo, may be a "
+            "little too good."
         )
     note = "the model itself" if folder is None else f"{folder.name}, before fine-tuning"
     return model, note, notes

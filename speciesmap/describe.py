@@ -14,7 +14,7 @@ from speciesmap.errors import ModelError, OutputError
 from speciesmap.rasters.files import Opened
 from speciesmap.rasters.imagery import SUFFIXES, open_imagery, open_raster
 from speciesmap.rasters.messages import public
-from speciesmap.rasters.scenes import list_files
+from speciesmap.rasters.scenes import is_one_file
 from speciesmap.rasters.store import open_store
 from speciesmap.rasters.windows import bounds_in
 
@@ -252,7 +252,7 @@ def _raster(path: Path | str) -> dict[str, Any]:
         "resolution_m": round(imagery.resolution_m, 4),
         **_place(imagery.geobox),
     }
-    if list_files(str(path)) == [str(path)]:
+    if is_one_file(str(path)):
         with open_raster(path) as raster:
             tags, statistics = raster.tags(), raster.tags(1)
             facts["missing"] = _missing(Opened.of(raster, len(imagery.bands) == raster.count))

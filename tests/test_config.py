@@ -191,9 +191,9 @@ def test_a_mapping_is_read_and_left_as_it_is() -> None:
             finetune(
                 freeze_encoder=True,
                 data={"covariates": ["rain.tif"]},
-                trainer={"precision": "32-true"},
+                trainer={"precision": "bf16-mixed"},
             ),
-            "are fitted with trainer.precision auto; set that, or leave it out",
+            "are fitted with trainer.precision auto or 32-true; set that, or leave it out",
         ),
         (classify(optim={"warmup": 0.5}), "stage classify does not read optim.warmup"),
         (classify(optim={"chunk_size": 8}), "stage classify does not read optim.chunk_size"),

@@ -92,7 +92,7 @@ def test_a_folder_of_maps(maps: Path) -> None:
     assert names(maps) == expected | {f"{stem}.{end}" for stem in stems for end in ("tif", "qml")}
     with rasterio.open(maps / next(iter(run["maps"]))) as raster:
         assert set(raster.descriptions) <= told("band")
-        assert set(raster.tags()) - {"AREA_OR_POINT"} == told("tag") - {"MONTH"}
+        assert set(raster.tags()) - {"AREA_OR_POINT"} == told("tag") - {"MONTH", "QUANTITY"}
         assert np.isnan(raster.nodata) and raster.dtypes[0] == "float32"
     ranges = gpd.read_file(maps / "ranges.gpkg", layer="ranges")
     assert set(ranges.columns) - {"geometry"} == told("column of `ranges`")

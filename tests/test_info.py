@@ -96,8 +96,12 @@ def test_imagery_says_how_it_marks_pixels_that_are_missing(tmp_path: Path) -> No
         assert missing(colours[:3], mask=opaque[3]) == "by a mask or an alpha band"
 
 
-def test_a_map_says_what_it_shows_and_its_range(made: Path) -> None:
-    facts = describe(made / "maps/quercus_lobata.tif")
+@pytest.mark.parametrize("here", [True, False])
+def test_a_map_says_what_it_shows_and_its_range(
+    made: Path, here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made)
+    facts = describe(("" if here else f"{made}/") + "maps/quercus_lobata.tif")
     assert facts["kind"] == "map"
     assert (facts["label"], facts["query"], facts["model"]) == ("Quercus lobata", "taxon", "fake")
     assert facts["bands"] == ["probability"]

@@ -241,6 +241,15 @@ def test_dark_water_is_not_taken_for_an_edge(
     assert not caplog.messages
 
 
+def test_zeros_of_a_single_band_may_mean_something(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_geotiff(tmp_path / "a.tif", with_black_edges()[:1], GRID, bands=("lights",))
+    with caplog.at_level("WARNING", "speciesmap"):
+        warn_of_black(open_imagery(path), WHOLE)
+    assert not caplog.messages
+
+
 @pytest.mark.skipif(not NAIP.exists(), reason="real NAIP chips (shared/data/naip_pairs) are absent")
 def test_real_imagery_of_another_city_and_year_is_not_called_unlike() -> None:
     def pixels(pattern: str) -> np.ndarray:

@@ -25,7 +25,7 @@ MOST_ROWS = 10**8
 
 
 class Strict(BaseModel):
-    """A section whose unknown keys are errors, and so is yes or no where a number is meant."""
+    """A section whose unknown keys are errors, and so is yes or no for what is no switch."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -34,7 +34,10 @@ class Strict(BaseModel):
     def _only_switches_take_yes(cls, content: Any) -> Any:
         for key, field in cls.model_fields.items() if isinstance(content, dict) else ():
             if isinstance(content.get(key), bool) and field.annotation is not bool:
-                raise ValueError(f"{key} takes no yes or no; quote it if it is a name")
+                raise ValueError(
+                    f"{key} takes no yes or no; quote it if it is a name, and write {{}} for a "
+                    "section's defaults"
+                )
         return content
 
 
@@ -449,7 +452,7 @@ class FinetuneConfig(Strict):
     @model_validator(mode="after")
     def _heads_alone_are_fitted_on_one_device(self) -> FinetuneConfig:
         if self.freeze_encoder and (self.head or self.data.covariates or self.data.location):
-            _on_one_device(self.trainer, "heads on a frozen encoder are fitted")
+            _on_one_device(self.trainer, "heads on a frozen encoder are fitted", "32-true")
         return self
 
 

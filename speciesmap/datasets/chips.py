@@ -196,6 +196,8 @@ def make_chips(
     tell("%d of %d observations kept in %s", report.kept, report.observations, out)
     if report.left_out:
         log.warning("left out, by reason: %s", left_out.summary())
+    if report.left_out.get(OUTSIDE, 0) > report.kept:
+        log.warning("smaller windows than %d px would leave the imagery less often", window_px)
     return report
 
 

@@ -17,6 +17,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp")
 GEO_KEYS = 34735  # tag of a TIFF that lies somewhere on Earth (GeoTIFF 1.1, section 7.1)
 MOST_PIXELS = 64_000_000  # decoded, 200 MB; a JPEG is decoded at a fraction where that is enough
 ENOUGH_PX = 2048
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # sizes are bounded here
 MOST_BYTES = 100_000_000
 
 
@@ -31,8 +32,7 @@ def open_photo(source: Path | BinaryIO, side_px: int = ENOUGH_PX) -> Image.Image
         ValueError: It is no such photo, damaged, or too large to be decoded; the message says why.
     """
     try:
-        with warnings.catch_warnings(), Image.open(source, formats=FORMATS) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(source, formats=FORMATS) as image:
             if GEO_KEYS in getattr(image, "tag_v2", ()):
                 raise ValueError("it is a map, with a place on Earth, and no photo")
             image.draft("RGB", (side_px, side_px))

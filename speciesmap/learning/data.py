@@ -239,7 +239,8 @@ def on_ground(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Metres from the imagery's corner, across and down, by the sides of its central pixel.
 
-    Of imagery in degrees far from the equator pixels are narrower than high.
+    Of imagery in degrees far from the equator pixels are narrower than high. Sides that differ by
+    under 1%, as those of Mercator's squares do on the ellipsoid, count as their mean.
 
     Args:
         imagery: Whose pixels.
@@ -250,6 +251,8 @@ def on_ground(
         Both of shape (N,).
     """
     width_m, height_m = sides_m(imagery.geobox)
+    if abs(width_m / height_m - 1) < 0.01:
+        width_m = height_m = imagery.resolution_m
     return cols * width_m, rows * height_m
 
 

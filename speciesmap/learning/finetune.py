@@ -246,12 +246,9 @@ def check_validation(config: FinetuneConfig, sources: Sources, initial: Mapping[
     if share != 0:
         log.warning(
             "%s %s the records of %s with their names, which folds hold out as if it had not: "
-            "validation %s look better than it is; pre-train with method: mae, or on other "
-            "records, to be sure",
+            "validation %s look better than it is",
             config.init,
-            f"learned from {100 * share:.3g}% of"
-            if share
-            else "does not tell whether it learned from",
+            f"learned from {100 * share:.3g}% of" if share else "may have learned from",
             config.data.dataset,
             "will" if share else "may",
         )

@@ -23,7 +23,7 @@ from rasterio.windows import Window, intersect
 
 from speciesmap.errors import ImageryError
 from speciesmap.rasters.imagery import Imagery, open_imagery, open_raster
-from speciesmap.rasters.scenes import list_files
+from speciesmap.rasters.scenes import is_one_file
 from speciesmap.rasters.windows import MAX_LATITUDE, transformed
 
 RADIUS_M = 6378137.0
@@ -324,7 +324,7 @@ def read_picture(
         ImageryError: The imagery cannot be read, or shows nothing of the extent.
     """
     name = source.source if isinstance(source, Imagery) else str(source)
-    if name.startswith("stac+") or list_files(name) != [name]:
+    if name.startswith("stac+") or not is_one_file(name):
         imagery = source if isinstance(source, Imagery) else _open_around(name, extent)
         crs: Any = imagery.geobox.crs
         crs = crs.to_wkt()

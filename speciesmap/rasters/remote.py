@@ -53,7 +53,7 @@ def plain_address(path: str) -> str | None:
     host = get_gdal_config("AWS_S3_ENDPOINT")
     if host is None and "." in bucket:  # its name fits no certificate, and its region is not known
         return None
-    host = host or "s3.amazonaws.com"  # knows the region by the name
+    host = (host or "s3.amazonaws.com").rpartition("://")[2]  # which knows a region by the name
     place = f"{bucket}.{host}" if _set("AWS_VIRTUAL_HOSTING", True) else f"{host}/{bucket}"
     return f"{'https' if _set('AWS_HTTPS', True) else 'http'}://{place}/{quote(key)}"
 

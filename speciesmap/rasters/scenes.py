@@ -110,6 +110,11 @@ def list_files(source: str) -> list[str]:
     return [str(path.absolute()) if path.exists() else source]
 
 
+def is_one_file(source: str) -> bool:
+    """Tell whether a source is one raster, not a folder, a pattern or a tile index."""
+    return list_files(source) in ([source], [str(Path(source).absolute())])
+
+
 def _indexed(index: Path) -> list[str]:
     """Rasters of a GDAL tile index, whose relative places are beside it or where one works."""
     import geopandas as gpd

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from speciesmap.errors import ImageryError
 from speciesmap.rasters.messages import public
-from speciesmap.rasters.remote import CLOUDS, is_remote
+from speciesmap.rasters.remote import gdal_name, is_remote
 
 if TYPE_CHECKING:
     from speciesmap.rasters.imagery import Imagery
@@ -172,20 +173,23 @@ def warn_of_black(
 ) -> None:
     """Warn where imagery seems to end in black that its files do not declare as missing.
 
+    In a single band a zero may well mean something: the sea, the night, a class.
+
     Args:
         imagery: With values as its files have them.
         rectangle: First row and column, height and width, in pixels.
         pixels: What `sample_values` gave for it, if that was asked already.
     """
+    if len(imagery.bands) < 2:
+        return
     pixels = sample_values(imagery, *rectangle) if pixels is None else pixels
     share = 0.0 if pixels is None else float((pixels == 0).all(axis=0).mean())
     path = imagery.undeclared(*rectangle) if share > BLACK else None
     if path is None:
         return
-    remedy = f"gdal_edit.py -a_nodata 0 {path}"
+    remedy = f"gdal_edit.py -a_nodata 0 {shlex.quote(path)}"
     if is_remote(path):
-        scheme, _, rest = path.partition("://")
-        place = f"/{CLOUDS[scheme]}/{rest}" if scheme in CLOUDS else f"/vsicurl/{public(path)}"
+        place = shlex.quote(gdal_name(public(path)))
         remedy = f"gdal_translate -of VRT -a_nodata 0 {place} scene.vrt, and give scene.vrt instead"
     log.warning(
         "%s: %.3g%% of a sample of its pixels are 0 in every band, and no nodata value, mask or "
