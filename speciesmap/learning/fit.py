@@ -7,7 +7,6 @@ import math
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from speciesmap.learning.sources import Sources
 from speciesmap.models import SpeciesModel
 from speciesmap.models.device import choose_device, computes_bfloat16
 from speciesmap.models.encoders import ImageTower
+from speciesmap.progress import at_level
 from speciesmap.rasters.values import Values
 
 log = logging.getLogger("speciesmap")
@@ -73,7 +73,8 @@ def fit(
         precision = best_precision(config.accelerator, stage.network)
     stage.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = None if work is None else work / STATE
-    with _quiet():
+    with warnings.catch_warnings(), at_level(logging.WARNING, *LIGHTNING):
+        warnings.simplefilter("ignore")
         trainer = _trainer(config, optim.epochs, precision, work, save_steps)
         ctrl_c = signal.getsignal(signal.SIGINT)
         try:
@@ -153,21 +154,6 @@ def _trainer(
             "'auto'"
         ) from error
     return trainer
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Let Lightning log what it warns of only, and Python warn of nothing."""
-    levels = {logger: logger.level for logger in map(logging.getLogger, LIGHTNING)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in levels:
-            logger.setLevel(logging.WARNING)
-        try:
-            yield
-        finally:
-            for logger, level in levels.items():
-                logger.setLevel(level)
 
 
 def process_rank() -> int:

@@ -31,7 +31,7 @@ from speciesmap.errors import (
 from speciesmap.mapping.fit import fit_imagery
 from speciesmap.mapping.tiles import Precision, encode_tiles
 from speciesmap.models import SpeciesModel, load_model
-from speciesmap.progress import track
+from speciesmap.progress import at_level, track
 from speciesmap.rasters.imagery import Imagery
 from speciesmap.rasters.store import EmbeddingStore, Identity, open_store
 
@@ -184,9 +184,8 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Client]:
             )
             yield stack.enter_context(Client(stack.enter_context(cluster)))
             return
-        said = logging.getLogger("distributed.client")
-        stack.callback(said.setLevel, said.level)
-        said.setLevel(logging.CRITICAL)  # errors are raised here
+        # errors are raised here
+        stack.enter_context(at_level(logging.CRITICAL, "distributed.client"))
         try:
             # Dask tries a closed port until its time is over, and waits for ever where another
             # kind of server is silent: a scheduler speaks first

@@ -13,6 +13,7 @@ import numpy as np
 from speciesmap.mapping.benchmark import benchmark
 from speciesmap.mapping.fit import fit_imagery, lay_out, refuse_poles, refuse_unseen
 from speciesmap.models import SpeciesModel, load_model
+from speciesmap.progress import at_level
 from speciesmap.rasters.imagery import Imagery, Opening
 from speciesmap.rasters.store import TILE
 from speciesmap.rasters.windows import WindowGrid
@@ -109,14 +110,11 @@ def plan(
         (shape[0] - 1) * stride + side,
         (shape[1] - 1) * stride + side,
     )
-    level = log.getEffectiveLevel()
-    log.setLevel(max(level, logging.WARNING))  # what is said of noise is not said of the area
-    try:
+    # what is said of noise is not said of the area
+    with at_level(max(log.getEffectiveLevel(), logging.WARNING), log.name):
         rate = benchmark(
             model, stride_px=stride, batch_size=batch_size, device=device, seconds=MEASURED_S
         )["windows_per_s"]
-    finally:
-        log.setLevel(level)
     windows = shape[0] * shape[1]
     return Plan(
         imagery=imagery.source,

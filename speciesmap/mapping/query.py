@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,13 +76,13 @@ class Query:
 
 def without_calibration(query: Query) -> Query:
     """Give a query whose values only rank places, for embeddings other than calibrated on."""
-    plain = {f.name: getattr(query, f.name) for f in fields(Query)[:5]}
-    return Query(
-        **plain,
+    return replace(
+        query,
         quantity="suitability",
-        caution=query.caution,
-        covariates=query.covariates,
-        photos=query.photos,
+        members=np.empty((0, 0), np.float32),
+        member_offsets=np.empty(0, np.float32),
+        curve=None,
+        thresholds={},
     )
 
 
